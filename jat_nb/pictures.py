@@ -17,10 +17,6 @@ from matplotlib.figure import Figure
 from matplotlib.quiver import Quiver
 from torch import Tensor
 
-# %% ../nbs/00_pictures.ipynb #a701686d
-PALETTE = {"blue": "#2166ac", "red": "#b2182b", "green": "#4d9221",
-           "orange": "#e08214", "purple": "#762a83", "grey": "0.4"}  # Told apart by colour-blind readers
-
 # %% ../nbs/00_pictures.ipynb #64f9476b
 class _Figure(Figure):
     "A figure outside pyplot: a notebook shows it once, when it is the value of a cell."
@@ -116,23 +112,26 @@ def quiver(
     return ax.quiver(cols.numpy(), rows.numpy(), u.numpy(), v.numpy(), angles="xy", scale_units="xy",
                      scale=scale, color=color, width=0.006, headwidth=4)
 
-# %% ../nbs/00_pictures.ipynb #e947c54e
+# %% ../nbs/00_pictures.ipynb #f5ebc997
 def flow_wheel(
     ax: Axes,  # Empty axes to draw into
     eps_flow: float,  # Radius of the disc in pixels of displacement
 ) -> None:  # Draws only
     "Legend of `flow_to_rgb`: the disc of all displacements, down being down."
+    if not eps_flow > 0:
+        raise ValueError(f"expected a radius above 0 px, got {eps_flow}; a budget of zero needs no legend")
     t = torch.linspace(-1, 1, 121)
     v, u = torch.meshgrid(t, t, indexing="ij")
     inside = torch.hypot(u, v) <= 1
     disc = flow_to_rgb(torch.stack([u, v])[None] * inside, 1.0)[0]
     ax.imshow(disc.permute(1, 2, 0).numpy(), extent=(-eps_flow, eps_flow, eps_flow, -eps_flow))
-    ax.set(xticks=[-eps_flow, 0, eps_flow], yticks=[-eps_flow, 0, eps_flow])
+    ticks = [-eps_flow, 0, eps_flow]
+    ax.set(xticks=ticks, yticks=ticks, xticklabels=[f"{t:.2g}" for t in ticks], yticklabels=[f"{t:.2g}" for t in ticks])
     ax.set_xlabel("right (px)", fontsize=7)
     ax.set_ylabel("down (px)", fontsize=7)
     ax.tick_params(labelsize=6, length=2)
 
-# %% ../nbs/00_pictures.ipynb #84c804da
+# %% ../nbs/00_pictures.ipynb #515c05e9
 def show_attack(
     x: Tensor,  # Original images (N, C, H, W) in [0, 1]; at most 12
     x_adv: Tensor,  # Attacked images, same shape
@@ -150,7 +149,7 @@ def show_attack(
         if flow.shape[0] != len(clean) or flow.shape[2:] != clean.shape[2:]:
             raise ValueError(f"expected a flow {(len(clean), 2, *clean.shape[2:])}, got {tuple(flow.shape)}")
         flow = flow.detach().float().cpu()
-        eps = float(flow.norm(dim=1).max()) if eps_flow is None else float(eps_flow)
+        eps = float(flow.norm(dim=1).max() if eps_flow is None else eps_flow) or 1.0  # a zero flow is white anyway
         rows["flow"] = flow_to_rgb(flow, eps)
     n, aspect = len(clean), clean.shape[2] / clean.shape[3]
     wide = n + (flow is not None)
@@ -165,23 +164,27 @@ def show_attack(
         flow_wheel(axes[-1, -1], eps)
     return fig
 
-# %% ../nbs/00_pictures.ipynb #bdc88031
+# %% ../nbs/00_pictures.ipynb #a701686d
+PALETTE = {"blue": "#2166ac", "red": "#b2182b", "green": "#4d9221",
+           "orange": "#e08214", "purple": "#762a83", "grey": "0.4"}  # Told apart by colour-blind readers
+
+# %% ../nbs/00_pictures.ipynb #1d94bb13
 def budget_strip(
     images: Tensor,  # One image under each budget (K, C, H, W) in [0, 1]
     budgets: Sequence[float],  # The K budgets, in `unit`
     predicted: Sequence[str],  # What the model says of each panel
     truth: str,  # The right answer: other answers are printed in red
     *,
-    unit: str = "px",  # Printed after each budget
+    unit: str = " px",  # Printed right after each budget
     size: float = 1.3,  # Width of one panel in inches
 ) -> Figure:  # One row of K panels
     "One image under growing budgets, with the model's answer below each panel."
-    fig = show_images(images, [f"{b:g} {unit}" for b in budgets], columns=len(images), size=size)
+    fig = show_images(images, [f"{b:g}{unit}" for b in budgets], columns=len(images), size=size)
     for ax, answer in zip(fig.axes, _titles(predicted, len(images))):
         ax.set_xlabel(answer, fontsize=9, color=PALETTE["blue" if answer == truth else "red"])
     return fig
 
-# %% ../nbs/00_pictures.ipynb #9196bb12
+# %% ../nbs/00_pictures.ipynb #89702981
 def plot_curves(
     budgets: Sequence[float],  # Horizontal axis, K values
     accuracy: Mapping[str, Tensor],  # Curve name to accuracies (K,) in [0, 1]
@@ -193,8 +196,9 @@ def plot_curves(
 ) -> Figure:  # The figure that holds the axes
     "Accuracy in percent against an attack budget, one line a model or attack, with its interval as a band."
     ax = _Figure(figsize=(5, 2.8), layout="constrained").subplots() if ax is None else ax
-    styles = zip(PALETTE.values(), "osD^vx")
-    for (name, values), (color, marker) in zip(accuracy.items(), styles, strict=False):
+    if len(accuracy) > len(PALETTE) or any(torch.as_tensor(a).max() > 1 for a in accuracy.values()):
+        raise ValueError(f"expected at most {len(PALETTE)} curves with values in [0, 1]; split the plot, divide percent by 100")
+    for (name, values), color, marker in zip(accuracy.items(), PALETTE.values(), "osD^vx"):
         ax.plot(budgets, 100 * torch.as_tensor(values), color=color, marker=marker, ms=3.5, lw=1.2, label=name)
         if intervals is not None:
             low, high = (100 * torch.as_tensor(end) for end in intervals[name])

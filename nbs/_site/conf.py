@@ -1,0 +1,45 @@
+"Sphinx settings of the site. The pages are staged by build.py, which also passes project, version and copyright."
+from docutils import nodes
+from sphinx.application import Sphinx
+
+extensions = ["myst_nb", "sphinx_copybutton"]
+root_doc = "index"
+
+# Notebooks: stored outputs only. A stored warning or error message fails the build.
+nb_execution_mode = "off"
+nb_output_stderr = "error"
+nb_merge_streams = True
+myst_enable_extensions = ["amsmath", "attrs_block", "colon_fence", "dollarmath"]
+myst_dmath_double_inline = True
+myst_all_links_external = True  # build.py resolves the links, links.py checks them
+
+# Mathematics: one vendored file, no accessibility menu, which would fetch speech rules.
+mathjax_path = "tex-svg.js"
+mathjax3_config = {"options": {"enableMenu": False}, "svg": {"fontCache": "local"}}
+suppress_warnings = ["config.cache"]
+
+html_theme = "furo"
+html_static_path = ["static"]
+html_css_files = ["book.css"]
+html_copy_source = False
+html_show_sourcelink = False
+html_show_search_summary = False  # needs a server; the pages are also read as files
+pygments_style = "friendly"
+pygments_dark_style = "github-dark"
+copybutton_exclude = ".linenos, .gp, .go"
+html_theme_options = {
+    "navigation_with_keys": True,
+    "top_of_page_buttons": [],
+}
+
+
+def _whole_equations(app: Sphinx, document: nodes.document) -> None:
+    "Pass display mathematics on as written: Sphinx would split it at line breaks, where a tag is not allowed."
+    for equation in document.findall(nodes.math_block):
+        if not equation["nowrap"]:
+            equation["nowrap"] = True
+            equation.children = [nodes.Text(rf"\[{equation.astext()}\]")]
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("doctree-read", _whole_equations)

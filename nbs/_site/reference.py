@@ -1,0 +1,135 @@
+"Public names of a module, read from the source of its exported cells: signature, summary, documented parameters."
+from __future__ import annotations
+
+import ast
+import io
+import tokenize
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Parameter:
+    "One row of a parameter table; what the source leaves open is an empty string."
+
+    name: str
+    type: str
+    default: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    "One public name."
+
+    name: str
+    signature: str
+    summary: str
+    parameters: tuple[Parameter, ...] = ()
+    returns: Parameter | None = None
+    members: tuple[Entry, ...] = ()
+
+
+def entries(source: str) -> list[Entry]:
+    "Public functions, classes and constants at the top level of `source`, in their order."
+    reader = _Reader(source)
+    return [entry for node in ast.parse(source).body for entry in reader.read(node)]
+
+
+def _comments(source: str) -> tuple[dict[int, str], set[int]]:
+    "Comment of each line, and the lines that hold nothing else."
+    found: dict[int, str] = {}
+    alone: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            found[token.start[0]] = token.string.lstrip("# ").rstrip()
+            if token.line.lstrip().startswith("#"):
+                alone.add(token.start[0])
+    return found, alone
+
+
+class _Reader:
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.comments, self.alone = _comments(source)
+
+    def read(self, node: ast.stmt) -> Iterator[Entry]:
+        match node:
+            case ast.FunctionDef(name=name) if not name.startswith("_"):
+                yield self.function(node)
+            case ast.ClassDef(name=name) if not name.startswith("_"):
+                yield self.class_(node)
+            case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)) if name[0] != "_":
+                yield self.constant(name, node)
+
+    def text(self, node: ast.AST | None) -> str:
+        return " ".join((ast.get_source_segment(self.source, node) or "").split()) if node else ""
+
+    def comment(self, line: int) -> str:
+        "The comment on a line, else the comment lines right above it."
+        if line in self.comments:
+            return self.comments[line]
+        first = line
+        while first - 1 in self.alone:
+            first -= 1
+        return " ".join(self.comments[n] for n in range(first, line))
+
+    def function(self, node: ast.FunctionDef, bound: bool = False) -> Entry:
+        parameters = self.arguments(node)[bound:]
+        decorators = {self.text(d) for d in node.decorator_list}
+        body_starts = node.body[0].lineno
+        closing = range((node.returns or node).lineno, body_starts)
+        meaning = next((self.comments[n] for n in closing if n in self.comments), "") if node.returns else ""
+        return Entry(
+            name=node.name,
+            signature=node.name if decorators & {"property", "cached_property"} else
+            f"{node.name}({self.call(node, bound)})",
+            summary=_summary(node),
+            parameters=tuple(p for p in parameters if p.meaning or not bound),
+            returns=Parameter("returns", self.text(node.returns), "", meaning) if meaning else None,
+        )
+
+    def arguments(self, node: ast.FunctionDef) -> list[Parameter]:
+        a = node.args
+        positional = [*a.posonlyargs, *a.args]
+        defaults = [None] * (len(positional) - len(a.defaults)) + list(a.defaults)
+        rows = [(arg.arg, arg, default) for arg, default in zip(positional, defaults, strict=True)]
+        rows += [(f"*{a.vararg.arg}", a.vararg, None)] if a.vararg else []
+        rows += [(arg.arg, arg, default) for arg, default in zip(a.kwonlyargs, a.kw_defaults, strict=True)]
+        rows += [(f"**{a.kwarg.arg}", a.kwarg, None)] if a.kwarg else []
+        return [Parameter(name, self.text(arg.annotation), self.text(default), self.comment((default or arg).end_lineno))
+                for name, arg, default in rows]
+
+    def call(self, node: ast.FunctionDef, bound: bool) -> str:
+        "The arguments as a caller sees them: names and defaults, without types."
+        parts = [f"{p.name}={p.default}" if p.default else p.name for p in self.arguments(node)]
+        if node.args.kwonlyargs and not node.args.vararg:
+            parts.insert(len(node.args.posonlyargs) + len(node.args.args), "*")
+        return ", ".join(parts[bound:])
+
+    def class_(self, node: ast.ClassDef) -> Entry:
+        methods = [m for m in node.body if isinstance(m, ast.FunctionDef)]
+        init = next((m for m in methods if m.name == "__init__"), None)
+        fields = [f for f in node.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)]
+        if init:
+            parameters, call = self.arguments(init)[1:], self.call(init, True)
+        else:
+            parameters = [Parameter(f.target.id, self.text(f.annotation), self.text(f.value), self.comment(f.end_lineno))
+                          for f in fields if not f.target.id.startswith("_")]
+            call = ", ".join(f"{p.name}={p.default}" if p.default else p.name for p in parameters)
+        return Entry(
+            name=node.name,
+            signature=f"{node.name}({call})" if call else node.name,
+            summary=_summary(node),
+            parameters=tuple(parameters),
+            members=tuple(self.function(m, bound=True) for m in methods if not m.name.startswith("_")),
+        )
+
+    def constant(self, name: str, node: ast.Assign | ast.AnnAssign) -> Entry:
+        value = self.text(node.value)
+        shown = value if len(value) <= 90 else f"{value[:86]} ..."
+        return Entry(name, f"{name} = {shown}", self.comment(node.end_lineno) or self.comment(node.lineno))
+
+
+def _summary(node: ast.FunctionDef | ast.ClassDef) -> str:
+    return (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ")

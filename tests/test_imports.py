@@ -1,0 +1,62 @@
+"""The import graph: chapters and modules point to lower numbers only, and attacks stay light."""
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import NOTEBOOKS, ROOT, cells
+
+RANK = {}
+for path in NOTEBOOKS:
+    for cell in cells(path):
+        if cell["source"].startswith("#| default_exp "):
+            RANK[cell["source"].split()[2]] = path.name.split("_")[0]
+
+
+def imported(source: str) -> set[str]:
+    "Modules of jat_nb that some code imports; magics and shell lines are not Python."
+    lines = [line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))]
+    found = set()
+    for node in ast.walk(ast.parse("\n".join(lines))):
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or ""] if node.level == 0 else ["jat_nb." + (node.module or "")]
+            names += [f"{n}.{a.name}" for n in names if n.rstrip(".") == "jat_nb" for a in node.names]
+        elif isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
+        else:
+            continue
+        found |= {n.split(".")[1] for n in names if n.startswith("jat_nb.") and n != "jat_nb."}
+    return found
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_chapter_uses_only_earlier_chapters(path):
+    here = path.name.split("_")[0]
+    own = {m for c in cells(path) if c["source"].startswith("#| default_exp ") for m in c["source"].split()[2:3]}
+    used = set().union(*(imported(c["source"]) for c in cells(path) if c["cell_type"] == "code"))
+    late = {m: RANK[m] for m in used - own if m in RANK and not RANK[m] < here and path.stem != "index"}
+    assert not late, f"{path.name} imports later chapters: {late}"
+
+
+@pytest.mark.parametrize("module", sorted(RANK))
+def test_a_module_imports_only_earlier_modules(module):
+    used = imported((ROOT / "jat_nb" / f"{module}.py").read_text(encoding="utf-8"))
+    late = {m for m in used - {module} if not RANK[m] < RANK[module]}
+    assert not late, f"jat_nb.{module} imports later modules: {late}"
+
+
+def test_every_module_has_its_chapter():
+    modules = {p.stem for p in (ROOT / "jat_nb").glob("*.py")} - {"__init__", "_modidx"}
+    assert modules == set(RANK)
+
+
+def test_attacks_are_light():
+    code = "import sys, jat_nb.attacks; print(*sys.modules)"
+    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    heavy = {"cvxpy", "matplotlib", "pandas", "sklearn", "jat_nb.training", "jat_nb.evaluation", "jat_nb.data"}
+    assert "jat_nb.attacks" in loaded and not heavy & loaded
+
+
+def test_only_pareto_may_import_cvxpy():
+    users = [p.stem for p in (ROOT / "jat_nb").glob("*.py") if "cvxpy" in p.read_text(encoding="utf-8")]
+    assert set(users) <= {"pareto"}

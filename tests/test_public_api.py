@@ -1,0 +1,71 @@
+"""What users import: names, signatures, and help that reads like documentation."""
+import importlib
+import inspect
+
+import pytest
+import torch
+from conftest import ROOT
+
+import jat_nb
+from jat_nb.attacks import ATTACKS, double_pass
+from jat_nb.models import create
+
+MODULES = sorted(p.stem for p in (ROOT / "jat_nb").glob("*.py") if not p.stem.startswith("_"))
+PROMISED = {
+    "warp": "warp affine_flow rigid_flow l2inf_norm generalized_sign project_disc random_disc",
+    "losses": "cross_entropy soft_cross_entropy kl_divergence margin_loss dlr_loss targeted_dlr_loss random_target "
+              "most_confusing_target bilateral_labels uniform_labels smooth_labels",
+    "threats": "Pixel Flow Affine apply_chain contains_chain check_images check_labels",
+    "data": "ImageSet load available batches random_crop_flip Batch DATASETS default_budget",
+    "models": "NormalizedModel create frozen save_weights load_weights pretrained zoo",
+    "records": "Record write_json append_jsonl write_atomic environment progress",
+    "pictures": "show_images show_attack flow_to_rgb quiver budget_strip",
+    "attacks": "Adversarial ascend fgsm pgd mi_fgsm ggsm one_pass cascade double_pass",
+    "objectives": "natural adversarial jat OBJECTIVES",
+    "training": "Recipe RECIPES fit",
+    "evaluation": "wilson_interval Evaluation evaluate jat_suite budget_curve check_attack",
+}
+
+
+@pytest.mark.parametrize("module", sorted(PROMISED))
+def test_promised_names(module):
+    missing = set(PROMISED[module].split()) - set(importlib.import_module(f"jat_nb.{module}").__all__)
+    assert not missing
+
+
+def test_version_only():
+    assert jat_nb.__version__ and not [n for n in vars(jat_nb) if not n.startswith("__") and n in ("double_pass", "ascend")]
+    assert (ROOT / "jat_nb" / "py.typed").exists()
+
+
+def test_signature_of_double_pass():
+    parameters = inspect.signature(double_pass).parameters
+    defaults = dict(eps_pixel=8 / 255, eps_flow=0.3, step_pixel=2 / 255, step_flow=0.15, steps=20, order="spatial-pixel",
+                    target=None, random_start=True, restarts=1, keep_best=False, generator=None, return_info=False)
+    assert list(parameters)[:3] == ["model", "x", "y"]
+    for name, value in defaults.items():
+        assert parameters[name].default == value and parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+@pytest.mark.parametrize("name", sorted(ATTACKS))
+def test_attacks_share_one_shape(name):
+    parameters = list(inspect.signature(ATTACKS[name]).parameters.values())
+    assert [p.name for p in parameters[:3]] == ["model", "x", "y"]
+    assert {"loss", "target", "random_start", "generator", "return_info"} <= {p.name for p in parameters}
+    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in parameters[3:])
+    assert all(p.annotation is not inspect.Parameter.empty for p in parameters)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_everything_public_is_documented(module):
+    package = importlib.import_module(f"jat_nb.{module}")
+    for name in getattr(package, "__all__", []):
+        thing = getattr(package, name)
+        if inspect.isfunction(thing) or (inspect.isclass(thing) and thing.__module__ == package.__name__):
+            assert (thing.__doc__ or "").strip(), f"{module}.{name}"
+
+
+def test_the_ten_line_example():
+    model, x, y = create("wrn_10_1_cifar"), torch.rand(2, 3, 32, 32), torch.tensor([3, 5])
+    x_adv = double_pass(model, x, y, steps=2)
+    assert x_adv.shape == x.shape and 0 <= x_adv.min() and x_adv.max() <= 1 and not x_adv.requires_grad
