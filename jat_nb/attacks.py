@@ -135,7 +135,7 @@ def _run(
                 params[i] = threats[i].step(params[i], g, base)
     return tuple(params), best
 
-# %% ../nbs/10_attacks.ipynb #a2da3771
+# %% ../nbs/10_attacks.ipynb #4e89f2f3
 def _report(
     objective: _Objective, x: Tensor, threats: Sequence[Threat], params: Sequence[Tensor], return_info: bool
 ) -> Tensor | Adversarial:
@@ -157,59 +157,7 @@ def _check_call(x: Tensor, y: Tensor, target: Tensor | None, restarts: int) -> N
     if restarts < 1:
         raise ValueError(f"expected at least one start, got restarts={restarts}")
 
-
-def ascend(
-    model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
-    x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
-    y: Tensor,  # True classes (B,), int64
-    threats: Sequence[Threat],  # Threats in the order of application
-    *,
-    steps: int,  # Steps; a step is one gradient pass, or one per threat when alternating
-    schedule: str = "alternating",  # "simultaneous", "alternating" or "sequential"
-    loss: Loss = cross_entropy,  # Per-example loss to climb, any of `jat_nb.losses`
-    target: Tensor | None = None,  # Classes (B,) to be mistaken for; the loss at them is descended
-    random_start: bool = True,  # Start uniformly within the budgets, else at the clean image
-    restarts: int = 1,  # Independent starts; per image the best end is kept
-    keep_best: bool = False,  # Per image the best iterate instead of the last
-    momentum: float = 0.0,  # Share of the past directions kept (Dong et al. 2018, Eq. 6)
-    generator: Randomness = None,  # One generator, or one per image; None uses the global one
-    return_info: bool = False,  # Return an `Adversarial` record instead of the images
-) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1], detached
-    "Projected ascent over the parameters of a list of threats: every gradient attack of this book."
-    _check_call(x, y, target, restarts)
-    phases = plan(len(threats), steps, schedule)
-    with torch.inference_mode(False), torch.no_grad(), frozen(model):
-        x, y, target = (v if v is None else v.detach().clone() for v in (x, y, target))
-        objective, kept = _Objective(model, y, target, loss), None
-        for _ in range(restarts):
-            last, best = _run(objective, x, threats, phases, random_start, keep_best, momentum, generator)
-            if restarts > 1 or keep_best:
-                kept = _State(last, *objective(apply_chain(threats, x, last))).best(best).best(kept)
-        return _report(objective, x, threats, last if kept is None else kept.params, return_info)
-
-# %% ../nbs/10_attacks.ipynb #b76be7b0
-def _report(
-    objective: _Objective, x: Tensor, threats: Sequence[Threat], params: Sequence[Tensor], return_info: bool
-) -> Tensor | Adversarial:
-    "The images that parameters make; with their loss and success verified in float32 when asked."
-    x_adv = apply_chain(threats, x, params).clamp(0, 1)  # rounding only: the parameters are within the budgets
-    if not return_info:
-        return x_adv
-    with torch.autocast(x.device.type, enabled=False):
-        loss, success = objective(x_adv)
-    return Adversarial(x_adv, tuple(params), tuple(threats), loss, success, contains_chain(threats, x, params),
-                       objective.n_forward, objective.n_backward)
-
-
-def _check_call(x: Tensor, y: Tensor, target: Tensor | None, restarts: int) -> None:
-    check_images(x)
-    check_labels(y, x)
-    if target is not None:
-        check_labels(target, x)
-    if restarts < 1:
-        raise ValueError(f"expected at least one start, got restarts={restarts}")
-
-
+# %% ../nbs/10_attacks.ipynb #b4adbfdf
 def ascend(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]

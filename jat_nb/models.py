@@ -6,7 +6,7 @@
 __all__ = ['NormalizedModel', 'frozen', 'SmallCNN', 'PreActBlock', 'PreActResNet', 'small_cnn_mnist', 'resnet18_cifar',
            'preact_resnet18_cifar', 'wide_resnet', 'create', 'save_weights', 'load_weights', 'zoo', 'pretrained']
 
-# %% ../nbs/05_models.ipynb #f68c7e1a
+# %% ../nbs/05_models.ipynb #a5a4e5f5
 import functools
 import json
 import math
@@ -20,14 +20,18 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from timm.models import register_model
-from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
+
+# %% ../nbs/05_models.ipynb #5fcbd37d
+with warnings.catch_warnings():  # in notebooks, timm's progress bars ask for widgets we have no use for
+    warnings.simplefilter("ignore")
+    import timm
+    from timm.models import register_model
+    from timm.models.resnet import BasicBlock, ResNet
 
 # %% ../nbs/05_models.ipynb #b40bbf5f
 class NormalizedModel(nn.Module):
@@ -85,7 +89,16 @@ def frozen(
                     b.copy_(before)
                 buffers[name] = b
 
-# %% ../nbs/05_models.ipynb #aafc2bbc
+# %% ../nbs/05_models.ipynb #12580952
+def _kaiming(model: nn.Module) -> None:
+    "He initialisation: convolutions keep the variance of the gradient, biases start at zero."
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        if isinstance(m, (nn.Conv2d, nn.Linear)) and m.bias is not None:
+            nn.init.zeros_(m.bias)
+
+# %% ../nbs/05_models.ipynb #68aa809b
 class SmallCNN(nn.Module):
     "The four-convolution network for MNIST of TRADES, 312,202 parameters for grey images and ten classes."
 
@@ -112,16 +125,7 @@ class SmallCNN(nn.Module):
     ) -> Tensor:  # Logits, (B, K)
         return self.head(self.features(x))
 
-
-def _kaiming(model: nn.Module) -> None:
-    "He initialisation: convolutions keep the variance of the gradient, biases start at zero."
-    for m in model.modules():
-        if isinstance(m, nn.Conv2d):
-            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-        if isinstance(m, (nn.Conv2d, nn.Linear)) and m.bias is not None:
-            nn.init.zeros_(m.bias)
-
-# %% ../nbs/05_models.ipynb #2c683335
+# %% ../nbs/05_models.ipynb #5c2d8c60
 def _norm(kind: str, channels: int) -> nn.Module:
     if kind == "batch":
         return nn.BatchNorm2d(channels)
@@ -129,7 +133,7 @@ def _norm(kind: str, channels: int) -> nn.Module:
         return nn.GroupNorm(math.gcd(32, channels), channels)
     raise ValueError(f"expected norm 'batch' or 'group', got {kind!r}")
 
-
+# %% ../nbs/05_models.ipynb #eba08c2b
 class PreActBlock(nn.Module):
     "Normalise, rectify, convolve, twice; add the input."
 
@@ -191,7 +195,7 @@ class PreActResNet(nn.Module):
     ) -> Tensor:  # Logits, (B, K)
         return self.fc(self.forward_features(x).mean(dim=(2, 3)))
 
-# %% ../nbs/05_models.ipynb #9624d296
+# %% ../nbs/05_models.ipynb #b76dc1af
 def _register(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     "Enter `build` into timm's registry; running the cell again replaces the entry silently."
     @functools.wraps(build)
@@ -204,7 +208,7 @@ def _register(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         warnings.simplefilter("ignore", UserWarning)
         return register_model(entry)
 
-
+# %% ../nbs/05_models.ipynb #a0f33dc8
 @_register
 def small_cnn_mnist(
     num_classes: int = 10,  # Width of the last layer
@@ -239,7 +243,7 @@ def preact_resnet18_cifar(
     return PreActResNet(64, (64, 128, 256, 512), 2, num_classes=num_classes, in_chans=in_chans, norm=norm,
                         final_norm=False)
 
-# %% ../nbs/05_models.ipynb #5232c4ab
+# %% ../nbs/05_models.ipynb #a12d854f
 def wide_resnet(
     depth: int,  # Layers, 6 n + 4 for n blocks per group
     width: int,  # Widening factor k: groups of 16k, 32k and 64k channels
@@ -254,7 +258,7 @@ def wide_resnet(
     return PreActResNet(16, [16 * width, 32 * width, 64 * width], (depth - 4) // 6, num_classes=num_classes,
                         in_chans=in_chans, norm=norm)
 
-
+# %% ../nbs/05_models.ipynb #601cd1e0
 def _register_wrn(depth: int, width: int) -> None:
     def build(**options):
         return wide_resnet(depth, width, **options)
@@ -269,7 +273,7 @@ for _depth, _widths in {10: (1, 2, 4), 16: (1, 2, 4, 8), 22: (1, 2), 28: (1, 2, 
     for _width in _widths:
         _register_wrn(_depth, _width)
 
-# %% ../nbs/05_models.ipynb #e734c7bd
+# %% ../nbs/05_models.ipynb #c106cbb0
 def create(
     name: str,  # Any timm name; this chapter adds `small_cnn_mnist`, `resnet18_cifar`, `wrn_16_2_cifar`, ...
     *,
@@ -285,14 +289,25 @@ def create(
         raise ValueError(f"unknown model {name!r}; the nearest names are {near}, timm.list_models() has all")
     model = timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **timm_options)
     known = getattr(model, "pretrained_cfg", None) or {}
-    known = known if len(known.get("mean") or ()) == in_chans else {"mean": (0.0,) * in_chans, "std": (1.0,) * in_chans}
-    mean, std = mean or known["mean"], std or known["std"]
-    timm_options.pop("pretrained", None)
-    metadata = dict(name=name, num_classes=num_classes, in_chans=in_chans, mean=list(mean), std=list(std),
-                    options=timm_options)
+    recorded = len(known.get("mean") or ()) == in_chans
+    mean = mean or (known["mean"] if recorded else (0.0,) * in_chans)
+    std = std or (known["std"] if recorded else (1.0,) * in_chans)
+    options = {k: v for k, v in timm_options.items() if k != "pretrained"}
+    metadata = dict(name=name, num_classes=num_classes, in_chans=in_chans, mean=[*mean], std=[*std], options=options)
     return NormalizedModel(model, mean, std, metadata)
 
-# %% ../nbs/05_models.ipynb #91aed68f
+# %% ../nbs/05_models.ipynb #c571e981
+def _tensors(model: NormalizedModel, half: bool) -> dict[str, Tensor]:
+    "The state on the CPU; `half` shortens matrices and kernels, never statistics, biases and scales."
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    if half:
+        tensors |= {k: v.half() for k, v in tensors.items()
+                    if v.is_floating_point() and v.ndim > 1 and k not in ("mean", "std")}
+    if not all(v.isfinite().all() for v in tensors.values()):
+        raise ValueError("refusing to save weights that are not finite" + (", or above 65504 in half" if half else ""))
+    return tensors
+
+# %% ../nbs/05_models.ipynb #fb8d1605
 def save_weights(
     model: NormalizedModel,  # Made by `create`, `load_weights` or `pretrained`
     path: str | Path,  # File to write, *.safetensors; replaced in one step or not at all
@@ -304,13 +319,7 @@ def save_weights(
     header = {**model.metadata, **(metadata or {})}
     if "name" not in header:
         raise ValueError("the model has no name to be rebuilt from; build it with create(name, ...)")
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    if half:
-        tensors = {k: v.half() if v.is_floating_point() and v.ndim > 1 and k not in ("mean", "std") else v
-                   for k, v in tensors.items()}
-    if not all(v.isfinite().all() for v in tensors.values()):
-        raise ValueError("the weights hold values that are not finite" + (", or above 65504 for half=True" if half else ""))
-    path = Path(path)
+    tensors, path = _tensors(model, half), Path(path)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         save_file(tensors, part, metadata={"jat_nb": json.dumps(header, allow_nan=False)})
@@ -319,7 +328,7 @@ def save_weights(
         part.unlink(missing_ok=True)
     return path
 
-
+# %% ../nbs/05_models.ipynb #f41ae5b2
 def load_weights(
     path: str | Path,  # File written by `save_weights`
 ) -> NormalizedModel:  # On the CPU, float32, in eval mode; `.metadata` holds the header
@@ -339,7 +348,7 @@ def load_weights(
     model.metadata = header
     return model.eval()
 
-# %% ../nbs/05_models.ipynb #24cc4581
+# %% ../nbs/05_models.ipynb #47d8b012
 def _zoo_folder() -> Path:
     return Path(str(files("jat_nb"))) / "zoo"
 
@@ -350,7 +359,7 @@ def zoo(
     "Names of the trained models at hand."
     return sorted(p.stem for p in Path(folder or _zoo_folder()).glob("*.safetensors"))
 
-
+# %% ../nbs/05_models.ipynb #4f564ea5
 def pretrained(
     name: str,  # One of `zoo()`
     *,

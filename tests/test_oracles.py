@@ -91,8 +91,8 @@ def test_flow_and_joint_optimum_on_a_ramp():
     rows, columns = torch.meshgrid(*2 * [torch.arange(20).double()], indexing="ij")
     ramp = (0.2 + 0.012 * columns + 0.016 * rows)[None, None]  # slope 0.02 per pixel
     margin = lambda v: (model(v)[:, 1] - model(v)[:, 0]).item()
-    only = margin(ggsm(model, ramp, y, eps=1.3, step=0.3, steps=30, loss=margin_loss))
-    both = margin(double_pass(model, ramp, y, eps_flow=1.3, step_flow=0.3, eps_pixel=0.03, step_pixel=0.01, steps=30,
+    only = margin(ggsm(model, ramp, y, eps=1.3, step=2.6, steps=30, loss=margin_loss))
+    both = margin(double_pass(model, ramp, y, eps_flow=1.3, step_flow=2.6, eps_pixel=0.03, step_pixel=0.01, steps=30,
                               loss=margin_loss))
     assert abs(only - (margin(ramp) - 1.3 * 0.02 * w.abs().sum().item())) < 1e-9
     assert abs(both - (margin(ramp) - (1.3 * 0.02 + 0.03) * w.abs().sum().item())) < 1e-9

@@ -1,4 +1,4 @@
-"Sphinx settings of the site. The pages are staged by build.py, which also passes project, version and copyright."
+"Sphinx settings of the site; build.py stages the pages and passes title, author, copyright and version."
 from docutils import nodes
 from sphinx.application import Sphinx
 
@@ -16,17 +16,16 @@ myst_all_links_external = True  # build.py resolves the links, links.py checks t
 # Mathematics: one vendored file, no accessibility menu, which would fetch speech rules.
 mathjax_path = "tex-svg.js"
 mathjax3_config = {"options": {"enableMenu": False}, "svg": {"fontCache": "local"}}
-suppress_warnings = ["config.cache"]
 
 html_theme = "furo"
 html_static_path = ["static"]
 html_css_files = ["book.css"]
+html_use_index = False
 html_copy_source = False
 html_show_sourcelink = False
 html_show_search_summary = False  # needs a server; the pages are also read as files
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
-copybutton_exclude = ".linenos, .gp, .go"
 html_theme_options = {
     "navigation_with_keys": True,
     "top_of_page_buttons": [],

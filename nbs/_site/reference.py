@@ -74,20 +74,18 @@ class _Reader:
             first -= 1
         return " ".join(self.comments[n] for n in range(first, line))
 
-    def function(self, node: ast.FunctionDef, bound: bool = False) -> Entry:
-        parameters = self.arguments(node)[bound:]
+    def function(self, node: ast.FunctionDef, method: bool = False) -> Entry:
         decorators = {self.text(d) for d in node.decorator_list}
-        body_starts = node.body[0].lineno
-        closing = range((node.returns or node).lineno, body_starts)
-        meaning = next((self.comments[n] for n in closing if n in self.comments), "") if node.returns else ""
-        return Entry(
-            name=node.name,
-            signature=node.name if decorators & {"property", "cached_property"} else
-            f"{node.name}({self.call(node, bound)})",
-            summary=_summary(node),
-            parameters=tuple(p for p in parameters if p.meaning or not bound),
-            returns=Parameter("returns", self.text(node.returns), "", meaning) if meaning else None,
-        )
+        bound = method and "staticmethod" not in decorators
+        parameters = [p for p in self.arguments(node)[bound:] if p.meaning or not method]
+        call = "" if decorators & {"property", "cached_property"} else f"({self.call(node, bound)})"
+        return Entry(node.name, node.name + call, _summary(node), tuple(parameters), self.returned(node))
+
+    def returned(self, node: ast.FunctionDef) -> Parameter | None:
+        "The documented result: its comment stands between the return type and the body."
+        lines = range(node.returns.lineno, node.body[0].lineno) if node.returns else []
+        meaning = next((self.comments[n] for n in lines if n in self.comments), "")
+        return Parameter("returns", self.text(node.returns), "", meaning) if meaning else None
 
     def arguments(self, node: ast.FunctionDef) -> list[Parameter]:
         a = node.args
@@ -97,38 +95,39 @@ class _Reader:
         rows += [(f"*{a.vararg.arg}", a.vararg, None)] if a.vararg else []
         rows += [(arg.arg, arg, default) for arg, default in zip(a.kwonlyargs, a.kw_defaults, strict=True)]
         rows += [(f"**{a.kwarg.arg}", a.kwarg, None)] if a.kwarg else []
-        return [Parameter(name, self.text(arg.annotation), self.text(default), self.comment((default or arg).end_lineno))
-                for name, arg, default in rows]
+        return [Parameter(name, self.text(arg.annotation), self.text(value), self.comment((value or arg).end_lineno))
+                for name, arg, value in rows]
 
     def call(self, node: ast.FunctionDef, bound: bool) -> str:
         "The arguments as a caller sees them: names and defaults, without types."
-        parts = [f"{p.name}={p.default}" if p.default else p.name for p in self.arguments(node)]
+        parts = [_default(p) for p in self.arguments(node)]
         if node.args.kwonlyargs and not node.args.vararg:
             parts.insert(len(node.args.posonlyargs) + len(node.args.args), "*")
         return ", ".join(parts[bound:])
 
     def class_(self, node: ast.ClassDef) -> Entry:
+        "A class as its constructor, written or generated from its fields, and its public methods."
         methods = [m for m in node.body if isinstance(m, ast.FunctionDef)]
         init = next((m for m in methods if m.name == "__init__"), None)
-        fields = [f for f in node.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)]
-        if init:
-            parameters, call = self.arguments(init)[1:], self.call(init, True)
-        else:
-            parameters = [Parameter(f.target.id, self.text(f.annotation), self.text(f.value), self.comment(f.end_lineno))
-                          for f in fields if not f.target.id.startswith("_")]
-            call = ", ".join(f"{p.name}={p.default}" if p.default else p.name for p in parameters)
-        return Entry(
-            name=node.name,
-            signature=f"{node.name}({call})" if call else node.name,
-            summary=_summary(node),
-            parameters=tuple(parameters),
-            members=tuple(self.function(m, bound=True) for m in methods if not m.name.startswith("_")),
-        )
+        fields = [self.field(f.target.id, f) for f in node.body
+                  if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name) and f.target.id[0] != "_"]
+        parameters = self.arguments(init)[1:] if init else fields
+        call = self.call(init, True) if init else ", ".join(_default(p) for p in fields)
+        members = tuple(self.function(m, method=True) for m in methods if not m.name.startswith("_"))
+        return Entry(node.name, f"{node.name}({call})" if call else node.name, _summary(node), tuple(parameters),
+                     members=members)
+
+    def field(self, name: str, node: ast.AnnAssign) -> Parameter:
+        return Parameter(name, self.text(node.annotation), self.text(node.value), self.comment(node.end_lineno))
 
     def constant(self, name: str, node: ast.Assign | ast.AnnAssign) -> Entry:
         value = self.text(node.value)
-        shown = value if len(value) <= 90 else f"{value[:86]} ..."
+        shown = value if len(value) <= 90 else "..."
         return Entry(name, f"{name} = {shown}", self.comment(node.end_lineno) or self.comment(node.lineno))
+
+
+def _default(parameter: Parameter) -> str:
+    return f"{parameter.name}={parameter.default}" if parameter.default else parameter.name
 
 
 def _summary(node: ast.FunctionDef | ast.ClassDef) -> str:

@@ -1,0 +1,160 @@
+"The committed site and README.md are those of the notebooks, complete, self-contained and readable without a server."
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SITE = ROOT / "nbs" / "_site"
+DOCS = ROOT / "docs"
+sys.path.insert(0, str(SITE))
+
+import build  # noqa: E402
+import links  # noqa: E402
+from book import PACKAGE, Book  # noqa: E402
+from reference import entries  # noqa: E402
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A site built now, warnings being errors, with its README beside it."
+    folder = tmp_path_factory.mktemp("site")
+    build.build(folder / "docs", folder / "README.md")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def book() -> Book:
+    return Book.read()
+
+
+def text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def public_names(module: Path) -> list[str]:
+    "`__all__` of a module, without importing it."
+    return next((ast.literal_eval(node.value) for node in ast.parse(text(module)).body
+                 if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"), [])
+
+
+def test_the_committed_site_is_not_stale() -> None:
+    changed = build.stale()
+    assert not changed, f"docs/ and README.md are older than {', '.join(changed)}: run `make docs`"
+
+
+def test_a_fresh_build_gives_the_committed_pages(fresh: Path) -> None:
+    assert text(fresh / "README.md") == text(ROOT / "README.md"), "README.md differs: run `make docs`"
+    pages = {path.name for path in DOCS.glob("*.html")}
+    assert pages == {path.name for path in (fresh / "docs").glob("*.html")}, "pages differ: run `make docs`"
+    assert not build.stale(fresh / "docs", fresh / "README.md")
+
+
+def test_a_change_makes_the_site_stale(fresh: Path, tmp_path: Path) -> None:
+    edited = tmp_path / "README.md"
+    edited.write_text(text(fresh / "README.md") + "\nedited by hand\n", encoding="utf-8")
+    assert build.stale(fresh / "docs", edited) == ["README.md"]
+    assert "nbs/index.ipynb" in build.stale(tmp_path, edited)
+
+
+def test_every_link_and_anchor_resolves() -> None:
+    assert links.broken(DOCS) == []
+
+
+def test_nothing_is_loaded_from_a_network() -> None:
+    assert links.remote(DOCS) == []
+
+
+def test_the_link_check_sees_what_is_broken(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text('<p id="here"><a href="#here">1</a><a href="#gone">2</a><a href="b.html">3</a>'
+                                     '<img src="https://example.org/x.png"><a href="https://example.org">4</a></p>')
+    assert links.broken(tmp_path) == ["a.html: #gone", "a.html: b.html"]
+    assert links.remote(tmp_path) == ["a.html: https://example.org/x.png"]
+
+
+def test_the_site_is_small_and_holds_only_pages() -> None:
+    files = [path for path in DOCS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 15e6
+    assert (DOCS / ".nojekyll").exists()
+    assert not [path for path in files if {".doctrees", "_sources"} & set(path.parts) or path.suffix == ".ipynb"]
+
+
+def test_every_public_name_has_an_entry_and_an_anchor(book: Book) -> None:
+    chapters = {chapter.module: links.Page(DOCS / chapter.page).anchors for chapter in book.chapters if chapter.module}
+    api = links.Page(DOCS / "api.html").anchors
+    wanted = {f"{PACKAGE}.{module.stem}.{name}": chapters[module.stem]
+              for module in sorted((ROOT / PACKAGE).glob("*.py")) for name in public_names(module)}
+    assert not [name for name in wanted if name not in api], "no entry in api.html"
+    assert not [name for name, anchors in wanted.items() if name not in anchors], "no anchor in its chapter"
+
+
+def test_every_chapter_has_its_title_and_figures(book: Book) -> None:
+    for chapter in book.chapters:
+        page = text(DOCS / chapter.page)
+        assert re.search(r"<h1>.+?<", page), f"{chapter.page} has no title"
+        stored = sum("image/png" in output.get("data", {}) for cell, _ in chapter.cells for output in cell.outputs)
+        assert len(re.findall(r'<img[^>]+src="_images/', page)) == stored, f"{chapter.page} lacks figures"
+
+
+def test_the_readme_is_plain_markdown_with_its_figures() -> None:
+    readme = text(ROOT / "README.md")
+    assert not re.search(r"^:::|^```\{|^\{\.|#\||<!-- chapters -->", readme, re.MULTILINE)
+    targets = re.findall(r"\]\(([^)\s]+)\)", readme)
+    missing = [target for target in targets if not re.match(r"\w+:|#", target)
+               and not (ROOT / target.partition("#")[0]).exists()]
+    assert targets and not missing
+
+
+SOURCE = '''
+def attack(
+    x: Tensor,  # Images
+    *,
+    # Budget in pixels,
+    # from Table 2
+    eps: float = 8 / 255,
+) -> Tensor:  # Changed images
+    "Change `x`."
+    return x
+
+class Box:
+    "A box."
+    def __init__(self, side: float = 1.0):  # Metres
+        self.side = side
+    @property
+    def area(self) -> float:  # Square metres
+        "Side squared."
+        return self.side**2
+
+LIMITS = (0, 1)  # Range of a pixel
+_HIDDEN = 1
+'''
+
+
+def test_entries_are_read_from_source() -> None:
+    attack, box, limits = entries(SOURCE)
+    assert attack.signature == "attack(x, *, eps=8 / 255)"
+    assert [p.meaning for p in attack.parameters] == ["Images", "Budget in pixels, from Table 2"]
+    assert attack.returns and (attack.returns.type, attack.returns.meaning) == ("Tensor", "Changed images")
+    area, = box.members
+    assert (box.signature, area.signature, area.summary) == ("Box(side=1.0)", "area", "Side squared.")
+    assert (limits.signature, limits.summary) == ("LIMITS = (0, 1)", "Range of a pixel")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_a_browser_opens_a_page_as_a_file_and_sets_its_mathematics(book: Book, tmp_path: Path) -> None:
+    page = next(DOCS / c.page for c in book.chapters if 'class="math' in text(DOCS / c.page))
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+               "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path}",
+               "--virtual-time-budget=10000"]
+    dom = subprocess.run([CHROMIUM, *options, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=60)
+    assert dom.returncode == 0
+    assert "<mjx-container" in dom.stdout
+    assert "data-mjx-error" not in dom.stdout
