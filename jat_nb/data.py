@@ -350,7 +350,7 @@ class Budget:
         "Half the flow budget (spec D-J19)."
         return self.eps_flow / 2
 
-# %% ../nbs/04_data.ipynb #19b9858f
+# %% ../nbs/04_data.ipynb #74055246
 _BUDGETS = {"digits": Budget(0.1, 0.5), "mnist": Budget(0.3, 0.3), "fashion_mnist": Budget(0.1, 0.3)}
 
 

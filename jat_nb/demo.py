@@ -32,16 +32,16 @@ from .pictures import plot_curves, show_attack
 from .records import Record, check_writable, read_jsonl, write_atomic
 from .training import RECIPES, Recipe, fit
 
-# %% ../nbs/41_demo.ipynb #b0630f74
+# %% ../nbs/41_demo.ipynb #f7a4b488
 @dataclass(frozen=True)
 class Settings:
     "What the demo trains and attacks; see `python -m jat_nb.demo --help`."
 
     data: str = "digits"  # data set, any name of `jat_nb.data.DATASETS`
-    model: str = "wrn_10_2_cifar"  # backbone, any timm name
+    model: str = "wrn_10_1_cifar"  # backbone, any timm name
     n_train: int | None = None  # training images, all by default
-    n_test: int = 300  # test images that are attacked
-    epochs: int = 12  # passes over the training images, for each network
+    n_test: int = 200  # test images that are attacked
+    epochs: int = 15  # passes over the training images, for each network
     batch_size: int = 64  # images per update
     steps: int = 20  # steps of the iterated attacks
     seed: int = 0  # of initialisation, batches and attacks

@@ -168,7 +168,7 @@ def show_attack(
 PALETTE = {"blue": "#2166ac", "red": "#b2182b", "green": "#4d9221",
            "orange": "#e08214", "purple": "#762a83", "grey": "0.4"}  # Told apart by colour-blind readers
 
-# %% ../nbs/00_pictures.ipynb #1d94bb13
+# %% ../nbs/00_pictures.ipynb #a2aae71c
 def budget_strip(
     images: Tensor,  # One image under each budget (K, C, H, W) in [0, 1]
     budgets: Sequence[float],  # The K budgets, in `unit`
@@ -180,6 +180,7 @@ def budget_strip(
 ) -> Figure:  # One row of K panels
     "One image under growing budgets, with the model's answer below each panel."
     fig = show_images(images, [f"{b:g}{unit}" for b in budgets], columns=len(images), size=size)
+    fig.set_figheight(fig.get_figheight() + 0.25)  # room for the answers
     for ax, answer in zip(fig.axes, _titles(predicted, len(images))):
         ax.set_xlabel(answer, fontsize=9, color=PALETTE["blue" if answer == truth else "red"])
     return fig

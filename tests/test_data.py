@@ -1,0 +1,293 @@
+"Data sets from disk in every layout, against what was put there; subsets, augmentation and batches as laws."
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.testing import assert_close
+from torchvision import datasets
+from torchvision.transforms import functional as TF
+
+from jat_nb.data import (DATASETS, Batch, Budget, ImageSet, available, batches, default_budget, load,
+                         random_crop_flip)
+
+
+def toy(n: int = 40, classes: int = 4, channels: int = 3, side: int = 8, name: str = "toy", seed: int = 0) -> ImageSet:
+    g = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (n, channels, side, side), generator=g, dtype=torch.uint8)
+    images.view(n, -1)[:, 0], images.view(n, -1)[:, 1] = torch.arange(n) % 256, torch.arange(n) // 256  # all distinct
+    return ImageSet(name, images, torch.randint(classes, (n,), generator=g), tuple(map(str, range(classes))))
+
+
+def keys(data: ImageSet) -> set[bytes]:
+    return {image.numpy().tobytes() for image in data.images}
+
+
+def put(root: Path, split: str, label: str, images: np.ndarray, suffix: str = ".png") -> None:
+    folder = root / split / label
+    folder.mkdir(parents=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i:03}{suffix}")
+
+
+pictures = np.random.RandomState(0).randint(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 120), st.integers(1, 7), st.floats(0, 1), st.integers(0, 99))
+def test_subsets_are_balanced_nested_and_disjoint(n, classes, share, seed):
+    data, k = toy(n, classes, side=4), int(share * n)
+    rest, held = data.split(k, seed)
+    assert len(held) == k and len(rest) == n - k
+    assert keys(rest) | keys(held) == keys(data) and not keys(rest) & keys(held)
+    counts, most = held.labels.bincount(minlength=classes), data.labels.bincount(minlength=classes)
+    unused = counts < most  # a class that still has images was never behind by more than one
+    assert not unused.any() or counts.max() - counts[unused].min() <= 1
+    assert torch.equal(data.subset(k // 2, seed).images, held.images[:k // 2])
+    assert torch.equal(data.subset(k, seed).images, held.images)
+
+
+def test_moments_and_float_view():
+    data = toy(channels=2)
+    pixels = data.images.numpy().transpose(1, 0, 2, 3).reshape(2, -1) / 255
+    assert data.mean == pytest.approx(pixels.mean(1), abs=1e-12)
+    assert data.std == pytest.approx(pixels.std(1), abs=1e-12)
+    assert torch.equal((data.x * 255).round().byte(), data.images) and data.x.dtype == torch.float32
+    assert (data.channels, data.num_classes, len(data.to("cpu"))) == (2, 4, 40)
+
+
+@pytest.mark.parametrize("images, labels, seen", [
+    (torch.zeros(2, 1, 4, 4), torch.zeros(2).long(), "torch.float32"),
+    (torch.zeros(2, 4, 4).byte(), torch.zeros(2).long(), r"\(2, 4, 4\)"),
+    (torch.zeros(2, 1, 4, 4).byte(), torch.zeros(3).long(), r"labels \(3,\)"),
+    (torch.zeros(2, 1, 4, 4).byte(), torch.tensor([0, 5]), "from 0 to 5"),
+    (torch.zeros(2, 1, 4, 4).byte(), torch.tensor([-1, 0]), "from -1 to 0"),
+])
+def test_impossible_sets_are_refused(images, labels, seen):
+    with pytest.raises(ValueError, match=seen):
+        ImageSet("bad", images, labels, ("a", "b"))
+
+
+def test_digits_are_fixed_stratified_and_disjoint():
+    train, test = load("digits"), load("digits", "test")
+    assert (len(train), len(test), train.variant) == (1437, 360, "upscaled")
+    assert train.images.shape[1:] == (1, 32, 32) and int(train.images.max()) == 255
+    assert not keys(train) & keys(test)
+    share = test.labels.bincount() / (train.labels.bincount() + test.labels.bincount())
+    assert (share - 0.2).abs().max() < 0.01
+
+
+def test_folders_come_back_byte_for_byte(tmp_path):
+    put(tmp_path / "toy", "train", "b", pictures[:3])
+    put(tmp_path / "toy", "train", "a", pictures[3:])
+    put(tmp_path / "toy", "val", "b", pictures[:1])
+    (tmp_path / "toy" / "train" / ".cache").mkdir()
+    train, val = load("toy", root=tmp_path), load("toy", "test", root=tmp_path)
+    assert train.classes == val.classes == ("a", "b") and train.variant == "folder"
+    assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert val.labels.tolist() == [1], "numbered by the classes of the training part"
+    expected = torch.from_numpy(np.concatenate([pictures[3:], pictures[:3]])).permute(0, 3, 1, 2)
+    assert torch.equal(train.images, expected)
+    assert torch.equal(load(f"folder:{tmp_path / 'toy'}").images, expected)
+    assert available("toy", tmp_path) and available(f"folder:{tmp_path / 'toy'}")
+    theirs = datasets.ImageFolder(str(tmp_path / "toy" / "val"), TF.to_tensor)
+    assert_close(val.x[0], theirs[0][0], rtol=0, atol=0)
+
+
+def test_jpeg_copy_of_cifar100_says_so(tmp_path):
+    put(tmp_path / "cifar100", "train", "apple", pictures, ".jpg")
+    assert load("cifar100", root=tmp_path).variant == "jpeg"
+
+
+def test_folder_errors_name_the_mend(tmp_path):
+    put(tmp_path / "toy", "train", "a", pictures[:2])
+    put(tmp_path / "toy", "train", "b", pictures[2:4, :5])
+    with pytest.raises(ValueError, match=r"8 x 8 and of 8 x 5 .*size="):
+        load("toy", root=tmp_path)
+    sized = load("toy", root=tmp_path, size=4)
+    assert sized.images.shape == (4, 3, 4, 4) and sized.variant == "folder, 4 px"
+    put(tmp_path / "toy", "test", "c", pictures[:1])
+    with pytest.raises(ValueError, match=r"lacks: \['c'\]"):
+        load("toy", "test", root=tmp_path)
+    with pytest.raises(FileNotFoundError, match="train/CLASS"):
+        load(f"folder:{tmp_path / 'nowhere'}")
+    (tmp_path / "bare" / "train" / "a").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="no pictures"):
+        load("bare", root=tmp_path)
+
+
+def test_missing_and_unknown_sets(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAT_DATA", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in set(DATASETS) - {"digits"}:
+        assert not available(name)
+        with pytest.raises(FileNotFoundError) as error:
+            load(name)
+        for part in (str(tmp_path), "jat_nb", "JAT_DATA", "root=", "download=True"):
+            assert part in str(error.value)
+    with pytest.raises(ValueError, match="expected one of digits, mnist"):
+        load("cifar-10")
+    with pytest.raises(ValueError, match="'train' or 'test', got 'val'"):
+        load("digits", "val")
+
+
+def test_root_comes_before_environment(tmp_path, monkeypatch):
+    put(tmp_path / "env" / "toy", "train", "a", pictures[:1])
+    put(tmp_path / "arg" / "toy", "train", "a", pictures[1:3])
+    monkeypatch.setenv("JAT_DATA", str(tmp_path / "env"))
+    assert len(load("toy")) == 1 and len(load("toy", root=tmp_path / "arg")) == 2
+
+
+def test_svhn_layout(tmp_path, monkeypatch):
+    from scipy.io import savemat
+
+    labels = np.array([1, 10, 3, 10, 5, 6], dtype=np.uint8)[:, None]  # 10 stands for the digit 0
+    savemat(tmp_path / "test_32x32.mat", {"X": pictures.transpose(1, 2, 3, 0), "y": labels})
+    with pytest.raises(FileNotFoundError, match="incomplete"):
+        load("svhn", "test", root=tmp_path)  # not the published file
+    monkeypatch.setattr(datasets.SVHN, "_check_integrity", lambda self: True)
+    data = load("svhn", "test", root=tmp_path)
+    assert data.labels.tolist() == [1, 0, 3, 0, 5, 6] and data.classes == tuple("0123456789")
+    assert torch.equal(data.images, torch.from_numpy(pictures).permute(0, 3, 1, 2))
+
+
+def test_caltech_layout(tmp_path):
+    root = tmp_path / "caltech256" / "256_ObjectCategories"
+    shapes = [(30, 20), (24, 48)]
+    for label, name in enumerate(["001.ak47", "257.clutter"]):
+        (root / name / "extra").mkdir(parents=True)
+        for i in range(62):
+            image = np.full((*shapes[label], 3), 3 * i, np.uint8)
+            Image.fromarray(image).save(root / name / f"{label + 1:03}_{i:04}.png")
+        Image.fromarray(pictures[0]).save(root / name / "extra" / "stray.png")
+    train, test = (load("caltech256", split, root=tmp_path, size=16) for split in ("train", "test"))
+    assert train.labels.bincount().tolist() == [60, 60] and test.labels.bincount().tolist() == [2, 2]
+    assert train.classes == ("ak47", "clutter") and train.images.shape[1:] == (3, 16, 16)
+    values = torch.cat([train.images[:, 0, 0, 0], test.images[:, 0, 0, 0]]).sort().values
+    assert values.tolist() == sorted(3 * i for i in range(62) for _ in range(2))
+    again = load("caltech256", "test", root=tmp_path, size=16)
+    assert torch.equal(again.images, test.images)
+
+
+def test_mnist_layout(tmp_path, monkeypatch):
+    (tmp_path / "MNIST" / "raw").mkdir(parents=True)
+    images, labels = pictures[..., 0], np.arange(6, dtype=np.uint8)
+    for stem, array in (("images-idx3", images), ("labels-idx1", labels)):
+        head = b"\0\0\x08" + bytes([array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+        for part in ("train", "t10k"):
+            (tmp_path / "MNIST" / "raw" / f"{part}-{stem}-ubyte").write_bytes(head + array.tobytes())
+    data = load("mnist", "test", root=tmp_path)
+    assert torch.equal(data.images[:, 0], torch.from_numpy(images.copy())) and data.labels.tolist() == [*range(6)]
+    assert data.classes == tuple("0123456789") and data.variant == "official"
+    with pytest.raises(ValueError, match="one size"):
+        load("mnist", root=tmp_path, size=32)
+
+
+@pytest.mark.skipif(not available("cifar10"), reason="CIFAR-10 is not at hand")
+def test_cifar10_equals_torchvision():
+    root = next(Path(p).expanduser() for p in (os.environ.get("JAT_DATA", ""), "~/.cache/jat_nb")
+                if p and (Path(p).expanduser() / "cifar-10-batches-py").exists())
+    theirs, ours = datasets.CIFAR10(str(root), train=False, transform=TF.to_tensor), load("cifar10", "test")
+    for i in (0, 17, 9999):
+        assert_close(ours.images[i].float() / 255, theirs[i][0], rtol=0, atol=0)
+        assert ours.labels[i] == theirs[i][1]
+    assert ours.classes[:2] == ("airplane", "automobile")
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 6), st.sampled_from([1, 3]), st.integers(2, 9), st.integers(2, 9), st.integers(0, 4),
+       st.booleans(), st.booleans(), st.integers(0, 9))
+def test_crop_flip_equals_the_slow_way(b, c, h, w, pad_px, flip, as_float, seed):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randint(256, (b, c, h, w), generator=g, dtype=torch.uint8)
+    x = x.float() / 255 if as_float else x
+    out = random_crop_flip(x, pad_px=pad_px, flip=flip, generator=g.manual_seed(seed))
+    g.manual_seed(seed)
+    shifts = torch.randint(2 * pad_px + 1, (2, b, 1), generator=g).squeeze(2).T.tolist()
+    mirror = torch.randint(2, (b, 1), generator=g).squeeze(1).tolist()
+    for image, (down, right), m, ours in zip(x, shifts, mirror, out, strict=True):
+        slow = TF.crop(TF.pad(image, pad_px), down, right, h, w)
+        assert torch.equal(ours, TF.hflip(slow) if m and flip else slow)
+
+
+def test_flip_rate_and_offsets_are_uniform():
+    x = torch.zeros(9000, 1, 5, 5)
+    x[:, :, 2, 1] = 1
+    out = random_crop_flip(x, pad_px=1, generator=torch.Generator().manual_seed(0))
+    place = out.flatten(1).argmax(1)
+    rows = (place // 5).bincount(minlength=5)[1:4] / 9000
+    assert (rows - 1 / 3).abs().max() < 3 * (2 / 9 / 9000) ** 0.5
+    assert abs((place % 5 >= 3).float().mean() - 1 / 3) < 3 * (2 / 9 / 9000) ** 0.5  # mirrored, shift 0 or 1 inwards
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 12), st.booleans(), st.booleans())
+def test_batches_visit_every_image_once(n, size, shuffle, augment):
+    data = toy(n, name="svhn", side=4)  # svhn is never augmented
+    seen = list(batches(data, size, shuffle=shuffle, augment=augment, generator=torch.Generator().manual_seed(1)))
+    assert [len(b.y) for b in seen] == [size] * (n // size) + [n % size] * (n % size > 0)
+    x, y = torch.cat([b.x for b in seen]), torch.cat([b.y for b in seen])
+    order = (x.view(n, -1)[:, 0] * 255).round().long()
+    assert sorted(order.tolist()) == [*range(n)]
+    assert torch.equal(x, data.x[order]) and torch.equal(y, data.labels[order])
+    assert shuffle or order.tolist() == [*range(n)]
+
+
+def test_batches_repeat_and_ignore_their_consumer():
+    data = toy()
+
+    def epochs(greedy: bool, seed: int) -> list[torch.Tensor]:
+        g, out = torch.Generator().manual_seed(seed), []
+        for _ in range(2):
+            for batch in batches(data, 16, shuffle=True, augment=True, generator=g):
+                assert isinstance(batch, Batch) and batch.x.dtype == torch.float32
+                if greedy:
+                    torch.rand(7, generator=batch.generator)
+                out.append(batch.x)
+        return out
+
+    calm = epochs(False, 0)
+    assert all(map(torch.equal, calm, epochs(True, 0)))
+    assert not torch.equal(calm[0], calm[3]), "a new order and new shifts in every epoch"
+    assert not torch.equal(calm[0], epochs(False, 1)[0])
+
+
+def test_batches_without_generator_follow_the_global_seed():
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        draws.append(next(batches(toy(), 8, shuffle=True, augment=True)).x)
+    assert torch.equal(*draws)
+
+
+@pytest.mark.parametrize("name, may_flip, pad_px", [("digits", False, 2), ("mnist", False, 2), ("svhn", False, 0),
+                                                    ("fashion_mnist", False, 2), ("cifar10", True, 4)])
+def test_augmentation_policy(name, may_flip, pad_px):
+    ramp = torch.arange(1, 33, dtype=torch.uint8).expand(400, 1, 32, 32)  # grows to the right
+    data = ImageSet(name, ramp.contiguous(), torch.zeros(400).long(), ("a",))
+    x = next(batches(data, 400, augment=True, generator=torch.Generator().manual_seed(0))).x
+    middle = x[:, 0, 16]
+    flipped = middle[:, 20] < middle[:, 12]
+    assert flipped.any() == may_flip
+    black = (middle == 0).sum(1)
+    assert black.max() == pad_px
+
+
+def test_bad_sizes():
+    with pytest.raises(ValueError, match="got 0"):
+        next(batches(toy(), 0))
+    with pytest.raises(ValueError, match="got -1"):
+        random_crop_flip(toy().images, pad_px=-1)
+    with pytest.raises(ValueError, match="cannot take 41 images out of the 40"):
+        toy().subset(41)
+
+
+def test_budgets():
+    assert default_budget("mnist") == Budget(0.3, 0.3) and default_budget("digits") == Budget(0.1, 0.5)
+    for name in ("cifar10", "cifar100", "svhn", "caltech256", "folder:/x"):
+        assert default_budget(name) == Budget(8 / 255, 0.3)
+    assert default_budget("cifar10").step_pixel == 2 / 255 and default_budget("cifar10").step_flow == 0.15

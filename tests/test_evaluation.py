@@ -1,0 +1,183 @@
+"""The evaluator counts what survives: closed forms, invariance, and a model left as found."""
+import json
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+from torch import nn
+from torch.testing import assert_close
+
+from jat_nb.attacks import fgsm, pgd
+from jat_nb.evaluation import (Evaluation, budget_curve, evaluate, ggsm_at, image_generators, jat_suite, pgd_at,
+                               wilson_interval)
+
+
+@pytest.fixture(scope="module")
+def case():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(4 * 36, 3))
+    x = torch.rand(40, 1, 8, 8)
+    y = model.eval()(x).argmax(1)
+    y[::8] = (y[::8] + 1) % 3  # some images are wrong when clean
+    return model, x, y
+
+
+def linear(w, b):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(len(w), 2))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.stack([0 * w, w]))
+        model[1].bias.copy_(torch.tensor([0.0, b]))
+    return model
+
+
+@given(n=st.integers(1, 500), data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_wilson_agrees_with_scipy(n, data):
+    k = data.draw(st.integers(0, n))
+    low, high = wilson_interval(k, n)
+    expected = binomtest(k, n).proportion_ci(method="wilson")
+    assert_close(torch.stack([low, high]), torch.tensor(list(expected), dtype=torch.float64), rtol=0, atol=1e-6)
+    assert 0 <= low <= k / n + 1e-12 and k / n - 1e-12 <= high <= 1
+
+
+@pytest.mark.parametrize("k, n", [(-1, 5), (6, 5), (0, 0)])
+def test_wilson_refuses(k, n):
+    with pytest.raises(ValueError, match="successes"):
+        wilson_interval(k, n)
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.01, 0.03, 0.06])
+def test_linear_model_matches_the_closed_form(eps):
+    torch.manual_seed(1)
+    x, w = 0.3 + 0.4 * torch.rand(60, 1, 6, 6), torch.randn(36)
+    b = -float(x.flatten(1).mean(0) @ w)
+    score = x.flatten(1) @ w + b
+    y = (score + torch.randn(60) > 0).long()
+    expected = (2 * y - 1) * score > eps * w.abs().sum()
+    found = evaluate(linear(w, b), x, y, {"PGD": pgd_at(eps), "FGSM": partial(fgsm, eps=eps)})
+    assert torch.equal(found.correct, torch.stack([expected, expected]))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 40])
+def test_batch_size_changes_nothing(case, batch_size):
+    suite = jat_suite(eps_pixel=0.03, eps_flow=0.3, steps=2)
+    reference = evaluate(*case, suite, batch_size=16)
+    assert torch.equal(evaluate(*case, suite, batch_size=batch_size).correct, reference.correct)
+
+
+def test_active_set_changes_only_the_cost(case):
+    suite = {"all": [partial(fgsm, eps=0.02), pgd_at(0.02, 2), ggsm_at(0.3, 2)], "one": pgd_at(0.02, 2)}
+    lazy, full = evaluate(*case, suite), evaluate(*case, suite, active=False)
+    assert torch.equal(lazy.correct, full.correct) and (lazy.passes < full.passes).all()
+    assert lazy.correct[0].sum() <= lazy.correct[1].sum()
+
+
+def test_seed_matters_and_repeats(case):
+    noise = lambda model, x, y, generator: (x + 0.3 * torch.stack([torch.rand(x.shape[1:], generator=g) for g in generator])).clamp(0, 1)
+    a, b, c = (evaluate(*case, {"noise": noise}, seed=s).correct for s in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_union_is_per_image():
+    correct = torch.tensor([[1, 1, 0], [0, 1, 1]]).bool()
+    found = Evaluation(("a", "b"), correct, torch.ones(2, 2, dtype=torch.int64), 0)
+    assert found.union.tolist() == [False, True, False]
+    table = found.table()
+    assert list(table.index) == ["a", "b", "Union"] and table["accuracy (%)"].round(1).tolist() == [66.7, 66.7, 33.3]
+    assert table["text"]["Union"].startswith("33.3 (") and "n = 3" in table["text"]["Union"]
+    kept = json.loads(json.dumps(found.record()))
+    assert kept["n"] == 3 and kept["rows"]["a"]["forward / n"] == pytest.approx(1 / 3)
+
+
+def test_clean_mistakes_count_everywhere(case):
+    model, x, y = case
+    cheat = lambda model, x, y, generator: torch.rand_like(x)
+    found = evaluate(model, x, y, {"Clean": lambda model, x, y, **_: x, "cheat": cheat}, active=False)
+    assert found.accuracy[0] == 35 / 40 and not found.correct[1][::8].any()
+
+
+def test_passes_count_images(case):
+    model, x, y = case
+    found = evaluate(model, x, y, {"PGD": pgd_at(0.01, 3)})
+    right = 35
+    assert found.passes.tolist() == [[right * (3 + 1), right * 3]]
+
+
+def test_model_is_left_as_found(case):
+    model, x, y = case
+    model.train()
+    model[1].eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    modes = [m.training for m in model.modules()]
+
+    def rude(model, x, y, generator):
+        model.train()
+        model(x)
+        return x
+    evaluate(model, x, y, {"rude": rude})
+    with pytest.raises(RuntimeError, match="planted"):
+        evaluate(model, x, y, {"bad": lambda *_, **__: (_ for _ in ()).throw(RuntimeError("planted"))})
+    assert [m.training for m in model.modules()] == modes and not model._forward_hooks
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    model.eval()
+
+
+def test_verdict_does_not_trust_autocast(case):
+    model, x, y = case
+    suite = {"Clean": lambda model, x, y, **_: x}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = evaluate(model, x, y, suite)
+    assert torch.equal(inside.correct, evaluate(model, x, y, suite).correct)
+
+
+@pytest.mark.parametrize("result, message", [
+    (lambda x: 2 * x, "invalid images"), (lambda x: x * torch.nan, "invalid images"), (lambda x: x[:, :, 1:], "expected images"),
+    (lambda x: x.double(), "float64"), (lambda x: (x, None), "tuple")])
+def test_bad_attacks_are_named(case, result, message):
+    with pytest.raises(ValueError, match=f"'odd'.*{message}"):
+        evaluate(*case, {"odd": lambda model, x, y, generator: result(x)})
+
+
+def test_bad_input_is_refused(case):
+    model, x, y = case
+    for args, message in [((model, 255 * x, y), "divide bytes"), ((model, x, y.float()), "int64"), ((model, x, y + 5), "labels"),
+                          ((nn.Flatten(0), x, y), "logits")]:
+        with pytest.raises(ValueError, match=message):
+            evaluate(*args, {"PGD": pgd_at(0.01, 1)})
+    for suite, batch_size in (({}, 8), ({"Union": pgd}, 8), ({"PGD": pgd}, 0)):
+        with pytest.raises(ValueError, match="none named 'Union'"):
+            evaluate(model, x, y, suite, batch_size=batch_size)
+    with pytest.raises(ValueError, match="choose from Clean"):
+        jat_suite(eps_pixel=0.1, eps_flow=0.3, names=["AutoAttack"])
+    with pytest.raises(ValueError, match="increasing"):
+        budget_curve(model, x, y, pgd_at, [0.1, 0.1])
+
+
+def test_nan_logits_are_errors(case):
+    _, x, y = case
+    class Nan(nn.Module):
+        def forward(self, x): return torch.full((len(x), 3), torch.nan) + x.sum()
+    assert evaluate(Nan(), x, torch.zeros_like(y), {"Clean": lambda model, x, y, **_: x}).accuracy == 0
+
+
+def test_curve_starts_at_the_clean_accuracy_and_is_exact_at_zero(case):
+    model, x, y = case
+    curve = budget_curve(model, x, y, partial(ggsm_at, steps=2), [0, 0.5, 2], batch_size=9)
+    assert curve.names == ("0.0", "0.5", "2.0") and curve.accuracy[0] == 35 / 40
+
+
+def test_suite_scales_its_steps():
+    suite = jat_suite(eps_pixel=8 / 255, eps_flow=0.3)
+    assert list(suite) == ["Clean", "FGSM", "PGD20", "Spatial", "Joint", "Joint PS"]
+    assert suite["Joint PS"].keywords["order"] == "pixel-spatial"
+    assert suite["Joint"].keywords["step_pixel"] == pytest.approx(2 / 255) and suite["Joint"].keywords["step_flow"] == 0.15
+
+
+def test_image_generators_depend_on_all_three():
+    draw = lambda *a: torch.rand(3, generator=image_generators(*a)[0])
+    reference = draw(0, [5])
+    assert torch.equal(reference, draw(0, [5])) and not any(torch.equal(reference, draw(*a)) for a in ((1, [5]), (0, [6]), (0, [5], 1)))

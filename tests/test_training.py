@@ -1,0 +1,314 @@
+"Recipes, schedules, checkpoints, and the promise that a killed run ends where an undisturbed one would."
+import itertools
+import json
+import math
+import os
+from dataclasses import asdict, replace
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.testing import assert_close
+
+from jat_nb.attacks import ATTACKS, fgsm, pgd
+from jat_nb.data import Batch, ImageSet, batches
+from jat_nb.models import create, load_weights
+from jat_nb.objectives import OBJECTIVES, natural
+from jat_nb.records import read_jsonl
+from jat_nb.training import (RECIPES, Recipe, accuracy, best_row, fit, learning_rate, load_state, make_optimizer,
+                             save_state, train_step)
+
+TINY = dict(epochs=3, batch_size=16, milestones=(2,), probe="pgd", probe_options={"steps": 1}, probe_images=10)
+NATURAL = Recipe(objective="natural", attack=None, attack_options={}, **TINY)
+
+
+def images(n=40, seed=0, side=8):
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 3
+    x = torch.randint(0, 100, (n, 1, side, side), generator=g) + 50 * labels.view(-1, 1, 1, 1)
+    return ImageSet("toy", x.to(torch.uint8), labels, ("a", "b", "c"))
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3),
+                         nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3))
+
+
+def equal(a, b):
+    return all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+
+
+def killer(objective, at):
+    calls = itertools.count(1)
+
+    def killed(model, batch, attack):
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return objective(model, batch, attack)
+    return killed
+
+
+# Recipes
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_published_recipes_survive_json(name):
+    assert Recipe(**json.loads(json.dumps(asdict(RECIPES[name])))) == RECIPES[name]
+
+
+def test_published_recipes_are_those_of_the_paper():
+    a = RECIPES["one-step-joint"]
+    assert a == Recipe() and a.attack_options["step_pixel"] == 8 / 255 and a.attack_options["step_flow"] == 0.3
+    assert (a.epochs, a.milestones, a.lr, a.momentum, a.weight_decay, a.batch_size) == (300, (100, 150), 0.1, 0.9, 2e-4, 128)
+    assert (RECIPES["madry"].epochs, RECIPES["madry"].milestones, RECIPES["madry"].attack_options["steps"]) == (100, (60, 90), 7)
+    assert RECIPES["multi-step-joint"].attack_options["step_flow"] == 0.1
+    assert RECIPES["one-step-pixel"].objective_options == {"target": "most_confusing"}
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(objective="trade"), "unknown objective 'trade'"), (dict(attack="pdg"), "unknown attack 'pdg'"),
+    (dict(probe="none"), "unknown probe"), (dict(attack_options={"eps": 1}), "takes eps_pixel"),
+    (dict(objective="adversarial", objective_options={"target": "random"}), "takes no options"),
+    (dict(attack=None), "attack=None"), (dict(objective="natural"), "attack=None"),
+    (dict(epochs=0), "epochs"), (dict(epochs=10), "milestones"), (dict(batch_size=2.5), "batch_size"),
+    (dict(optimizer="adam"), "unknown optimizer"), (dict(schedule="step"), "unknown schedule"), (dict(lr=0.0), "lr > 0"),
+    (dict(lr=math.nan), "lr > 0"), (dict(momentum=1.0), "momentum < 1"), (dict(warmup=0), "warmup"),
+    (dict(attack_options={"eps_pixel": torch.ones(1)}), "JSON"), (dict(attack_options={"eps_pixel": math.inf}), "JSON"),
+])
+def test_refused_recipes(options, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**options)
+
+
+def test_recipes_share_nothing():
+    options = {"steps": 1}
+    a = Recipe(attack_options=options)
+    options["steps"] = 9
+    assert a.attack_options == {"steps": 1} and Recipe().attack_options is not Recipe().attack_options
+
+
+# Schedules
+
+SCHEDULES = st.sampled_from(["multistep", "onecycle", "cosine", "constant"])
+
+
+@given(SCHEDULES, st.floats(0, 1), st.floats(1e-4, 10))
+@settings(max_examples=80, deadline=None)
+def test_learning_rate_is_positive_and_scales_with_its_peak(schedule, t, lr):
+    r = replace(Recipe(), schedule=schedule, lr=lr)
+    assert -1e-12 <= learning_rate(r, t) <= lr * (1 + 1e-9)
+    assert math.isclose(learning_rate(replace(r, lr=2 * lr), t), 2 * learning_rate(r, t), abs_tol=1e-12)
+
+
+def test_knots():
+    r = replace(Recipe(), lr=1.0)
+    assert_close([learning_rate(r, e / 300) for e in (0, 99, 100, 149, 150, 300)], [1.0, 1.0, 0.1, 0.1, 0.01, 0.01])
+    r = replace(r, schedule="onecycle", warmup=0.25)
+    assert_close([learning_rate(r, t) for t in (0, 0.25, 1)], [1 / 25, 1.0, 1 / 250_000])
+    assert_close([learning_rate(replace(r, schedule="cosine"), t) for t in (0, 0.5, 1)], [1.0, 0.5, 0.0])
+    with pytest.raises(ValueError, match="0, 1"): learning_rate(r, -0.1)
+
+
+@pytest.mark.parametrize("steps, warmup", [(40, 0.3), (100, 0.25), (7, 0.5)])
+def test_one_cycle_is_pytorchs(steps, warmup):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps + 1,
+                                                    pct_start=(warmup * steps + 1) / (steps + 1))
+    r = replace(Recipe(), schedule="onecycle", warmup=warmup)
+    for i in range(steps):
+        assert_close(learning_rate(r, i / steps), optimizer.param_groups[0]["lr"], rtol=1e-9, atol=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+# Steps
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_by_hand(nesterov):
+    layer = nn.Linear(1, 1, bias=False)
+    optimizer = make_optimizer(layer, replace(Recipe(), nesterov=nesterov, weight_decay=0.1))
+    theta, v = layer.weight.item(), 0.0
+    for g in (1.0, -2.0, 0.5):
+        layer.weight.grad = torch.tensor([[g]])
+        optimizer.step()
+        d = g + 0.1 * theta
+        v = 0.9 * v + d
+        theta -= 0.1 * (d + 0.9 * v if nesterov else v)
+    assert math.isclose(layer.weight.item(), theta, rel_tol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_never_reaches_the_weights():
+    model, data = net().train(), images()
+    before = {k: v.clone() for k, v in model.named_parameters()}
+    broken = lambda model, batch, attack: natural(model, batch) * math.inf
+    with pytest.raises(FloatingPointError, match="inf"):
+        train_step(model, next(iter(batches(data, 8))), make_optimizer(model, NATURAL), broken)
+    assert all(torch.equal(v, before[k]) for k, v in model.named_parameters())
+    with pytest.raises(FloatingPointError, match="epoch 1, iteration 1 of 3: lower lr"):
+        fit(net(), data, NATURAL, objective=broken)
+
+
+@pytest.mark.parametrize("options", [{}, {"amp": True}, {"channels_last": True}, {"optimizer": "adamw", "lr": 0.01},
+                                     {"augment": False, "schedule": "onecycle"}])
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+def test_every_objective_trains(objective, options):
+    attack = {"natural": dict(attack=None, attack_options={})}.get(objective, {})
+    recipe = Recipe(objective=objective, **attack, **{**TINY, **options, "epochs": 4})
+    model, data = net(), images(64)
+    history = fit(model, data, recipe, validation=images(20, seed=1))
+    assert [r["epoch"] for r in history] == [1, 2, 3, 4] and all(math.isfinite(r["loss"]) for r in history)
+    assert history[-1]["loss"] < history[0]["loss"] and not model.training
+    assert all(0 <= r["val_robust"] <= 1 and 0 <= r["val_clean"] <= 1 for r in history)
+
+
+def test_callables_override_names():
+    seen = []
+
+    def attack(model, x, y, *, target=None, generator=None):
+        seen.append(len(x))
+        return x
+    fit(net(), images(16), replace(RECIPES["madry"], **TINY), attack=attack)
+    assert seen == [16] * 3
+    fit(net(), images(16), NATURAL, validation=images(6), probe=attack, objective=lambda m, b, a: natural(m, b))
+    assert seen[3:] == [6] * 3
+
+
+def test_the_callers_randomness_is_left_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    model = net()
+    torch.manual_seed(3)
+    fit(model, images(), NATURAL)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_accuracy():
+    model, data = net().train(), images(30)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    attack = partial(pgd, eps=0.2, steps=2)
+    assert accuracy(model, data, attack) == accuracy(model, data, attack)
+    assert accuracy(model, data, attack) <= accuracy(model, data)
+    assert accuracy(model, data, batch_size=7) == accuracy(model, data) and model.training
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_best_is_the_later_of_equals():
+    rows = [dict(epoch=e, val_robust=a) for e, a in ((1, 0.1), (2, 0.4), (3, 0.4), (4, 0.3))]
+    assert best_row(rows)["epoch"] == 3
+
+
+# Runs on disk
+
+@pytest.mark.parametrize("objective", ["natural", "jat"])
+@pytest.mark.parametrize("optimizer, lr", [("sgd", 0.1), ("adamw", 0.01)])
+@pytest.mark.parametrize("at", [2, 4, 6, 9])
+def test_a_killed_run_ends_bit_identical(tmp_path, objective, optimizer, lr, at):
+    recipe = replace(NATURAL if objective == "natural" else Recipe(**TINY), optimizer=optimizer, lr=lr)
+    data, held = images(), images(20, seed=1)
+    whole, resumed = net(), net(seed=7 if at > 3 else 0)
+    expected = fit(whole, data, recipe, validation=held, out=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fit(net(), data, recipe, validation=held, out=tmp_path / "run",
+            objective=killer(partial(OBJECTIVES[objective], **recipe.objective_options), at))
+    torch.manual_seed(99)  # what ran before in the process does not matter
+    history = fit(resumed, data, recipe, validation=held, out=tmp_path / "run")
+    assert equal(whole, resumed)
+    bare = lambda rows: [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
+    assert bare(history) == bare(expected) == bare(read_jsonl(tmp_path / "run" / "log.jsonl"))
+
+
+@pytest.mark.parametrize("fails", ["last.safetensors", "best.safetensors", "log.jsonl", "resume.safetensors"])
+def test_killed_between_two_files(tmp_path, monkeypatch, fails):
+    import jat_nb.training as training
+    data, held, real, seen = images(), images(20, seed=1), os.replace, itertools.count(1)
+    whole = net()
+    fit(whole, data, NATURAL, validation=held, out=tmp_path / "whole")
+
+    def replace_once(src, dst, *args, **kwargs):
+        if str(dst).endswith(fails) and next(seen) == 2:
+            raise KeyboardInterrupt
+        return real(src, dst, *args, **kwargs)
+
+    def append_once(path, row, real=training.append_jsonl):
+        if fails == "log.jsonl" and row["epoch"] == 2:
+            raise KeyboardInterrupt
+        real(path, row)
+
+    if fails != "log.jsonl":
+        monkeypatch.setattr(os, "replace", replace_once)
+    monkeypatch.setattr(training, "append_jsonl", append_once)
+    try:
+        fit(net(), data, NATURAL, validation=held, out=tmp_path / "run")
+    except KeyboardInterrupt:
+        pass
+    monkeypatch.undo()
+    resumed = net(seed=5)
+    history = fit(resumed, data, NATURAL, validation=held, out=tmp_path / "run")
+    assert equal(whole, resumed) and [r["epoch"] for r in read_jsonl(tmp_path / "run" / "log.jsonl")] == [1, 2, 3]
+    for name in ("last", "best"):
+        a, b = ((tmp_path / d / f"{name}.safetensors").read_bytes() for d in ("whole", "run"))
+        assert a[-400:] == b[-400:]  # the weights; headers differ in seconds
+    assert len(history) == 3 and not list((tmp_path / "run").glob("*.part"))
+
+
+def test_a_finished_run_is_only_read(tmp_path):
+    first, again = net(), net(seed=4)
+    history = fit(first, images(), NATURAL, validation=images(20, 1), out=tmp_path)
+    stamp = (tmp_path / "last.safetensors").read_bytes(), (tmp_path / "best.safetensors").read_bytes()
+    assert fit(again, images(), NATURAL, validation=images(20, 1), out=tmp_path) == history
+    assert equal(first, again) and not again.training
+    assert stamp == ((tmp_path / "last.safetensors").read_bytes(), (tmp_path / "best.safetensors").read_bytes())
+
+
+def test_another_run_is_refused_and_nothing_is_overwritten(tmp_path):
+    fit(net(), images(), NATURAL, out=tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="lr was 0.1, is 0.2"): fit(net(), images(), replace(NATURAL, lr=0.2), out=tmp_path)
+    with pytest.raises(ValueError, match="train was"): fit(net(), images(24), NATURAL, out=tmp_path)
+    with pytest.raises(ValueError, match="validation was"): fit(net(), images(), NATURAL, validation=images(9), out=tmp_path)
+    with pytest.raises(ValueError, match="does not hold a run of this model"):
+        fit(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), images(), NATURAL, out=tmp_path)
+    assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.name in before}
+
+
+def test_the_folder_is_checked_before_any_work(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("here lies a file")
+    calls = []
+    with pytest.raises(OSError, match="choose another folder"):
+        fit(net(), images(), NATURAL, out=blocked / "run", objective=lambda *a: calls.append(a))
+    assert not calls
+
+
+def test_weights_on_disk_rebuild_the_model(tmp_path):
+    torch.manual_seed(0)
+    model = create("wrn_10_1_cifar", num_classes=3, in_chans=1)
+    history = fit(model, images(24), replace(NATURAL, epochs=2, milestones=(1,)), validation=images(9), out=tmp_path)
+    last, best = load_weights(tmp_path / "last.safetensors"), load_weights(tmp_path / "best.safetensors")
+    assert equal(last, model) and last.metadata["record"] == history[-1]
+    assert best.metadata["record"] == best_row(history)
+
+
+def test_state_holds_the_momentum(tmp_path):
+    for recipe in (NATURAL, replace(NATURAL, optimizer="adamw"), replace(NATURAL, momentum=0.0)):
+        a, b = net().eval(), net(1).eval()
+        opt_a, opt_b = make_optimizer(a, recipe), make_optimizer(b, recipe)
+        batch = Batch(images(8).x, images(8).labels, torch.Generator())
+        train_step(a, batch, opt_a, natural)
+        save_state(tmp_path / "s.safetensors", a, opt_a, {"epoch": 3})
+        assert load_state(tmp_path / "s.safetensors", b, opt_b) == {"epoch": 3}
+        train_step(a, batch, opt_a, natural), train_step(b, batch, opt_b, natural)
+        assert equal(a, b)
+
+
+def test_nothing_is_unpickled(tmp_path):
+    torch.save({"model": 1}, tmp_path / "resume.safetensors")
+    with pytest.raises(ValueError, match="does not hold a run"):
+        load_state(tmp_path / "resume.safetensors", net(), make_optimizer(net(), NATURAL))
+
+
+def test_attack_names_cover_the_recipes():
+    assert {r.attack for r in RECIPES.values()} - {None} <= set(ATTACKS) and fgsm in ATTACKS.values()
