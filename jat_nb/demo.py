@@ -168,7 +168,7 @@ def report(
                         table=comparison(verdicts).to_html(), record=html.escape(json.dumps(record, indent=1)))
     return write_atomic(path, lambda part: part.write_text(page, encoding="utf-8"))
 
-# %% ../nbs/41_demo.ipynb #254a2813
+# %% ../nbs/41_demo.ipynb #bfb4e137
 def run(
     settings: Settings,  # What to train and attack
 ) -> dict[str, Evaluation]:  # One evaluation for each network
@@ -177,6 +177,8 @@ def run(
     train, test, budget = load(settings.data), load(settings.data, "test"), default_budget(settings.data)
     train = train if settings.n_train is None else train.subset(settings.n_train, seed=settings.seed)
     test = test.subset(min(settings.n_test, len(test)), seed=settings.seed)
+    record = Record("demo", asdict(settings) | {"budget": asdict(budget)}, tier="cpu", data=train.name,
+                    variant=train.variant, seed=settings.seed)
     plans = recipes(settings, budget)
     networks = {name: train_one(plan, train, settings.model, out / name.lower()) for name, plan in plans.items()}
     with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16):
@@ -184,10 +186,9 @@ def run(
         figures = {"Accuracy against the budget": curves(networks, test.subset(min(100, len(test))), budget)}
     for name, network in networks.items():
         figures[f"The joint attack on the network '{name}'"] = gallery(network, test, budget)
-    record = Record("demo", asdict(settings) | {"budget": asdict(budget)}, data=train.name, variant=train.variant,
-                    seed=settings.seed, seconds=time.perf_counter() - start,
-                    metrics={name: verdict.record() for name, verdict in verdicts.items()},
-                    log=[row for name in plans for row in read_jsonl(out / name.lower() / "log.jsonl")])
+    record.seconds = time.perf_counter() - start
+    record.metrics = {name: verdict.record() for name, verdict in verdicts.items()}
+    record.log = [{"network": name, **row} for name in plans for row in read_jsonl(out / name.lower() / "log.jsonl")]
     record.save(out / "record.json")
     report(out / "report.html", settings, budget, verdicts, figures, json.loads((out / "record.json").read_text()))
     return verdicts
