@@ -345,7 +345,7 @@ def one_pass(
                   random_start=random_start, restarts=restarts, keep_best=keep_best,
                   generator=generator, return_info=return_info)
 
-# %% ../nbs/10_attacks.ipynb #72a4d244
+# %% ../nbs/10_attacks.ipynb #1cec677a
 def cascade(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -376,7 +376,8 @@ def cascade(
     parts = [ascend(model, x, y, [threat], return_info=True, **options) for threat in threats]
     with torch.no_grad(), frozen(model):
         base, params, objective = x, [], _Objective(model, y, target, loss)
-        objective.n_forward, objective.n_backward = (sum(getattr(p, n) for p in parts) for n in ("n_forward", "n_backward"))
+        objective.n_forward = sum(part.n_forward for part in parts)
+        objective.n_backward = sum(part.n_backward for part in parts)
         for threat, p in zip(threats, (part.params[0] for part in parts)):
             params.append(threat.step(p, torch.zeros_like(p), base))  # a zero gradient only projects, here around base
             base = threat.apply(base, params[-1])

@@ -112,7 +112,7 @@ def gallery(
     return show_attack(x, found.x_adv, found.params[0], eps_flow=budget.eps_flow, magnify=0.25 / budget.eps_pixel,
                        titles=titles)
 
-# %% ../nbs/41_demo.ipynb #b8b9595b
+# %% ../nbs/41_demo.ipynb #696f7d67
 def curves(
     networks: dict[str, nn.Module],  # Trained networks by name
     test: ImageSet,  # Test images to attack
@@ -121,7 +121,8 @@ def curves(
 ) -> Figure:  # Accuracy against the pixel budget and against the flow budget
     "How each network falls as one budget grows."
     fig = Figure(figsize=(8, 3), layout="constrained")
-    sweeps = {"pixel budget (1/255)": (pgd_at, budget.eps_pixel, 255), "flow budget (px)": (ggsm_at, budget.eps_flow, 1)}
+    sweeps = {"pixel budget (1/255)": (pgd_at, budget.eps_pixel, 255),
+              "flow budget (px)": (ggsm_at, budget.eps_flow, 1)}
     for ax, (label, (attack_at, eps, unit)) in zip(fig.subplots(1, 2), sweeps.items()):
         points = [share * eps for share in (0, 0.5, 1, 1.5, 2)]
         found = {name: budget_curve(network, test.x, test.labels, partial(attack_at, steps=steps), points)
@@ -197,7 +198,7 @@ def run(
     report(out / "report.html", settings, budget, verdicts, figures, json.loads((out / "record.json").read_text()))
     return verdicts
 
-# %% ../nbs/41_demo.ipynb #7f1e3d2d
+# %% ../nbs/41_demo.ipynb #103dbed8
 def _parse(
     arguments: Sequence[str] | None = None,  # Command line without the program's name; default: the real one
 ) -> Settings:  # What to run
@@ -205,7 +206,8 @@ def _parse(
     parser = argparse.ArgumentParser("python -m jat_nb.demo", description=run.__doc__)
     help_of = {"data": f"one of {', '.join(DATASETS)}", "model": "any timm name", "n_train": "training images",
                "n_test": "test images that are attacked", "epochs": "passes over the training images",
-               "batch_size": "images per update", "steps": "steps of the iterated attacks", "seed": "of everything random", "out": "folder for results"}
+               "batch_size": "images per update", "steps": "steps of the iterated attacks",
+               "seed": "of everything random", "out": "folder for results"}
     for field in fields(Settings):
         kind = str if field.type == "str" or field.type is str else int
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default,
