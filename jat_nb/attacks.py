@@ -157,7 +157,7 @@ def _check_call(x: Tensor, y: Tensor, target: Tensor | None, restarts: int) -> N
     if restarts < 1:
         raise ValueError(f"expected at least one start, got restarts={restarts}")
 
-# %% ../nbs/10_attacks.ipynb #b4adbfdf
+# %% ../nbs/10_attacks.ipynb #2e6272e3
 def ascend(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -175,7 +175,11 @@ def ascend(
     generator: Randomness = None,  # One generator, or one per image; None uses the global one
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1], detached
-    "Projected ascent over the parameters of a list of threats: every gradient attack of this book."
+    """Projected ascent over the parameters of a list of threats: every gradient attack of this book.
+
+    `x` holds float images (B, C, H, W) in [0, 1], `y` the true classes (B,). Units and budgets belong to the
+    threats. Returns images like `x`, or an `Adversarial` record. The model is left as found, also after an error.
+    """
     _check_call(x, y, target, restarts)
     phases = plan(len(threats), steps, schedule)
     with torch.inference_mode(False), torch.no_grad(), frozen(model):
@@ -187,7 +191,7 @@ def ascend(
                 kept = _State(last, *objective(apply_chain(threats, x, last))).best(best).best(kept)
         return _report(objective, x, threats, last if kept is None else kept.params, return_info)
 
-# %% ../nbs/10_attacks.ipynb #2c6f0aaf
+# %% ../nbs/10_attacks.ipynb #75170c49
 def fgsm(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -200,11 +204,15 @@ def fgsm(
     generator: Randomness = None,  # One generator, or one per image
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
-    "Fast gradient sign method: one step as long as the budget (Goodfellow et al. 2015)."
+    """Fast gradient sign method: one step as long as the budget (Goodfellow et al. 2015).
+
+    `x` holds float images (B, C, H, W) in [0, 1], `y` the true classes (B,); `eps` is in image units.
+    Returns images like `x`, or an `Adversarial` record. Further arguments and errors as in `double_pass`.
+    """
     return ascend(model, x, y, [Pixel(eps, eps)], steps=1, loss=loss, target=target,
                   random_start=random_start, generator=generator, return_info=return_info)
 
-# %% ../nbs/10_attacks.ipynb #6e6be3e3
+# %% ../nbs/10_attacks.ipynb #2e4ceeb5
 def pgd(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -222,12 +230,16 @@ def pgd(
     generator: Randomness = None,  # One generator, or one per image
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
-    "Projected gradient ascent on the pixels (Madry et al. 2018; JAT Eq. 3)."
+    """Projected gradient ascent on the pixels (Madry et al. 2018; JAT Eq. 3).
+
+    `x` holds float images (B, C, H, W) in [0, 1], `y` the true classes (B,); `eps` and `step` are in image units.
+    Returns images like `x`, or an `Adversarial` record. Further arguments and errors as in `double_pass`.
+    """
     return ascend(model, x, y, [Pixel(eps, step, norm)], steps=steps, loss=loss, target=target,
                   random_start=random_start, restarts=restarts, keep_best=keep_best,
                   generator=generator, return_info=return_info)
 
-# %% ../nbs/10_attacks.ipynb #c3aa6c34
+# %% ../nbs/10_attacks.ipynb #a0d3c548
 def mi_fgsm(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -246,12 +258,16 @@ def mi_fgsm(
     generator: Randomness = None,  # One generator, or one per image
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
-    "Momentum iterative gradient sign method (Dong et al. 2018)."
+    """Momentum iterative gradient sign method (Dong et al. 2018).
+
+    `x` holds float images (B, C, H, W) in [0, 1], `y` the true classes (B,); `eps` and `step` are in image units.
+    Returns images like `x`, or an `Adversarial` record. Further arguments and errors as in `double_pass`.
+    """
     return ascend(model, x, y, [Pixel(eps, step, norm)], steps=steps, loss=loss, target=target, momentum=momentum,
                   random_start=random_start, restarts=restarts, keep_best=keep_best,
                   generator=generator, return_info=return_info)
 
-# %% ../nbs/10_attacks.ipynb #73ebb778
+# %% ../nbs/10_attacks.ipynb #2bc0918b
 def ggsm(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -270,7 +286,11 @@ def ggsm(
     generator: Randomness = None,  # One generator, or one per image
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
-    "Generalised gradient sign method: projected ascent on the flow (JAT Algorithm 1)."
+    """Generalised gradient sign method: projected ascent on the flow (JAT Algorithm 1).
+
+    `x` holds float images (B, C, H, W) in [0, 1], `y` the true classes (B,); `eps` and `step` are in pixels.
+    Returns images like `x`, or an `Adversarial` record. Further arguments and errors as in `double_pass`.
+    """
     return ascend(model, x, y, [Flow(eps, step, norm, padding)], steps=steps, loss=loss, target=target,
                   random_start=random_start, restarts=restarts, keep_best=keep_best,
                   generator=generator, return_info=return_info)
@@ -291,7 +311,7 @@ def joint_threats(
         raise ValueError(f"unknown order {order!r}: choose one of {', '.join(orders)}")
     return orders[order]
 
-# %% ../nbs/10_attacks.ipynb #9dcbd4bc
+# %% ../nbs/10_attacks.ipynb #3ec42948
 def double_pass(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -311,14 +331,31 @@ def double_pass(
     generator: Randomness = None,  # One generator, or one per image
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
-    "Joint attack on geometry and pixels, one fresh gradient for each in every step (JAT Algorithm 2)."
+    """Joint attack on geometry and pixels, one fresh gradient for each in every step (JAT Algorithm 2).
+
+    A flow fetches every pixel of `x` from at most `eps_flow` pixels away, then a perturbation of at most
+    `eps_pixel` (image units: 8/255 is 8 grey levels) is added. Each step moves the flow along the generalised
+    sign of its gradient, then the perturbation along the sign of a gradient taken at the new flow: 2 * steps
+    gradients in all. `order="pixel-spatial"` perturbs first and warps afterwards.
+
+    `x` holds float images (B, C, H, W) in [0, 1], `y` the true classes (B,) as int64; a class to be mistaken
+    for goes into `target` (B,). Budgets and steps are one number or one per image (B,). `generator` is one
+    torch.Generator, or a sequence of one per image, which makes an image's result independent of its batch.
+
+    Returns images like `x`, detached and in [0, 1]; with `return_info=True` an `Adversarial` record with the
+    parameters, the loss and success of each image, and the number of model passes. The model's modes, buffers,
+    parameters and .grad are left as found, also after an error. Raises ValueError for images that are no floats
+    in [0, 1], labels that do not fit the logits, budgets that are negative or not finite, and steps < 1.
+
+    Example: x_adv = double_pass(model, x, y, eps_pixel=8 / 255, eps_flow=0.3, steps=20)
+    """
     threats = joint_threats(eps_pixel=eps_pixel, eps_flow=eps_flow, step_pixel=step_pixel, step_flow=step_flow,
                             order=order)
     return ascend(model, x, y, threats, steps=steps, schedule="alternating", loss=loss, target=target,
                   random_start=random_start, restarts=restarts, keep_best=keep_best,
                   generator=generator, return_info=return_info)
 
-# %% ../nbs/10_attacks.ipynb #b5e56017
+# %% ../nbs/10_attacks.ipynb #a8aa4653
 def one_pass(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -338,14 +375,18 @@ def one_pass(
     generator: Randomness = None,  # One generator, or one per image
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
-    "Joint attack that moves flow and pixels with one shared gradient (JAT section 6.2)."
+    """Joint attack that moves flow and pixels with one shared gradient (JAT section 6.2).
+
+    `x` holds float images (B, C, H, W) in [0, 1], `y` the true classes (B,); units as in `double_pass`.
+    Returns images like `x`, or an `Adversarial` record. Further arguments and errors as in `double_pass`.
+    """
     threats = joint_threats(eps_pixel=eps_pixel, eps_flow=eps_flow, step_pixel=step_pixel, step_flow=step_flow,
                             order=order)
     return ascend(model, x, y, threats, steps=steps, schedule="simultaneous", loss=loss, target=target,
                   random_start=random_start, restarts=restarts, keep_best=keep_best,
                   generator=generator, return_info=return_info)
 
-# %% ../nbs/10_attacks.ipynb #1cec677a
+# %% ../nbs/10_attacks.ipynb #f13b0b5d
 def cascade(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -366,7 +407,11 @@ def cascade(
     generator: Randomness = None,  # One generator, or one per image
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
-    "First one attack to its end, then the other (JAT section 6.2)."
+    """First one attack to its end, then the other (JAT section 6.2).
+
+    `x` holds float images (B, C, H, W) in [0, 1], `y` the true classes (B,); units as in `double_pass`.
+    Returns images like `x`, or an `Adversarial` record. Further arguments and errors as in `double_pass`.
+    """
     threats = joint_threats(eps_pixel=eps_pixel, eps_flow=eps_flow, step_pixel=step_pixel, step_flow=step_flow,
                             order=order)
     options = dict(steps=steps, loss=loss, target=target, random_start=random_start, restarts=restarts,
