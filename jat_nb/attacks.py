@@ -18,7 +18,7 @@ from .models import frozen
 from .threats import Flow, Pixel, Threat, apply_chain, check_images, check_labels, contains_chain
 from .warp import Randomness
 
-# %% ../nbs/10_attacks.ipynb #a23085fc
+# %% ../nbs/10_attacks.ipynb #1d56c017
 Loss = Callable[[Tensor, Tensor], Tensor]  # (logits (B, K), labels (B,)) -> (B,); larger is worse for the model
 Phase = tuple[tuple[int, ...], list[tuple[int, ...]]]  # threats that start here, then who moves in each pass
 
@@ -29,7 +29,7 @@ def plan(
     schedule: str,  # "simultaneous", "alternating" or "sequential"
 ) -> list[Phase]:  # Phases; in each, some threats start and then a list of passes runs
     "Which threats move in which gradient pass."
-    if steps < 1:
+    if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"expected at least one step, got steps={steps}; for a random start alone use step=0")
     if threats < 1:
         raise ValueError("expected at least one threat, got none")
@@ -57,7 +57,7 @@ class Adversarial:
     n_forward: int  # batches sent through the model
     n_backward: int  # batches differentiated
 
-# %% ../nbs/10_attacks.ipynb #69fe67ad
+# %% ../nbs/10_attacks.ipynb #23e8f3ce
 class _Objective:
     "The function that is climbed, with a count of the model passes it took."
 
@@ -74,8 +74,12 @@ class _Objective:
             raise ValueError(f"expected the model to return logits ({len(x)}, K), got {seen}: wrap the model")
         label, sign = (self.y, 1) if self.target is None else (self.target, -1)
         if self.n_forward == 1:
-            check_labels(label, x, logits.shape[1])
-        return sign * self.loss(logits.float(), label), (logits.argmax(1) == label) != (self.target is None)
+            for given in (self.y, label):
+                check_labels(given, x, logits.shape[1])
+        value = self.loss(logits.to(x.dtype), label)
+        if value.shape != (len(x),):
+            raise ValueError(f"expected one loss per image ({len(x)},), got {tuple(value.shape)}: use reduction='none'")
+        return sign * value, (logits.argmax(1) == label) != (self.target is None)
 
     def gradient(self, threats: Sequence[Threat], x: Tensor, params: Sequence[Tensor], active: tuple[int, ...]
                  ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
@@ -84,7 +88,8 @@ class _Objective:
         with torch.enable_grad():
             value, success = self(apply_chain(threats, x, live))
             self.n_backward += 1
-            return torch.autograd.grad(value.sum(), [live[i] for i in active]), value.detach(), success
+            grads = torch.autograd.grad(value.sum(), [live[i] for i in active])
+            return tuple(g.nan_to_num(0.0, 0.0, 0.0) for g in grads), value.detach(), success  # blind: stay
 
 # %% ../nbs/10_attacks.ipynb #3c2ffdd6
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ def _run(
                 params[i] = threats[i].step(params[i], g, base)
     return tuple(params), best
 
-# %% ../nbs/10_attacks.ipynb #4e89f2f3
+# %% ../nbs/10_attacks.ipynb #e0cbba56
 def _report(
     objective: _Objective, x: Tensor, threats: Sequence[Threat], params: Sequence[Tensor], return_info: bool
 ) -> Tensor | Adversarial:
@@ -144,20 +149,23 @@ def _report(
     if not return_info:
         return x_adv
     with torch.autocast(x.device.type, enabled=False):
-        loss, success = objective(x_adv)
+        loss, success = objective(x_adv.clone())  # a model may work in place
     return Adversarial(x_adv, tuple(params), tuple(threats), loss, success, contains_chain(threats, x, params),
                        objective.n_forward, objective.n_backward)
 
 
-def _check_call(x: Tensor, y: Tensor, target: Tensor | None, restarts: int) -> None:
+def _check_call(x: Tensor, y: Tensor, threats: Sequence[Threat], target: Tensor | None, restarts: int) -> None:
     check_images(x)
     check_labels(y, x)
     if target is not None:
         check_labels(target, x)
-    if restarts < 1:
+    for budget in (v for threat in threats for v in vars(threat).values() if isinstance(v, Tensor)):
+        if budget.numel() not in (1, len(x)):
+            raise ValueError(f"expected a budget for each of {len(x)} images, got {budget.numel()}: pass one number or (B,)")
+    if not isinstance(restarts, int) or restarts < 1:
         raise ValueError(f"expected at least one start, got restarts={restarts}")
 
-# %% ../nbs/10_attacks.ipynb #2e6272e3
+# %% ../nbs/10_attacks.ipynb #cde9f5f7
 def ascend(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -166,7 +174,7 @@ def ascend(
     *,
     steps: int,  # Steps; a step is one gradient pass, or one per threat when alternating
     schedule: str = "alternating",  # "simultaneous", "alternating" or "sequential"
-    loss: Loss = cross_entropy,  # Per-example loss to climb, any of `jat_nb.losses`
+    loss: Loss = cross_entropy,  # Per-example loss of (logits, labels) to climb: cross_entropy, margin_loss, dlr_loss
     target: Tensor | None = None,  # Classes (B,) to be mistaken for; the loss at them is descended
     random_start: bool = True,  # Start uniformly within the budgets, else at the clean image
     restarts: int = 1,  # Independent starts; per image the best end is kept
@@ -180,7 +188,7 @@ def ascend(
     `x` holds float images (B, C, H, W) in [0, 1], `y` the true classes (B,). Units and budgets belong to the
     threats. Returns images like `x`, or an `Adversarial` record. The model is left as found, also after an error.
     """
-    _check_call(x, y, target, restarts)
+    _check_call(x, y, threats, target, restarts)
     phases = plan(len(threats), steps, schedule)
     with torch.inference_mode(False), torch.no_grad(), frozen(model):
         x, y, target = (v if v is None else v.detach().clone() for v in (x, y, target))
@@ -386,7 +394,7 @@ def one_pass(
                   random_start=random_start, restarts=restarts, keep_best=keep_best,
                   generator=generator, return_info=return_info)
 
-# %% ../nbs/10_attacks.ipynb #f13b0b5d
+# %% ../nbs/10_attacks.ipynb #e41fbbe0
 def cascade(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -419,8 +427,9 @@ def cascade(
     if not independent:
         return ascend(model, x, y, threats, schedule="sequential", return_info=return_info, **options)
     parts = [ascend(model, x, y, [threat], return_info=True, **options) for threat in threats]
-    with torch.no_grad(), frozen(model):
-        base, params, objective = x, [], _Objective(model, y, target, loss)
+    with torch.inference_mode(False), torch.no_grad(), frozen(model):
+        x = base = x.detach().clone()
+        params, objective = [], _Objective(model, y, target, loss)
         objective.n_forward = sum(part.n_forward for part in parts)
         objective.n_backward = sum(part.n_backward for part in parts)
         for threat, p in zip(threats, (part.params[0] for part in parts)):

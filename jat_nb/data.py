@@ -332,7 +332,7 @@ def batches(
             x = random_crop_flip(x, pad_px=pad_px, flip=flip, generator=own)
         yield Batch(x.float().div(255), data.labels[index], own)
 
-# %% ../nbs/04_data.ipynb #23d62433
+# %% ../nbs/04_data.ipynb #f4c400f6
 @dataclass(frozen=True)
 class Budget:
     "How far an attack may go on one data set, and how fast."
@@ -342,12 +342,12 @@ class Budget:
 
     @property
     def step_pixel(self) -> float:
-        "A quarter of the pixel budget (spec D-J19)."
+        "A quarter of the pixel budget."
         return self.eps_pixel / 4
 
     @property
     def step_flow(self) -> float:
-        "Half the flow budget (spec D-J19)."
+        "Half the flow budget."
         return self.eps_flow / 2
 
 # %% ../nbs/04_data.ipynb #74055246

@@ -31,7 +31,7 @@ from .pictures import plot_curves, show_attack
 from .records import Record, check_writable, read_jsonl, write_atomic
 from .training import RECIPES, Recipe, fit
 
-# %% ../nbs/41_demo.ipynb #43a62482
+# %% ../nbs/41_demo.ipynb #b86a3827
 @dataclass(frozen=True)
 class Settings:
     "What the demo trains and attacks; see `python -m jat_nb.demo --help`."
@@ -44,7 +44,12 @@ class Settings:
     batch_size: int = 64  # images per update
     steps: int = 20  # steps of the iterated attacks
     seed: int = 0  # of initialisation, batches and attacks
-    out: str = "runs/demo"  # folder for report, record, logs and weights
+    out: str = ""  # folder for report, record, logs and weights; by default named after the data set
+
+    @property
+    def folder(self) -> Path:
+        "Where everything is written."
+        return Path(self.out or ("runs/demo" if self.data == "digits" else f"runs/demo-{self.data}"))
 
 # %% ../nbs/41_demo.ipynb #8247261b
 def recipes(
@@ -61,7 +66,7 @@ def recipes(
     return {"Natural": replace(RECIPES["natural"], **common),
             "Joint": replace(RECIPES["one-step-joint"], **common, attack_options=one_step)}
 
-# %% ../nbs/41_demo.ipynb #45e2220b
+# %% ../nbs/41_demo.ipynb #3429e56a
 def _train_one(
     recipe: Recipe,  # How to train
     train: ImageSet,  # Training images; a tenth is held out for validation
@@ -71,8 +76,9 @@ def _train_one(
     "Train a fresh backbone by a recipe."
     torch.manual_seed(recipe.seed)
     network = create(model, num_classes=train.num_classes, in_chans=train.channels, mean=train.mean, std=train.std)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     rest, held_out = train.split(max(1, len(train) // 10), seed=recipe.seed)
-    fit(network, rest, recipe, validation=held_out, out=out)
+    fit(network, rest, recipe, validation=held_out, out=out, device=device)
     return network.eval()
 
 # %% ../nbs/41_demo.ipynb #ab25157e
@@ -95,7 +101,7 @@ def comparison(
     cell = lambda row: f"{row['accuracy (%)']:.1f} ({row['low (%)']:.1f} to {row['high (%)']:.1f})"
     return pd.DataFrame({name: verdict.table().apply(cell, axis=1) for name, verdict in verdicts.items()}).T
 
-# %% ../nbs/41_demo.ipynb #b5b6f11a
+# %% ../nbs/41_demo.ipynb #e61d94bf
 def gallery(
     network: nn.Module,  # Network that is attacked
     test: ImageSet,  # Test images; the first few are drawn
@@ -103,7 +109,8 @@ def gallery(
     count: int = 6,  # Images
 ) -> Figure:  # Rows: original, attacked, magnified difference, flow
     "The joint attack on a few test images, titled with the class before and after."
-    x, y = test.x[:count], test.labels[:count]
+    device = next(network.parameters()).device
+    x, y = test.x[:count].to(device), test.labels[:count].to(device)
     found = double_pass(network, x, y, eps_pixel=budget.eps_pixel, step_pixel=budget.step_pixel, return_info=True,
                         eps_flow=budget.eps_flow, step_flow=budget.step_flow, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -168,7 +175,7 @@ def report(
                         table=comparison(verdicts).to_html(), record=html.escape(json.dumps(record, indent=1)))
     return write_atomic(path, lambda part: part.write_text(page, encoding="utf-8"))
 
-# %% ../nbs/41_demo.ipynb #e81ce4a8
+# %% ../nbs/41_demo.ipynb #cebe8883
 def _figures(networks: dict[str, nn.Module], test: ImageSet, budget: Budget) -> dict[str, Figure]:
     "The figures of the report by caption."
     figures = {"Accuracy against the budget": curves(networks, test.subset(min(100, len(test))), budget)}
@@ -180,10 +187,11 @@ def run(
     settings: Settings,  # What to train and attack
 ) -> dict[str, Evaluation]:  # One evaluation for each network
     "Train both networks, attack them, write record, weights and report."
-    out, start = check_writable(settings.out), time.perf_counter()
-    train, test, budget = load(settings.data), load(settings.data, "test"), default_budget(settings.data)
+    start, budget = time.perf_counter(), default_budget(settings.data)
+    train, test = load(settings.data), load(settings.data, "test")
     train = train if settings.n_train is None else train.subset(settings.n_train, seed=settings.seed)
     test = test.subset(min(settings.n_test, len(test)), seed=settings.seed)
+    out = check_writable(settings.folder)
     record = Record("demo", asdict(settings) | {"budget": asdict(budget)}, tier="cpu", data=train.name,
                     variant=train.variant, seed=settings.seed)
     plans = recipes(settings, budget)
@@ -193,42 +201,43 @@ def run(
         figures = _figures(networks, test, budget)
     record.seconds = time.perf_counter() - start
     record.metrics = {name: verdict.record() for name, verdict in verdicts.items()}
+    record.forwards, record.backwards = torch.stack([v.passes.sum(0) for v in verdicts.values()]).sum(0).tolist()
     record.log = [{"network": name, **row} for name in plans for row in read_jsonl(out / name.lower() / "log.jsonl")]
     record.save(out / "record.json")
     report(out / "report.html", settings, budget, verdicts, figures, json.loads((out / "record.json").read_text()))
     return verdicts
 
-# %% ../nbs/41_demo.ipynb #103dbed8
+# %% ../nbs/41_demo.ipynb #873a28b5
 def _parse(
     arguments: Sequence[str] | None = None,  # Command line without the program's name; default: the real one
 ) -> Settings:  # What to run
     "Read the command line; a wrong one ends in a message and exit status 2."
     parser = argparse.ArgumentParser("python -m jat_nb.demo", description=run.__doc__)
-    help_of = {"data": f"one of {', '.join(DATASETS)}", "model": "any timm name", "n_train": "training images",
+    help_of = {"data": f"one of {', '.join(DATASETS)}", "model": "any timm name", "n_train": "training images, all by default",
                "n_test": "test images that are attacked", "epochs": "passes over the training images",
                "batch_size": "images per update", "steps": "steps of the iterated attacks",
-               "seed": "of everything random", "out": "folder for results"}
+               "seed": "of everything random", "out": "folder for results, runs/demo or runs/demo-DATA by default"}
     for field in fields(Settings):
-        kind = str if field.type == "str" or field.type is str else int
+        kind = str if isinstance(field.default, str) else int
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default,
-                            help=f"{help_of[field.name]} (default: {field.default or 'all'})")
+                            help=help_of[field.name] + (f" (default: {field.default})" if field.default else ""))
     settings = Settings(**vars(parser.parse_args(arguments)))
     for name in ("n_train", "n_test", "epochs", "batch_size", "steps"):
         if (value := getattr(settings, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     return settings
 
-# %% ../nbs/41_demo.ipynb #654d9278
+# %% ../nbs/41_demo.ipynb #65b3252e
 def main() -> None:
     "Run the demo from the command line."
     settings = _parse()
     try:
         verdicts = run(settings)
-    except (ValueError, FileNotFoundError, PermissionError, RuntimeError) as error:
+    except (ValueError, FileNotFoundError, FloatingPointError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print(comparison(verdicts).to_string())
-    print(f"report: {Path(settings.out) / 'report.html'}")
+    print(f"report: {settings.folder / 'report.html'}")
 
 
 if __name__ == "__main__" and "__file__" in globals():  # as a program, not inside a notebook

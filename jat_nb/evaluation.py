@@ -139,20 +139,21 @@ def _check_result(name: str, x: Tensor, x_adv: Any) -> None:
     try: check_images(x_adv)
     except ValueError as error: raise ValueError(f"attack {name!r} returned invalid images: {error}") from error
 
-# %% ../nbs/30_evaluation.ipynb #6931bf71
+# %% ../nbs/30_evaluation.ipynb #80a8d4c6
 @contextmanager
 def _counted(model: nn.Module) -> Iterator[list[int]]:
     "Count the images sent forward and back through the model."
     count = [0, 0]
     def back(grad: Tensor) -> None: count[1] += len(grad)
     def forward(module: nn.Module, inputs: tuple, logits: Tensor) -> None:
-        count[0] += len(logits)
-        if logits.requires_grad: logits.register_hook(back)
+        if isinstance(logits, Tensor) and logits.ndim:  # anything else is refused with the verdict
+            count[0] += len(logits)
+            if logits.requires_grad: logits.register_hook(back)
     handle = model.register_forward_hook(forward)
     try: yield count
     finally: handle.remove()
 
-# %% ../nbs/30_evaluation.ipynb #ed52be43
+# %% ../nbs/30_evaluation.ipynb #7809a2e6
 def evaluate(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (N, C, H, W) in [0, 1], on any device
@@ -167,7 +168,9 @@ def evaluate(
     "Attack every image with every entry of a suite, and count on the images which survived."
     check_images(x), check_labels(y, x)
     entries = {name: list(a) if isinstance(a, Sequence) else [a] for name, a in suite.items()}
-    if not entries or "Union" in entries or batch_size < 1:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected an nn.Module, got {type(model).__name__}: wrap a function in a module's forward")
+    if not entries or not all(entries.values()) or "Union" in entries or batch_size < 1:
         raise ValueError(f"expected attacks, none named 'Union', and batch_size >= 1: got {[*entries]}, {batch_size}")
     device = device or next((p.device for p in model.parameters()), x.device)
     correct = torch.empty(len(entries), len(x), dtype=torch.bool)

@@ -307,7 +307,7 @@ def _tensors(model: NormalizedModel, half: bool) -> dict[str, Tensor]:
         raise ValueError("refusing to save weights that are not finite" + (", or above 65504 in half" if half else ""))
     return tensors
 
-# %% ../nbs/05_models.ipynb #ce0d3748
+# %% ../nbs/05_models.ipynb #9152c9b1
 def save_weights(
     model: NormalizedModel,  # Made by `create`, `load_weights` or `pretrained`
     path: str | Path,  # File to write, *.safetensors; replaced in one step or not at all
@@ -317,6 +317,7 @@ def save_weights(
 ) -> Path:  # The file
     "Write weights and what is needed to rebuild the model into one safetensors file."
     header = {**model.metadata, **(metadata or {})}
+    header |= {k: model.metadata[k] for k in ("name", "num_classes", "in_chans", "mean", "std") if k in model.metadata}
     if "name" not in header:
         raise ValueError("the model has no name to be rebuilt from; build it with create(name, ...)")
     tensors, path = _tensors(model, half), Path(path)
@@ -324,11 +325,14 @@ def save_weights(
     try:
         part.write_bytes(save(tensors, metadata={"jat_nb": json.dumps(header, allow_nan=False)}))
         os.replace(part, path)
+    except OSError as error:
+        raise ValueError(f"cannot write {path} ({error.strerror}): choose an existing folder") from error
     finally:
-        part.unlink(missing_ok=True)
+        if part.exists():
+            part.unlink()
     return path
 
-# %% ../nbs/05_models.ipynb #f41ae5b2
+# %% ../nbs/05_models.ipynb #b91419a4
 def load_weights(
     path: str | Path,  # File written by `save_weights`
 ) -> NormalizedModel:  # On the CPU, float32, in eval mode; `.metadata` holds the header
@@ -340,10 +344,11 @@ def load_weights(
         with safe_open(path, framework="pt") as f:
             header = json.loads(f.metadata()["jat_nb"])
             state = {k: f.get_tensor(k) for k in f.keys()}
+        shape = {k: header[k] for k in ("num_classes", "in_chans", "mean", "std")}
+        name, options = header["name"], header.get("options", {})
     except (SafetensorError, TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is not a file of save_weights ({error}); write it again") from error
-    model = create(header["name"], **{k: header[k] for k in ("num_classes", "in_chans", "mean", "std")},
-                   **header.get("options", {}))
+    model = create(name, **shape, **options)
     model.load_state_dict(state)
     model.metadata = header
     return model.eval()

@@ -86,14 +86,14 @@ def training_labels(
         raise ValueError(f"labels {kind!r} take the options {list(known)}, got {sorted(options)}")
     return make(logits, y, **options) if kind == "bilateral" else make(y, logits.shape[1], **options)
 
-# %% ../nbs/21_objectives.ipynb #cec3c9ee
+# %% ../nbs/21_objectives.ipynb #e26581c7
 def jat(
     model: nn.Module | Callable[[Tensor], Tensor],  # Classifier in train mode, images in [0, 1] to logits
     batch: Batch,  # Images, labels and the source of randomness
     attack: Callable[..., Tensor],  # attack(model, x, y, target=..., generator=...) -> images
     *,
     target: str | None = "random",  # "random", "most_confusing" or None (JAT Algorithm 3: random)
-    labels: str = "bilateral",  # "bilateral", "uniform", "smooth" or "hard" (D-J09)
+    labels: str = "bilateral",  # "bilateral", "uniform", "smooth" or "hard"
     **label_options: float,  # Passed to `training_labels`, such as ratio=9.0
 ) -> Tensor:  # Scalar, nats
     "Joint adversarial training: targeted attack, softened labels (JAT Algorithm 3)."

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-# %% ../nbs/07_records.ipynb #b4be7103
+# %% ../nbs/07_records.ipynb #3c135a7d
 def check_writable(
     folder: str | Path,  # Where results shall go; created if missing
 ) -> Path:  # The folder
@@ -35,7 +35,7 @@ def check_writable(
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise PermissionError(f"cannot write in {folder} ({error.strerror}); choose another folder") from error
+        raise ValueError(f"cannot write in {folder} ({error.strerror}): choose another folder") from error
     return folder
 
 # %% ../nbs/07_records.ipynb #32e8e56d

@@ -33,15 +33,16 @@ class Threat(Protocol):
     def contains(self, base: Tensor, p: Tensor) -> Tensor:
         "Whether each image's parameters respect the budget (B,), up to rounding."
 
-# %% ../nbs/03_threats.ipynb #2c5876a9
+# %% ../nbs/03_threats.ipynb #ca01736c
 _ROUNDING = 1e-6
 
 
 def _check_budget(**budgets: float | Tensor) -> None:
     for name, value in budgets.items():
-        v = torch.as_tensor(value, dtype=torch.float64)
+        number = isinstance(value, (int, float, Tensor))
+        v = torch.as_tensor(value, dtype=torch.float64) if number else torch.tensor(torch.nan)
         if v.ndim > 1 or not bool(((v >= 0) & v.isfinite()).all()):
-            raise ValueError(f"{name} must be finite and >= 0, one number or one per image (B,), got {value}")
+            raise ValueError(f"{name} must be finite and >= 0, one number or one per image (B,), got {value!r}")
 
 
 def _check_norm(norm: str, known: tuple[str, ...]) -> None:
@@ -211,15 +212,16 @@ def contains_chain(
         x = threat.apply(x, p)
     return inside
 
-# %% ../nbs/03_threats.ipynb #455755e3
+# %% ../nbs/03_threats.ipynb #7d8508aa
 def check_images(
     x: Tensor,  # What should be images (B, C, H, W), floating point, in [0, 1]
 ) -> None:  # Nothing: it raises ValueError when they are not
     "Refuse images of the wrong rank, type or range, and name the mend."
     if x.ndim != 4:
         raise ValueError(f"expected images (B, C, H, W), got {tuple(x.shape)}: add missing dimensions with x[None]")
-    if not x.is_floating_point():
-        raise ValueError(f"expected floating point images in [0, 1], got {x.dtype}: use x.float() / 255")
+    if x.dtype not in (torch.float32, torch.float64):
+        mend = "x.float(), and torch.autocast for half precision" if x.is_floating_point() else "x.float() / 255"
+        raise ValueError(f"expected float32 or float64 images in [0, 1], got {x.dtype}: use {mend}")
     if x.numel() == 0:
         raise ValueError(f"expected at least one image with at least one pixel, got {tuple(x.shape)}")
     low, high = (float(v) for v in torch.aminmax(x.detach()))

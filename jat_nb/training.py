@@ -32,7 +32,7 @@ from .records import append_jsonl, check_writable, environment, progress, write_
 # %% ../nbs/23_training.ipynb #1a60b0ed
 _ONE_STEP = {"steps": 1, "eps_pixel": 8 / 255, "step_pixel": 8 / 255, "eps_flow": 0.3, "step_flow": 0.3}
 
-# %% ../nbs/23_training.ipynb #c42b52e3
+# %% ../nbs/23_training.ipynb #d22e1345
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides how a model is trained, in plain JSON-able data."
@@ -40,16 +40,16 @@ class Recipe:
     objective: str = "jat"  # Key of OBJECTIVES; JAT Algorithm 3
     objective_options: Mapping[str, Any] = field(default_factory=dict)  # Keywords of the objective
     attack: str | None = "double_pass"  # Key of ATTACKS, or None for natural training
-    attack_options: Mapping[str, Any] = field(default_factory=lambda: dict(_ONE_STEP))  # Keywords of the attack (D-J10)
-    epochs: int = 300  # JAT section 6.1, everything with spatial attacks (D-J12)
-    batch_size: int = 128  # The reference release (D-J13)
+    attack_options: Mapping[str, Any] = field(default_factory=lambda: dict(_ONE_STEP))  # Keywords of the attack
+    epochs: int = 300  # JAT section 6.1, everything with spatial attacks
+    batch_size: int = 128  # The reference release
     optimizer: str = "sgd"  # "sgd" or "adamw"; every published recipe here uses SGD
     lr: float = 0.1  # Peak learning rate; JAT section 6, CIFAR (0.01 for SVHN)
-    momentum: float = 0.9  # SGD only (D-J13)
+    momentum: float = 0.9  # SGD only
     nesterov: bool = False  # SGD only; the papers do not use it
-    weight_decay: float = 2e-4  # On all parameters (D-J13)
+    weight_decay: float = 2e-4  # On all parameters
     schedule: str = "multistep"  # "multistep", "onecycle", "cosine" or "constant"
-    milestones: tuple[float, ...] = (100, 150)  # Epochs after which "multistep" drops; JAT (D-J12)
+    milestones: tuple[float, ...] = (100, 150)  # Epochs after which "multistep" drops; JAT
     drop: float = 0.1  # Factor at each milestone; JAT section 6
     warmup: float = 0.3  # Share of the run in which "onecycle" climbs; PyTorch's default
     augment: bool = True  # Shift and mirror as the data set allows; JAT section 6
@@ -226,17 +226,17 @@ def _identity(recipe: Recipe, model: nn.Module, train: ImageSet, validation: Ima
             (("train", train), ("validation", validation))}
     return json.loads(json.dumps({"recipe": asdict(recipe), "model": getattr(model, "metadata", {}), **data}))
 
-# %% ../nbs/23_training.ipynb #6cbf63e8
+# %% ../nbs/23_training.ipynb #8e881d31
 def _open_run(out: Path, identity: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict]:
     "Claim a folder for a run, or find where its earlier half stopped: the history so far."
     file, resume, history = check_writable(out) / "run.json", out / "resume.safetensors", []
-    if file.exists():
+    if file.exists() and resume.exists():  # a run that never finished an epoch holds nothing to protect
         old = json.loads(file.read_text(encoding="utf-8"))
         was, now = ({**i["recipe"], **{k: v for k, v in i.items() if k != "recipe"}} for i in (old, identity))
         changed = [f"{k} was {was.get(k)!r}, is {now[k]!r}" for k in now if now[k] != was.get(k)]
         if changed:
             raise ValueError(f"{out} holds another run ({'; '.join(changed)}): choose another `out`")
-    write_json(file, {**identity, "environment": environment()})
+    write_json(file, {**identity, "environment": environment(next(model.parameters()).device)})
     if resume.exists():
         history = load_state(resume, model, optimizer)["history"]
         _publish(out, model, history)
@@ -293,7 +293,7 @@ def _validate(model: nn.Module, data: ImageSet, recipe: Recipe, probe: Callable[
     few = data.subset(min(recipe.probe_images, len(data)))
     return {"val_clean": accuracy(model, data), "val_robust": accuracy(model, few, probe, amp=recipe.amp)}
 
-# %% ../nbs/23_training.ipynb #df2e1418
+# %% ../nbs/23_training.ipynb #40d622c5
 def fit(
     model: nn.Module,  # Classifier of images in [0, 1]; trained in place, ends in eval mode
     train: ImageSet,  # Training images, moved to the device as bytes
@@ -307,6 +307,9 @@ def fit(
     device: str | torch.device | None = None,  # Where to train; None: where the model is
 ) -> list[dict[str, Any]]:  # One row per epoch: loss, lr, seconds, val_clean, val_robust
     "Train a model by a recipe."
+    if not isinstance(model, nn.Module) or len(train) == 0 or (validation is not None and len(validation) == 0):
+        raise ValueError(f"expected an nn.Module and at least one image, got {type(model).__name__}, {len(train)} training "
+                         f"and {None if validation is None else len(validation)} validation images")
     objective = objective or partial(OBJECTIVES[recipe.objective], **recipe.objective_options)
     attack = attack or (partial(ATTACKS[recipe.attack], **recipe.attack_options) if recipe.attack else None)
     probe = probe or partial(ATTACKS[recipe.probe], **recipe.probe_options)

@@ -27,7 +27,7 @@ def _check_field(x: Tensor, flow: Tensor, padding: str) -> None:
     if padding not in _PADDINGS:
         raise ValueError(f"unknown padding {padding!r}: choose one of {', '.join(_PADDINGS)}")
 
-# %% ../nbs/01_warp.ipynb #874dfedb
+# %% ../nbs/01_warp.ipynb #38969413
 def _pixel_grid(height: int, width: int, device: torch.device) -> Tensor:
     v, u = torch.meshgrid(torch.arange(height, dtype=torch.float64, device=device),
                           torch.arange(width, dtype=torch.float64, device=device), indexing="ij")
@@ -43,11 +43,12 @@ def warp(
     "Backward bilinear warp: output pixel p reads the input at p + flow(p) (JAT section 3.1)."
     _check_field(x, flow, padding)
     height, width = x.shape[2:]
-    position = _pixel_grid(height, width, x.device) + flow.double()  # (B, 2, H, W)
+    away = flow.double().nan_to_num(0.0).clamp(-1e6, 1e6)  # the kernel's backward pass crashes on NaN and infinity
+    position = _pixel_grid(height, width, x.device) + away  # (B, 2, H, W)
     size = torch.tensor([width, height], device=x.device).view(2, 1, 1)
     grid = (2 * position + 1) / size - 1  # edges of the image at -1 and 1
     out = F.grid_sample(x.double(), grid.permute(0, 2, 3, 1), padding_mode=padding, align_corners=False)
-    still = (flow == 0).all(dim=1, keepdim=True)
+    still = (away == 0).all(dim=1, keepdim=True)
     return (out + ((x - out) * still).detach()).to(x.dtype)  # what does not move is not even rounded
 
 # %% ../nbs/01_warp.ipynb #3c87e571

@@ -135,3 +135,62 @@ def test_rigid_motions_keep_distances(angle, right, down):
     place = (torch.stack([columns, rows]).double() + flow[0]).flatten(1).T
     start = torch.stack([columns, rows]).double().flatten(1).T
     torch.testing.assert_close(torch.cdist(place, place), torch.cdist(start, start), rtol=0, atol=1e-6)
+
+
+def _nan_weights() -> nn.Module:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    nn.init.constant_(model[1].weight, torch.nan)
+    return model
+
+
+class Standardised(nn.Module):
+    "Divides by the spread of an image, whose gradient is NaN where the image is constant."
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(192, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        c = x - x.mean((1, 2, 3), keepdim=True)
+        return self.head((c / (c.square().mean((1, 2, 3), keepdim=True).sqrt() + 1e-3)).flatten(1))
+
+
+@pytest.mark.parametrize("model", [_nan_weights(), Standardised()], ids=["nan-weights", "nan-gradient"])
+@pytest.mark.parametrize("name", sorted(ATTACKS))
+def test_gradients_that_are_not_numbers_leave_the_image_valid(name, model):
+    options = {} if name == "fgsm" else {"steps": 3}
+    info = ATTACKS[name](model, torch.full((2, 3, 8, 8), 0.4), torch.tensor([0, 1]), random_start=False,
+                         return_info=True, **options)
+    assert info.within.all() and info.x_adv.isfinite().all()
+
+
+@pytest.mark.parametrize("padding", ["border", "zeros", "reflection"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e300])
+def test_no_flow_crashes_the_warp(padding, value):
+    flow = torch.full((1, 2, 5, 5), value, dtype=torch.float64, requires_grad=True)
+    x = torch.rand(1, 1, 5, 5, dtype=torch.float64, requires_grad=True)
+    out = warp(x, flow, padding=padding)
+    out.sum().backward()
+    assert out.isfinite().all() and x.grad.isfinite().all() and flow.grad.isfinite().all()
+
+
+def test_a_model_that_works_in_place_does_not_spoil_the_result():
+    head = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    model = lambda v: head(v.sub_(0.5) if not v.requires_grad else v - 0.5)
+    info = pgd(model, torch.rand(3, 3, 8, 8), torch.arange(3), return_info=True)
+    assert info.within.all() and info.x_adv.min() >= 0 and info.x_adv.max() <= 1
+
+
+@pytest.mark.parametrize("bad, words", [
+    (dict(loss=nn.functional.cross_entropy), "reduction='none'"),
+    (dict(eps=torch.zeros(3)), "budget for each of 2 images"),
+    (dict(eps="8/255"), "eps_pixel must be finite"),
+    (dict(steps=2.5), "steps=2.5"),
+    (dict(target=torch.tensor([0, 9])), "got 0 to 9"),
+])
+def test_mistakes_are_named(bad, words):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    with pytest.raises(ValueError, match=words.replace("(", r"\(")):
+        pgd(model, torch.rand(2, 3, 8, 8), torch.arange(2), **bad)
+    with pytest.raises(ValueError, match="got 7 to 7"):
+        pgd(model, torch.rand(1, 3, 8, 8), torch.tensor([7]), target=torch.tensor([1]))
