@@ -278,7 +278,7 @@ def test_the_folder_is_checked_before_any_work(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("here lies a file")
     calls = []
-    with pytest.raises(OSError, match="choose another folder"):
+    with pytest.raises(ValueError, match="choose another folder"):
         fit(net(), images(), NATURAL, out=blocked / "run", objective=lambda *a: calls.append(a))
     assert not calls
 
