@@ -140,7 +140,7 @@ def _run(
                 params[i] = threats[i].step(params[i], g, base)
     return tuple(params), best
 
-# %% ../nbs/10_attacks.ipynb #e0cbba56
+# %% ../nbs/10_attacks.ipynb #9d09c52e
 def _report(
     objective: _Objective, x: Tensor, threats: Sequence[Threat], params: Sequence[Tensor], return_info: bool
 ) -> Tensor | Adversarial:
@@ -152,6 +152,14 @@ def _report(
         loss, success = objective(x_adv.clone())  # a model may work in place
     return Adversarial(x_adv, tuple(params), tuple(threats), loss, success, contains_chain(threats, x, params),
                        objective.n_forward, objective.n_backward)
+
+
+def _assemble(threats: Sequence[Threat], x: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    "Parameters found apart, each projected around the image it ends up on: a step without gradient only projects."
+    together = []
+    for i, (threat, p) in enumerate(zip(threats, params)):
+        together.append(threat.step(p, torch.zeros_like(p), apply_chain(threats[:i], x, together)))
+    return together
 
 
 def _check_call(x: Tensor, y: Tensor, threats: Sequence[Threat], target: Tensor | None, restarts: int) -> None:
@@ -319,7 +327,7 @@ def joint_threats(
         raise ValueError(f"unknown order {order!r}: choose one of {', '.join(orders)}")
     return orders[order]
 
-# %% ../nbs/10_attacks.ipynb #3ec42948
+# %% ../nbs/10_attacks.ipynb #639468ce
 def double_pass(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -342,9 +350,8 @@ def double_pass(
     """Joint attack on geometry and pixels, one fresh gradient for each in every step (JAT Algorithm 2).
 
     A flow fetches every pixel of `x` from at most `eps_flow` pixels away, then a perturbation of at most
-    `eps_pixel` (image units: 8/255 is 8 grey levels) is added. Each step moves the flow along the generalised
-    sign of its gradient, then the perturbation along the sign of a gradient taken at the new flow: 2 * steps
-    gradients in all. `order="pixel-spatial"` perturbs first and warps afterwards.
+    `eps_pixel` (image units: 8/255 is 8 grey levels) is added. Each step moves the flow along its gradient, then
+    the perturbation along a gradient taken at the new flow. `order="pixel-spatial"` perturbs first, then warps.
 
     `x` holds float images (B, C, H, W) in [0, 1], `y` the true classes (B,) as int64; a class to be mistaken
     for goes into `target` (B,). Budgets and steps are one number or one per image (B,). `generator` is one
@@ -354,8 +361,6 @@ def double_pass(
     parameters, the loss and success of each image, and the number of model passes. The model's modes, buffers,
     parameters and .grad are left as found, also after an error. Raises ValueError for images that are no floats
     in [0, 1], labels that do not fit the logits, budgets that are negative or not finite, and steps < 1.
-
-    Example: x_adv = double_pass(model, x, y, eps_pixel=8 / 255, eps_flow=0.3, steps=20)
     """
     threats = joint_threats(eps_pixel=eps_pixel, eps_flow=eps_flow, step_pixel=step_pixel, step_flow=step_flow,
                             order=order)
@@ -394,7 +399,7 @@ def one_pass(
                   random_start=random_start, restarts=restarts, keep_best=keep_best,
                   generator=generator, return_info=return_info)
 
-# %% ../nbs/10_attacks.ipynb #e41fbbe0
+# %% ../nbs/10_attacks.ipynb #a255c9cf
 def cascade(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -420,22 +425,19 @@ def cascade(
     `x` holds float images (B, C, H, W) in [0, 1], `y` the true classes (B,); units as in `double_pass`.
     Returns images like `x`, or an `Adversarial` record. Further arguments and errors as in `double_pass`.
     """
-    threats = joint_threats(eps_pixel=eps_pixel, eps_flow=eps_flow, step_pixel=step_pixel, step_flow=step_flow,
-                            order=order)
+    budgets = dict(eps_pixel=eps_pixel, eps_flow=eps_flow, step_pixel=step_pixel, step_flow=step_flow)
+    threats = joint_threats(**budgets, order=order)
     options = dict(steps=steps, loss=loss, target=target, random_start=random_start, restarts=restarts,
                    keep_best=keep_best, generator=generator)
     if not independent:
         return ascend(model, x, y, threats, schedule="sequential", return_info=return_info, **options)
     parts = [ascend(model, x, y, [threat], return_info=True, **options) for threat in threats]
     with torch.inference_mode(False), torch.no_grad(), frozen(model):
-        x = base = x.detach().clone()
-        params, objective = [], _Objective(model, y, target, loss)
+        objective = _Objective(model, y, target, loss)
         objective.n_forward = sum(part.n_forward for part in parts)
         objective.n_backward = sum(part.n_backward for part in parts)
-        for threat, p in zip(threats, (part.params[0] for part in parts)):
-            params.append(threat.step(p, torch.zeros_like(p), base))  # a zero gradient only projects, here around base
-            base = threat.apply(base, params[-1])
-        return _report(objective, x, threats, params, return_info)
+        x = x.detach().clone()
+        return _report(objective, x, threats, _assemble(threats, x, [p.params[0] for p in parts]), return_info)
 
 # %% ../nbs/10_attacks.ipynb #96897181
 ATTACKS = {f.__name__: f for f in (fgsm, pgd, mi_fgsm, ggsm, one_pass, cascade, double_pass)}  # by name, for recipes

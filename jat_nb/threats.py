@@ -72,7 +72,18 @@ def project_ball_box(
         low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
     return fit(low)
 
-# %% ../nbs/03_threats.ipynb #12feb719
+# %% ../nbs/03_threats.ipynb #57628562
+def _project_boxes(delta: Tensor, eps: float | Tensor, base: Tensor) -> Tensor:
+    eps = per_image(eps, delta)
+    return torch.minimum(torch.maximum(delta, torch.maximum(-eps, -base)), torch.minimum(eps, 1 - base))
+
+
+def _random_ball(like: Tensor, eps: float | Tensor, generator: Randomness) -> Tensor:
+    normal = torch.special.ndtri(uniform(like, generator).clamp(min=1e-7))
+    radius = per_image(eps, like) * uniform(like[:, :1, :1, :1], generator) ** (1 / like[0].numel())
+    return generalized_sign(normal.flatten(1)).view_as(like) * radius
+
+# %% ../nbs/03_threats.ipynb #00abb390
 @dataclass(frozen=True)
 class Pixel:
     "Add a perturbation bounded in the largest-change or the Euclidean norm (JAT section 2, Eq. 3)."
@@ -89,19 +100,13 @@ class Pixel:
         "Zeros, or uniform in the ball and then projected."
         if not random:
             return torch.zeros_like(_wide(x))
-        draws, eps = uniform(_wide(x), generator), per_image(self.eps_pixel, _wide(x))
-        if self.norm == "linf":
-            return self.project((2 * draws - 1) * eps, x)
-        direction = generalized_sign(torch.special.ndtri(draws.clamp(min=1e-7)).flatten(1)).view_as(draws)
-        radius = uniform(draws[:, :1, :1, :1], generator) ** (1 / draws[0].numel())
-        return self.project(direction * radius * eps, x)
+        if self.norm == "l2":
+            return self.project(_random_ball(_wide(x), self.eps_pixel, generator), x)
+        return self.project((2 * uniform(_wide(x), generator) - 1) * per_image(self.eps_pixel, _wide(x)), x)
 
     def project(self, p: Tensor, base: Tensor) -> Tensor:
         "The nearest perturbation within the budget that keeps the image valid."
-        if self.norm == "l2":
-            return project_ball_box(p, self.eps_pixel, base)
-        eps = per_image(self.eps_pixel, p)
-        return torch.minimum(torch.maximum(p, torch.maximum(-eps, -base)), torch.minimum(eps, 1 - base))
+        return (project_ball_box if self.norm == "l2" else _project_boxes)(p, self.eps_pixel, base)
 
     def apply(self, x: Tensor, p: Tensor) -> Tensor:
         "Sum of image and perturbation."

@@ -293,7 +293,13 @@ def _validate(model: nn.Module, data: ImageSet, recipe: Recipe, probe: Callable[
     few = data.subset(min(recipe.probe_images, len(data)))
     return {"val_clean": accuracy(model, data), "val_robust": accuracy(model, few, probe, amp=recipe.amp)}
 
-# %% ../nbs/23_training.ipynb #40d622c5
+# %% ../nbs/23_training.ipynb #77039482
+def _check_fit(model: nn.Module, train: ImageSet, validation: ImageSet | None) -> None:
+    counts = [len(data) for data in (train, validation) if data is not None]
+    if not isinstance(model, nn.Module) or 0 in counts:
+        raise ValueError(f"expected an nn.Module and at least one image in each set, got {type(model).__name__} and {counts}")
+
+# %% ../nbs/23_training.ipynb #5b7e53ca
 def fit(
     model: nn.Module,  # Classifier of images in [0, 1]; trained in place, ends in eval mode
     train: ImageSet,  # Training images, moved to the device as bytes
@@ -307,9 +313,7 @@ def fit(
     device: str | torch.device | None = None,  # Where to train; None: where the model is
 ) -> list[dict[str, Any]]:  # One row per epoch: loss, lr, seconds, val_clean, val_robust
     "Train a model by a recipe."
-    if not isinstance(model, nn.Module) or len(train) == 0 or (validation is not None and len(validation) == 0):
-        raise ValueError(f"expected an nn.Module and at least one image, got {type(model).__name__}, {len(train)} training "
-                         f"and {None if validation is None else len(validation)} validation images")
+    _check_fit(model, train, validation)
     objective = objective or partial(OBJECTIVES[recipe.objective], **recipe.objective_options)
     attack = attack or (partial(ATTACKS[recipe.attack], **recipe.attack_options) if recipe.attack else None)
     probe = probe or partial(ATTACKS[recipe.probe], **recipe.probe_options)
