@@ -226,8 +226,10 @@ def _identity(recipe: Recipe, model: nn.Module, train: ImageSet, validation: Ima
             (("train", train), ("validation", validation))}
     return json.loads(json.dumps({"recipe": asdict(recipe), "model": getattr(model, "metadata", {}), **data}))
 
-# %% ../nbs/23_training.ipynb #8e881d31
-def _open_run(out: Path, identity: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict]:
+# %% ../nbs/23_training.ipynb #7d7c28ba
+def _open_run(
+    out: Path, identity: dict[str, Any], about: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> list[dict]:
     "Claim a folder for a run, or find where its earlier half stopped: the history so far."
     file, resume, history = check_writable(out) / "run.json", out / "resume.safetensors", []
     if file.exists() and resume.exists():  # a run that never finished an epoch holds nothing to protect
@@ -236,7 +238,7 @@ def _open_run(out: Path, identity: dict[str, Any], model: nn.Module, optimizer: 
         changed = [f"{k} was {was.get(k)!r}, is {now[k]!r}" for k in now if now[k] != was.get(k)]
         if changed:
             raise ValueError(f"{out} holds another run ({'; '.join(changed)}): choose another `out`")
-    write_json(file, {**identity, "environment": environment(next(model.parameters()).device)})
+    write_json(file, {**identity, "about": about, "environment": environment(next(model.parameters()).device)})
     if resume.exists():
         history = load_state(resume, model, optimizer)["history"]
         _publish(out, model, history)
@@ -299,7 +301,7 @@ def _check_fit(model: nn.Module, train: ImageSet, validation: ImageSet | None) -
     if not isinstance(model, nn.Module) or 0 in counts:
         raise ValueError(f"expected an nn.Module and at least one image in each set, got {type(model).__name__} and {counts}")
 
-# %% ../nbs/23_training.ipynb #5b7e53ca
+# %% ../nbs/23_training.ipynb #7fd2423d
 def fit(
     model: nn.Module,  # Classifier of images in [0, 1]; trained in place, ends in eval mode
     train: ImageSet,  # Training images, moved to the device as bytes
@@ -310,6 +312,7 @@ def fit(
     attack: Callable[..., Tensor] | None = None,  # Overrides the recipe's: attack(model, x, y, target=, generator=)
     probe: Callable[..., Tensor] | None = None,  # Overrides the recipe's: probe(model, x, y, generator=)
     out: str | Path | None = None,  # Folder for log and checkpoints; a run of the same recipe there is resumed
+    about: Mapping[str, Any] | None = None,  # JSON-able facts for run.json, such as the name of the recipe
     device: str | torch.device | None = None,  # Where to train; None: where the model is
 ) -> list[dict[str, Any]]:  # One row per epoch: loss, lr, seconds, val_clean, val_robust
     "Train a model by a recipe."
@@ -321,7 +324,7 @@ def fit(
     device = next(model.parameters()).device if device is None else torch.device(device)
     model.to(device, memory_format=torch.channels_last if recipe.channels_last else torch.preserve_format)
     optimizer = make_optimizer(model, recipe)
-    history = [] if folder is None else _open_run(folder, identity, model, optimizer)
+    history = [] if folder is None else _open_run(folder, identity, about or {}, model, optimizer)
     train, validation = train.to(device), None if validation is None else validation.to(device)
     todo = (recipe.epochs - len(history)) * math.ceil(len(train) / recipe.batch_size)
     ticks = iter(progress(range(todo), description="training", unit="batch"))
