@@ -19,7 +19,7 @@ setup(
     license="Apache-2.0",
     keywords=s["keywords"],
     packages=find_packages(include=["jat_nb", "jat_nb.*"]),
-    package_data={"jat_nb": ["py.typed", "zoo/*.safetensors"]},
+    package_data={"jat_nb": ["py.typed", "zoo/*.safetensors", "published/*.csv"]},
     python_requires=f">={s['min_python']}",
     install_requires=s["requirements"].split(),
     extras_require={"dev": s["dev_requirements"].split()},

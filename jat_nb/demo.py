@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Settings', 'recipes', 'judge', 'comparison', 'gallery', 'curves', 'report', 'run', 'main']
 
-# %% ../nbs/41_demo.ipynb #8ef3ceab
+# %% ../nbs/41_demo.ipynb #f751493f
 import argparse
 import base64
 import html
@@ -29,7 +29,8 @@ from .evaluation import Evaluation, budget_curve, evaluate, ggsm_at, jat_suite, 
 from .models import NormalizedModel, create
 from .pictures import plot_curves, show_attack
 from .records import Record, check_writable, read_jsonl, write_atomic
-from .training import RECIPES, Recipe, fit
+from .recipes import RECIPES
+from .training import Recipe, fit
 
 # %% ../nbs/41_demo.ipynb #b86a3827
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Settings:
         "Where everything is written."
         return Path(self.out or ("runs/demo" if self.data == "digits" else f"runs/demo-{self.data}"))
 
-# %% ../nbs/41_demo.ipynb #8247261b
+# %% ../nbs/41_demo.ipynb #c3caacbc
 def recipes(
     settings: Settings,  # What to train
     budget: Budget,  # Pixel and flow budget of the data set
@@ -63,8 +64,8 @@ def recipes(
                   nesterov=True, weight_decay=5e-4, amp=True, channels_last=True, probe_options=probe)
     one_step = dict(eps_pixel=budget.eps_pixel, step_pixel=budget.eps_pixel,
                     eps_flow=budget.eps_flow, step_flow=budget.eps_flow, steps=1)
-    return {"Natural": replace(RECIPES["natural"], **common),
-            "Joint": replace(RECIPES["one-step-joint"], **common, attack_options=one_step)}
+    return {"Natural": replace(RECIPES["jat/natural"], **common),
+            "Joint": replace(RECIPES["jat/one-step-joint"], **common, attack_options=one_step)}
 
 # %% ../nbs/41_demo.ipynb #3429e56a
 def _train_one(

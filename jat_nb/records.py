@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TIERS', 'check_writable', 'write_atomic', 'write_json', 'append_jsonl', 'read_jsonl', 'environment', 'Record',
-           'progress']
+           'progress', 'Processes', 'processes', 'sum_over_processes']
 
-# %% ../nbs/07_records.ipynb #b05d099e
+# %% ../nbs/07_records.ipynb #a0d5685c
 import json
 import math
 import os
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -153,8 +153,8 @@ def environment(
     return {"versions": {k: v for k, v in versions.items() if v}, "device": _device(device),
             "threads": torch.get_num_threads(), "commit": _commit(folder)}
 
-# %% ../nbs/07_records.ipynb #2e286eb3
-TIERS = ("smoke", "cpu", "gpu")
+# %% ../nbs/07_records.ipynb #ad499ff1
+TIERS = ("smoke", "cpu", "gpu", "paper")
 
 
 @dataclass
@@ -163,7 +163,7 @@ class Record:
 
     experiment: str  # Which question the run answers
     config: dict[str, Any] = field(default_factory=dict)  # All settings, JSON-able
-    tier: str = "smoke"  # 'smoke', 'cpu' or 'gpu'
+    tier: str = "smoke"  # One of TIERS: how far the published setting was cut down
     data: str = ""  # Name of the data set
     variant: str = ""  # `ImageSet.variant`: official pixels, or not
     seed: int = 0  # Seed of every generator of the run
@@ -207,7 +207,7 @@ class Record:
             raise ValueError(f"{path} is no record: missing or unknown are {sorted(known ^ set(row))}")
         return cls(**row)
 
-# %% ../nbs/07_records.ipynb #a7d12fff
+# %% ../nbs/07_records.ipynb #71318af4
 def progress(
     iterable: Iterable,  # What the loop walks over
     *,
@@ -216,5 +216,32 @@ def progress(
     unit: str = "it",  # What an item is called
 ) -> tqdm:  # Iterates like `iterable`; `.set_postfix(loss=...)` adds figures
     "A bar with rate and time left in a terminal; nothing in notebooks, logs and continuous integration."
-    quiet = not sys.stderr.isatty() or bool(os.environ.get("CI"))
+    quiet = not sys.stderr.isatty() or bool(os.environ.get("CI")) or os.environ.get("RANK", "0") != "0"
     return tqdm(iterable, total=total, desc=description, unit=unit, disable=quiet, dynamic_ncols=True)
+
+# %% ../nbs/07_records.ipynb #999d1c91
+class Processes(NamedTuple):
+    "This process among those that run together."
+
+    rank: int  # 0 for the one that writes files
+    count: int  # 1 in an ordinary program
+
+
+def processes() -> Processes:
+    "Join the processes that `accelerate launch` or `torchrun` started, once; an ordinary program is alone."
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return Processes(0, 1)
+    from accelerate import PartialState  # picks the backend that fits the device
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    return Processes(state.process_index, state.num_processes)
+
+# %% ../nbs/07_records.ipynb #55920df8
+def sum_over_processes(
+    values: torch.Tensor,  # Numbers of this process, any shape; every process must call with the same shape
+) -> torch.Tensor:  # Their sum over all processes; a new tensor
+    "Add up what the processes found; also a point where they wait for each other."
+    total = values.clone()
+    if processes().count > 1:
+        torch.distributed.all_reduce(total)
+    return total

@@ -22,7 +22,9 @@ PROMISED = {
     "pictures": "show_images show_attack flow_to_rgb quiver budget_strip",
     "attacks": "Adversarial ascend fgsm pgd mi_fgsm ggsm one_pass cascade double_pass",
     "objectives": "natural adversarial jat OBJECTIVES",
-    "training": "Recipe RECIPES fit",
+    "training": "Recipe fit",
+    "recipes": "RECIPES ROWS TIER adapt setting",
+    "checkpoints": "save_state load_state claim publish best_row collapsed",
     "evaluation": "wilson_interval Evaluation evaluate jat_suite budget_curve check_attack",
 }
 

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from jat_nb.attacks import ATTACKS, fgsm, pgd
+from jat_nb.attacks import double_pass, pgd
 from jat_nb.data import Batch, ImageSet, batches
+from jat_nb.checkpoints import best_row, collapsed, load_state, save_state
 from jat_nb.models import create, load_weights
-from jat_nb.objectives import OBJECTIVES, natural
+from jat_nb.objectives import OBJECTIVES, jat, natural
 from jat_nb.records import read_jsonl
-from jat_nb.training import (RECIPES, Recipe, accuracy, best_row, fit, learning_rate, load_state, make_optimizer,
-                             save_state, train_step)
+from jat_nb.training import Recipe, accuracy, fit, learning_rate, make_optimizer, split_batch, train_step
 
 TINY = dict(epochs=3, batch_size=16, milestones=(2,), probe="pgd", probe_options={"steps": 1}, probe_images=10)
 NATURAL = Recipe(objective="natural", attack=None, attack_options={}, **TINY)
@@ -54,20 +54,6 @@ def killer(objective, at):
 
 # Recipes
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_published_recipes_survive_json(name):
-    assert Recipe(**json.loads(json.dumps(asdict(RECIPES[name])))) == RECIPES[name]
-
-
-def test_published_recipes_are_those_of_the_paper():
-    a = RECIPES["one-step-joint"]
-    assert a == Recipe() and a.attack_options["step_pixel"] == 8 / 255 and a.attack_options["step_flow"] == 0.3
-    assert (a.epochs, a.milestones, a.lr, a.momentum, a.weight_decay, a.batch_size) == (300, (100, 150), 0.1, 0.9, 2e-4, 128)
-    assert (RECIPES["madry"].epochs, RECIPES["madry"].milestones, RECIPES["madry"].attack_options["steps"]) == (100, (60, 90), 7)
-    assert RECIPES["multi-step-joint"].attack_options["step_flow"] == 0.1
-    assert RECIPES["one-step-pixel"].objective_options == {"target": "most_confusing"}
-
-
 @pytest.mark.parametrize("options, message", [
     (dict(objective="trade"), "unknown objective 'trade'"), (dict(attack="pdg"), "unknown attack 'pdg'"),
     (dict(probe="none"), "unknown probe"), (dict(attack_options={"eps": 1}), "takes eps_pixel"),
@@ -76,6 +62,7 @@ def test_published_recipes_are_those_of_the_paper():
     (dict(epochs=0), "epochs"), (dict(epochs=10), "milestones"), (dict(batch_size=2.5), "batch_size"),
     (dict(optimizer="adam"), "unknown optimizer"), (dict(schedule="step"), "unknown schedule"), (dict(lr=0.0), "lr > 0"),
     (dict(lr=math.nan), "lr > 0"), (dict(momentum=1.0), "momentum < 1"), (dict(warmup=0), "warmup"),
+    (dict(ema=1.0), "ema < 1"), (dict(clip_norm=-1.0), "clip_norm"), (dict(accumulate=0), "accumulate"),
     (dict(attack_options={"eps_pixel": torch.ones(1)}), "JSON"), (dict(attack_options={"eps_pixel": math.inf}), "JSON"),
 ])
 def test_refused_recipes(options, message):
@@ -170,7 +157,7 @@ def test_callables_override_names():
     def attack(model, x, y, *, target=None, generator=None):
         seen.append(len(x))
         return x
-    fit(net(), images(16), replace(RECIPES["madry"], **TINY), attack=attack)
+    fit(net(), images(16), Recipe(objective="adversarial", attack="pgd", attack_options={"steps": 7}, **TINY), attack=attack)
     assert seen == [16] * 3
     fit(net(), images(16), NATURAL, validation=images(6), probe=attack, objective=lambda m, b, a: natural(m, b))
     assert seen[3:] == [6] * 3
@@ -222,24 +209,16 @@ def test_a_killed_run_ends_bit_identical(tmp_path, objective, optimizer, lr, at)
 
 @pytest.mark.parametrize("fails", ["last.safetensors", "best.safetensors", "log.jsonl", "resume.safetensors"])
 def test_killed_between_two_files(tmp_path, monkeypatch, fails):
-    import jat_nb.training as training
     data, held, real, seen = images(), images(20, seed=1), os.replace, itertools.count(1)
     whole = net()
     fit(whole, data, NATURAL, validation=held, out=tmp_path / "whole")
 
     def replace_once(src, dst, *args, **kwargs):
-        if str(dst).endswith(fails) and next(seen) == 2:
+        if str(dst).endswith(fails) and next(seen) == 3:
             raise KeyboardInterrupt
         return real(src, dst, *args, **kwargs)
 
-    def append_once(path, row, real=training.append_jsonl):
-        if fails == "log.jsonl" and row["epoch"] == 2:
-            raise KeyboardInterrupt
-        real(path, row)
-
-    if fails != "log.jsonl":
-        monkeypatch.setattr(os, "replace", replace_once)
-    monkeypatch.setattr(training, "append_jsonl", append_once)
+    monkeypatch.setattr(os, "replace", replace_once)
     try:
         fit(net(), data, NATURAL, validation=held, out=tmp_path / "run")
     except KeyboardInterrupt:
@@ -310,5 +289,97 @@ def test_nothing_is_unpickled(tmp_path):
         load_state(tmp_path / "resume.safetensors", net(), make_optimizer(net(), NATURAL))
 
 
-def test_attack_names_cover_the_recipes():
-    assert {r.attack for r in RECIPES.values()} - {None} <= set(ATTACKS) and fgsm in ATTACKS.values()
+# What the full-size trainer adds
+
+def test_shares_add_up_to_the_batch():
+    data = images(37)
+    whole = next(iter(batches(data, 37)))
+    parts = split_batch(whole, 5)
+    assert [len(p.y) for p, _ in parts] == [8, 8, 7, 7, 7]
+    assert torch.equal(torch.cat([p.x for p, _ in parts]), whole.x) and math.isclose(sum(w for _, w in parts), 1)
+    assert len(split_batch(whole, 50)) == 37  # never an empty part
+    targets = [jat_target(p) for p, _ in parts]
+    assert torch.equal(torch.cat(targets), jat_target(split_batch(whole, 1)[0][0]))
+
+
+def jat_target(batch):
+    from jat_nb.losses import random_target
+    return random_target(batch.y, 3, batch.generator)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 7])
+def test_accumulation_changes_nothing_without_batch_norm(parts):
+    ends = []
+    for accumulate in (1, parts):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).train()
+        batch = next(iter(batches(images(20), 20, generator=torch.Generator().manual_seed(5))))
+        loss = train_step(model, batch, torch.optim.SGD(model.parameters(), lr=0.1), jat, partial(double_pass, steps=1),
+                          accumulate=accumulate)
+        ends.append((loss, nn.utils.parameters_to_vector(model.parameters()).detach()))
+    assert_close(ends[0][0], ends[1][0], rtol=1e-5, atol=1e-6)
+    assert_close(ends[0][1], ends[1][1], rtol=1e-3, atol=1e-4)
+
+
+def test_clipping_by_hand():
+    layer = nn.Linear(1, 1, bias=False)
+    layer.weight.data.fill_(1.0)
+    batch = Batch(torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.int64), torch.Generator())
+    train_step(layer, batch, torch.optim.SGD(layer.parameters(), lr=1.0), lambda m, b, a: 50 * m.weight.sum(), clip_norm=0.25)
+    assert math.isclose(layer.weight.item(), 0.75, rel_tol=1e-5)
+
+
+def test_averages_by_hand_and_through_a_kill(tmp_path):
+    recipe, seen = replace(NATURAL, ema=0.8), []
+    watch = lambda m, b, a: (seen.append([p.detach().clone() for p in m.parameters()]), natural(m, b))[1]
+    whole = net()
+    fit(whole, images(), recipe, validation=images(20, 1), out=tmp_path / "whole", objective=watch)
+    last = net()
+    fit(last, images(), NATURAL)  # the same steps without averaging: the weights after the last one
+    weights = [*seen[1:], list(last.parameters())]
+    for i, p in enumerate(whole.parameters()):
+        average = weights[0][i].clone()
+        for w in weights[1:]:
+            average.lerp_(w[i], 0.2)
+        assert_close(p, average, rtol=1e-4, atol=1e-5)
+    with pytest.raises(KeyboardInterrupt):
+        fit(net(), images(), recipe, validation=images(20, 1), out=tmp_path / "run", objective=killer(natural, 5))
+    resumed = net(3)
+    fit(resumed, images(), recipe, validation=images(20, 1), out=tmp_path / "run")
+    assert equal(whole, resumed) and equal(load_weights_of(tmp_path / "run"), resumed)
+
+
+def load_weights_of(folder):
+    from safetensors.torch import load_file
+    model = net()
+    model.load_state_dict(load_file(folder / "last.safetensors"))
+    return model
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.02])
+def test_slices_of_time_make_the_same_run(tmp_path, budget):
+    data, held, whole = images(), images(20, 1), net()
+    expected = fit(whole, data, NATURAL, validation=held)
+    calls = 0
+    while calls < 50:
+        calls += 1
+        sliced = net()
+        history = fit(sliced, data, NATURAL, validation=held, out=tmp_path, seconds=budget)
+        if len(history) == 3:
+            break
+        assert not (tmp_path / "last.safetensors").exists() or history
+    bare = lambda rows: [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
+    assert equal(whole, sliced) and bare(history) == bare(expected)
+    assert calls > 3 if budget == 0 else calls >= 1
+
+
+def test_collapse_is_reported():
+    assert [collapsed([{"epoch": i, "val_robust": v} for i, v in enumerate((0.0, 0.6, 0.5, 0.29)[:n])]) for n in (1, 2, 3, 4)] \
+        == [False, False, False, True]
+    history = fit(net(), images(), NATURAL, validation=images(20, 1))
+    assert [r["collapsed"] for r in history] == [collapsed(history[:n]) for n in (1, 2, 3)]
+
+
+def test_other_images_of_the_same_size_are_another_run(tmp_path):
+    fit(net(), images(), NATURAL, out=tmp_path)
+    with pytest.raises(ValueError, match="crc32"): fit(net(), images(seed=3), NATURAL, out=tmp_path)
