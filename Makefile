@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: env demo test docs lab export hooks
+.PHONY: env demo test bench docs lab export hooks
 
 env: $(READY)
 
@@ -19,6 +19,9 @@ demo: env  ## train a natural and a jointly robust classifier, attack both, writ
 
 test: env  ## every check: package, notebooks, site
 	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+bench: env  ## what an attack costs beyond the passes it needs: ratios in one run, into nbs/results/bench_cpu.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m jat_nb.bench --out nbs/results/bench_cpu.json
 
 docs: env export  ## rebuild docs/ and README.md from the stored notebook outputs
 	$(BIN)/python nbs/_site/build.py

@@ -22,7 +22,8 @@ setup(
     package_data={"jat_nb": ["py.typed", "zoo/*.safetensors", "published/*.csv"]},
     python_requires=f">={s['min_python']}",
     install_requires=s["requirements"].split(),
-    extras_require={"dev": s["dev_requirements"].split()},
-    entry_points={"nbdev": [f"{s['lib_name']}={s['lib_path']}._modidx:d"]},
+    extras_require={"dev": s["dev_requirements"].split(), "autoattack": s["autoattack_requirements"].split()},
+    entry_points={"nbdev": [f"{s['lib_name']}={s['lib_path']}._modidx:d"],
+                  "console_scripts": s["console_scripts"].split()},
     zip_safe=False,
 )

@@ -236,12 +236,15 @@ def processes() -> Processes:
     state = PartialState(cpu=not torch.cuda.is_available())
     return Processes(state.process_index, state.num_processes)
 
-# %% ../nbs/07_records.ipynb #55920df8
+# %% ../nbs/07_records.ipynb #b3befea4
 def sum_over_processes(
     values: torch.Tensor,  # Numbers of this process, any shape; every process must call with the same shape
 ) -> torch.Tensor:  # Their sum over all processes; a new tensor
     "Add up what the processes found; also a point where they wait for each other."
     total = values.clone()
     if processes().count > 1:
+        from accelerate import PartialState
+
+        total = total.to(PartialState().device)  # GPUs add up what lies on them
         torch.distributed.all_reduce(total)
-    return total
+    return total.to(values.device)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Recipe', 'learning_rate', 'make_optimizer', 'split_batch', 'train_step', 'accuracy', 'fit']
 
-# %% ../nbs/23_training.ipynb #2537f198
+# %% ../nbs/23_training.ipynb #2da24a00
 import inspect
 import json
 import math
@@ -27,12 +27,12 @@ from .data import Batch, ImageSet, batches
 from .models import frozen
 from .objectives import OBJECTIVES
 from .records import environment, processes, progress, sum_over_processes
-from .warp import Share
+from .warp import BatchShare
 
 # %% ../nbs/23_training.ipynb #1a60b0ed
 _ONE_STEP = {"steps": 1, "eps_pixel": 8 / 255, "step_pixel": 8 / 255, "eps_flow": 0.3, "step_flow": 0.3}
 
-# %% ../nbs/23_training.ipynb #5d4558a6
+# %% ../nbs/23_training.ipynb #a453cd1f
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides how a model is trained, in plain JSON-able data."
@@ -51,7 +51,7 @@ class Recipe:
     schedule: str = "multistep"  # "multistep", "onecycle", "cosine" or "constant"
     milestones: tuple[float, ...] = (100, 150)  # Epochs after which "multistep" drops; JAT
     drop: float = 0.1  # Factor at each milestone; JAT section 6
-    warmup: float = 0.3  # Share of the run in which "onecycle" climbs; PyTorch's default
+    warmup: float = 0.3  # BatchShare of the run in which "onecycle" climbs; PyTorch's default
     augment: bool = True  # Shift and mirror as the data set allows; JAT section 6
     amp: bool = False  # bfloat16 autocast: three to four times faster, results differ in the third digit
     channels_last: bool = False  # Memory layout that convolutions prefer together with `amp`
@@ -79,7 +79,7 @@ def _check_options(what: str, name: str, known: Mapping[str, Callable], options:
     if not set(options) <= set(names) and not any(p.kind is p.VAR_KEYWORD for p in parameters):
         raise ValueError(f"{what} {name!r} takes {', '.join(names) or 'no options'}; got {', '.join(options)}")
 
-# %% ../nbs/23_training.ipynb #9e874974
+# %% ../nbs/23_training.ipynb #d2bed783
 def _check_recipe(r: Recipe) -> None:
     "Every mistake that can be seen before the first batch."
     _check_options("objective", r.objective, OBJECTIVES, r.objective_options)
@@ -92,6 +92,9 @@ def _check_recipe(r: Recipe) -> None:
     for name in ("epochs", "batch_size", "probe_images", "accumulate"):
         if not isinstance(getattr(r, name), int) or getattr(r, name) < 1:
             raise ValueError(f"expected {name} to be an integer of at least 1, got {getattr(r, name)!r}")
+    numbers = ("lr", "momentum", "weight_decay", "drop", "warmup", "ema", "clip_norm", "seed")
+    if wrong := [f"{n}={getattr(r, n)!r}" for n in numbers if not isinstance(getattr(r, n), (int, float))]:
+        raise ValueError(f"expected numbers, got {', '.join(wrong)}")
     if not (0 <= r.ema < 1 and r.clip_norm >= 0):
         raise ValueError(f"expected 0 <= ema < 1 and clip_norm >= 0, got {r.ema} and {r.clip_norm}")
     schedules = ("multistep", "onecycle", "cosine", "constant")
@@ -123,10 +126,10 @@ _SCHEDULES: dict[str, Callable[[Recipe, float], float]] = {
     "constant": lambda r, t: 1.0,
 }
 
-# %% ../nbs/23_training.ipynb #1d06c956
+# %% ../nbs/23_training.ipynb #1b4950cb
 def learning_rate(
     recipe: Recipe,  # Its `schedule`, `lr`, `epochs`, `milestones`, `drop` and `warmup` are read
-    t: float,  # Share of the run that is done, in [0, 1]
+    t: float,  # BatchShare of the run that is done, in [0, 1]
 ) -> float:  # Learning rate for the next iteration
     "The schedule of a recipe as a function of progress."
     if not 0 <= t <= 1:
@@ -144,7 +147,7 @@ def make_optimizer(
     return torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=recipe.momentum,
                            weight_decay=recipe.weight_decay, nesterov=recipe.nesterov)
 
-# %% ../nbs/23_training.ipynb #3ded19ad
+# %% ../nbs/23_training.ipynb #5c5c5851
 def split_batch(
     batch: Batch,  # Images, labels, source of randomness
     parts: int,  # Parts in which each process works through its share
@@ -154,7 +157,7 @@ def split_batch(
     if parts * count == 1:
         return [(batch, 1.0)]
     bounds = torch.arange(len(batch.y)).tensor_split(parts * count)[rank * parts:(rank + 1) * parts]
-    share = lambda i: Share(batch.generator.clone_state(), int(i[0]), len(batch.y))
+    share = lambda i: BatchShare(batch.generator.clone_state(), int(i[0]), len(batch.y))
     return [(Batch(batch.x[i[0]:i[-1] + 1], batch.y[i[0]:i[-1] + 1], share(i)), len(i) / len(batch.y))
             for i in bounds if len(i)]
 
@@ -205,7 +208,7 @@ def train_step(
     optimizer.step()
     return value
 
-# %% ../nbs/23_training.ipynb #9bd327f9
+# %% ../nbs/23_training.ipynb #01147da8
 def accuracy(
     model: nn.Module,  # Classifier; its mode and buffers are left as they are
     data: ImageSet,  # Images and labels
@@ -214,7 +217,7 @@ def accuracy(
     batch_size: int = 256,  # Images per pass
     seed: int = 0,  # Seed of the attack: the same starts at every call
     amp: bool = False,  # bfloat16 autocast while attacking; the verdict itself is float32
-) -> float:  # Share of images classified correctly, in [0, 1]
+) -> float:  # BatchShare of images classified correctly, in [0, 1]
     "Clean or attacked accuracy in eval mode."
     device = next(model.parameters()).device
     right = 0

@@ -25,7 +25,10 @@ PROMISED = {
     "training": "Recipe fit",
     "recipes": "RECIPES ROWS TIER adapt setting",
     "checkpoints": "save_state load_state claim publish best_row collapsed",
-    "evaluation": "wilson_interval Evaluation evaluate jat_suite budget_curve check_attack",
+    "audit": "random_pixels random_flow transfer steps_curve budget_surface autoattack local_linearity masking_report ssim similarity",
+    "suites": "SUITES Job run_suite with_bits bits",
+    "cli": "jat_train jat_eval jat_attack jat_report to_png",
+    "evaluation": "counted wilson_interval Evaluation evaluate jat_suite budget_curve check_attack",
 }
 
 
