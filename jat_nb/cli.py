@@ -54,7 +54,7 @@ def _command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None,
         print(f"{parser.prog}: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
 
-# %% ../nbs/40_cli.ipynb #2f7172e6
+# %% ../nbs/40_cli.ipynb #1d7a1e73
 def _at_least(least: int) -> Callable[[str], int]:
     "A whole number of at least `least`, for argparse."
     def number(text: str) -> int:
@@ -64,9 +64,15 @@ def _at_least(least: int) -> Callable[[str], int]:
     return number
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    "Shows defaults where there are any."
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, [], False, float("inf")) else super()._get_help_string(action)
+
+
 def _parser(program: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(program, description=description, epilog=epilog,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(program, description=description, epilog=epilog, formatter_class=_Help)
     if program != "jat_report":
         parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
         parser.add_argument("--threads", type=_at_least(1), help="processor threads; all by default")

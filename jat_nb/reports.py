@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['attack_bars', 'training_curve', 'budget_curves', 'html_report']
 
-# %% ../nbs/36_reports.ipynb #f35f985f
+# %% ../nbs/36_reports.ipynb #535388c1
 import html
 import io
 import json
@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from .pictures import PALETTE, plot_curves
+from .pictures import PALETTE, _Figure, plot_curves
 from .recipes import RECIPES, TIER, adapt
 from .records import TIERS, write_atomic
 from .results import (Run, Share, overview, paper_table, read_runs, recipe_names, side_by_side,
@@ -35,7 +35,7 @@ def _on_equal_images(runs: Sequence[Run], columns: Sequence[str], **group: str) 
     return {name: {c: share.first(min(s.n for s in row.values())) for c, share in row.items()}
             for name, row in rows.items() if row}
 
-# %% ../nbs/36_reports.ipynb #37d19002
+# %% ../nbs/36_reports.ipynb #7db22bba
 def attack_bars(
     runs: Sequence[Run],  # As read
     columns: Sequence[str] = ("PGD20", "PGD100", "AutoAttack"),  # Attacks, at most 6
@@ -45,26 +45,27 @@ def attack_bars(
 ) -> Figure:  # A group of bars per recipe, with 95 % intervals
     "Accuracy of every recipe under several attacks, on the same images."
     table = _on_equal_images(runs, columns, data=data, tier=tier)
-    figure = Figure(figsize=(6.4, 0.9 + 0.17 * (len(columns) + 1) * max(len(table), 1)), layout="constrained")
+    figure = _Figure(figsize=(6.4, 0.9 + 0.17 * (len(columns) + 1) * max(len(table), 1)), layout="constrained")
     ax, height = figure.subplots(), 0.8 / len(columns)
     for k, (column, color) in enumerate(zip(columns, PALETTE.values())):
         rows = [(i, row[column]) for i, row in enumerate(table.values()) if column in row]
         values = [100 * share.value for _, share in rows]
         errors = [[abs(100 * share.interval[end] - v) for (_, share), v in zip(rows, values)] for end in (0, 1)]
-        if rows: ax.barh([i + (k + 0.5) * height - 0.4 for i, _ in rows], values, 0.9 * height, xerr=errors, color=color,
-                         label=column, error_kw={"ecolor": "0.5", "lw": 1, "capsize": 2})
+        where = [i + (k + 0.5) * height - 0.4 for i, _ in rows]
+        if rows: ax.barh(where, values, 0.9 * height, xerr=errors, color=color, label=column,
+                         error_kw={"ecolor": "0.5", "lw": 1, "capsize": 2})
     ax.set(yticks=range(len(table)), yticklabels=table, xlabel="accuracy (%)", xlim=(0, None))
     ax.invert_yaxis()
     if table: figure.legend(loc="outside upper center", ncols=len(columns), frameon=False, fontsize=8)
     ax.spines[["top", "right"]].set_visible(False)
     return figure
 
-# %% ../nbs/36_reports.ipynb #41a181eb
+# %% ../nbs/36_reports.ipynb #85ed9134
 def training_curve(
     run: Run,  # One run, finished or not
 ) -> Figure:  # Accuracy against the epoch
     "Clean and robust accuracy on the images held out, epoch by epoch; a cross marks a collapse."
-    figure = Figure(figsize=(3.4, 2.2), layout="constrained")
+    figure = _Figure(figsize=(3.4, 2.2), layout="constrained")
     ax, epochs = figure.subplots(), [row.get("epoch", i + 1) for i, row in enumerate(run.log)]
     for key, label, color in (("val_clean", "clean", "blue"), ("val_robust", "under the probe", "red")):
         values = [100 * row.get(key, math.nan) for row in run.log]
@@ -75,19 +76,23 @@ def training_curve(
     ax.legend(frameon=False, fontsize=8)
     return figure
 
-# %% ../nbs/36_reports.ipynb #bea18a2e
+# %% ../nbs/36_reports.ipynb #73def3ab
+_FIGURE_3 = ("natural", "madry", "one-step-pixel", "one-step-spatial", "one-step-joint")
+
+
 def budget_curves(
     runs: Sequence[Run],  # As read
     kind: str = "pixel",  # "pixel" or "flow"
-    names: Sequence[str] | None = None,  # Recipes, at most 6; None: the first six that have curves
+    names: Sequence[str] | None = None,  # Recipes, at most 6; None: those of JAT's Figure 3, then others
     *,
     data: str = "cifar10",  # Data set
     tier: str = "cpu",  # Tier
 ) -> Figure:  # Accuracy against the budget, in 1/255 or px
     "Accuracy of several recipes against one budget."
     unit, trained_at, shares, budgets = {"pixel": 255, "flow": 1}[kind], None, {}, []
-    for name in names or recipe_names(runs, data=data, tier=tier):
-        chosen = [r for r in runs if r.usable and r.name == name and r.group == (tier, data) and "curves" in r.evaluations]
+    found = recipe_names(runs, data=data, tier=tier)
+    for name in names or sorted(found, key=lambda name: name not in _FIGURE_3):
+        chosen = [r for r in runs if (r.usable, r.name, r.group) == (True, name, (tier, data)) if "curves" in r.evaluations]
         if not chosen or len(shares) == len(PALETTE): continue
         record = chosen[0].evaluations["curves"]
         budgets, trained_at = record.metrics[kind]["budgets"], record.config.get("budget", {}).get(f"eps_{kind}")
@@ -98,14 +103,15 @@ def budget_curves(
     return plot_curves([unit * b for b in budgets], values, intervals=ends, trained_at=trained_at and unit * trained_at,
                        xlabel={"pixel": "pixel budget (1/255)", "flow": "flow budget (px)"}[kind])
 
-# %% ../nbs/36_reports.ipynb #d9aa9dea
+# %% ../nbs/36_reports.ipynb #353f422a
 def _commands(run: Run) -> list[str]:
     "The command lines that train and judge this run again."
     about, folder = run.about, f"runs/{run.folder}"
     plan = asdict(adapt(RECIPES[about["name"]], about["data"], about["tier"])) | {"seed": about["seed"]}
-    changed = [f"{k}={json.dumps(v)}" for k, v in run.recipe.items() if json.loads(json.dumps(plan.get(k))) != v]
-    words = ["jat_train", "--recipe", about["name"], "--data", about["data"], "--tier", about["tier"], "--seed", about["seed"]]
-    if about.get("model", TIER[about["tier"]].model) != TIER[about["tier"]].model: words += ["--model", about["model"]]
+    changed = [f"{k}={json.dumps(v)}" for k, v in run.recipe.items() if json.dumps(plan.get(k)) != json.dumps(v)]
+    words = ["jat_train", "--recipe", about["name"], *(w for k in ("data", "tier", "seed") for w in (f"--{k}", about[k]))]
+    usual = TIER[about["tier"]].model
+    if about.get("model", usual) != usual: words += ["--model", about["model"]]
     lines = [[*words, *(["--set", *changed] if changed else []), "--out", folder]]
     for suite, record in run.evaluations.items():
         c = record.config
@@ -115,7 +121,7 @@ def _commands(run: Run) -> list[str]:
                       *(["--source", *sources] if sources else []), *(["--amp"] if c.get("amp") else [])])
     return [shlex.join(map(str, line)) for line in lines]
 
-# %% ../nbs/36_reports.ipynb #5ff95d9a
+# %% ../nbs/36_reports.ipynb #99a7265c
 _STYLE = """<style>:root{color-scheme:light dark;--ink:#1d2330;--soft:#5b6475;--line:#d9dde5;--card:#f6f7f9;--page:#fff;
 --blue:#2166ac;--red:#b2182b;--green:#4d9221;--orange:#e08214;--purple:#762a83}
 @media(prefers-color-scheme:dark){:root{--ink:#e4e7ee;--soft:#9aa3b5;--line:#363d4b;--card:#1d222c;--page:#14181f;
@@ -125,29 +131,34 @@ main{max-width:70rem;margin:auto;padding:1.5rem 1rem 4rem}h1{font-size:1.8rem;li
 h2{margin:2.5rem 0 .5rem;padding-top:.6rem;border-top:1px solid var(--line)}h3{margin:1.6rem 0 .4rem}
 nav{display:flex;flex-wrap:wrap;gap:.3rem 1.1rem;margin:1rem 0}a{color:var(--blue)}p,li{max-width:46rem}
 .note,caption,small{color:var(--soft)}caption{text-align:left;padding:.3rem 0}.wide{overflow-x:auto;margin:.6rem 0}
-table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums}td,th{padding:.32rem .6rem;
+table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums}td,th{padding:.3rem .7rem .3rem 0;
 border-bottom:1px solid var(--line);text-align:left;vertical-align:top;white-space:nowrap}thead th{color:var(--soft);
-font-weight:600}tbody th:first-child{position:sticky;left:0;background:var(--page)}td.text{white-space:normal;min-width:15rem}
-.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr));gap:1rem}
+font-weight:600}tbody th:first-child{position:sticky;left:0;background:var(--page)}
+td.text{white-space:normal;min-width:15rem}
+.grid,.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr));gap:1rem;margin:1rem 0}
+.pair{grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));align-items:start}td small{display:block}
 figure{margin:0;padding:.8rem;background:var(--card);border-radius:.5rem}figcaption{font-size:.86rem;color:var(--soft)}
-svg{width:100%;height:auto;display:block}svg text{fill:currentColor!important;font-family:system-ui,sans-serif!important}
-pre{background:var(--card);padding:.7rem .9rem;border-radius:.5rem;overflow-x:auto;font-size:.82rem}summary{cursor:pointer;
-padding:.35rem 0;overflow-wrap:anywhere}.good{color:var(--green)}.bad{color:var(--red)}.open{color:var(--orange)}
-.good,.bad,.open{font-weight:600}dl{display:grid;grid-template-columns:auto 1fr;gap:.1rem .9rem;font-size:.86rem}dd{margin:0}
+svg{width:100%;height:auto;display:block}svg text{fill:currentColor!important;
+font-family:system-ui,sans-serif!important}pre{background:var(--card);padding:.7rem .9rem;border-radius:.5rem;
+overflow-x:auto;font-size:.82rem}summary{cursor:pointer;padding:.35rem 0;overflow-wrap:anywhere}
+.good{color:var(--green)}.bad{color:var(--red)}.open{color:var(--orange)}
+.good,.bad,.open{font-weight:600}dl{display:grid;grid-template-columns:auto 1fr;gap:.1rem .9rem;font-size:.86rem}
+dd{margin:0;overflow-wrap:anywhere}
 </style>"""
 
-# %% ../nbs/36_reports.ipynb #bf3c3428
+# %% ../nbs/36_reports.ipynb #988065de
 def _svg(figure: Figure, label: str) -> str:
     "A figure as inline SVG in the page's own colours."
     buffer = io.StringIO()
-    options = {"svg.fonttype": "none", "svg.hashsalt": label}
-    with matplotlib.rc_context(options):
-        figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    silent = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=silent)
     svg = buffer.getvalue()
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg[svg.index("<svg"):])
     used = set(re.findall(r"#([\w.-]+)", svg))
     svg = re.sub(r' id="([^"]+)"', lambda m: m[0] if m[1] in used else "", svg)
-    for name, color in PALETTE.items(): svg = svg.replace(color, f"var(--{name})")
+    for name, color in PALETTE.items():
+        if color.startswith("#"): svg = svg.replace(color, f"var(--{name})")
     svg = re.sub("#000000|#262626|#666666", "currentColor", svg).replace("#808080", "var(--soft)")
     return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
 
@@ -176,60 +187,75 @@ _QUESTIONS = {
     "f": "Do the gradients at an image and at a point beside it agree?",
 }  # what each check of the audit asks
 
-# %% ../nbs/36_reports.ipynb #1101f65e
-def _masking(run: Run) -> str:
-    "The checks of one run as a list of answers."
-    lines, signs = [], {True: ("good", "yes"), False: ("bad", "no"), None: ("open", "not run")}
-    for row in run.evaluations["masking"].metrics.get("rows", []):
-        seen = ", ".join(f"{key} {value:.3g}" for key, value in row["seen"].items() if value is not None)
-        kind, word = signs[row["held"]]
-        question = html.escape(_QUESTIONS.get(row["check"], row["demand"]))
-        lines.append(f'<li>{question} <span class="{kind}">{word}</span> <small>{html.escape(seen)}</small></li>')
-    return f"<h3>{html.escape(run.folder)}</h3><ol type=a>{''.join(lines)}</ol>"
+# %% ../nbs/36_reports.ipynb #d3b981da
+def _title(run: Run) -> str: return f"{run.name}, seed {run.about.get('seed')}"
 
-# %% ../nbs/36_reports.ipynb #eebfc037
+
+def _masking(runs: Sequence[Run]) -> str:
+    "The checks of all runs: the questions, then a row of answers for each run."
+    words, lines = {True: ("good", "yes"), False: ("bad", "no"), None: ("open", "not run")}, []
+    for run in runs:
+        rows = {row["check"]: row for row in run.metrics("masking").get("rows", [])}
+        cells = []
+        for check in _QUESTIONS:
+            row = rows.get(check, {"held": None, "seen": {}})
+            seen = "<br>".join(f"{html.escape(k)} {v:.3g}" for k, v in row["seen"].items() if v is not None)
+            cells.append("<td><span class={}>{}</span><small>{}</small></td>".format(*words[row["held"]], seen))
+        lines.append(f"<tr><th>{html.escape(_title(run))}</th>{''.join(cells)}</tr>")
+    questions = "".join(f"<li>{html.escape(question)}</li>" for question in _QUESTIONS.values())
+    head = "".join(f"<th>{check}</th>" for check in ("", *_QUESTIONS))
+    return (f"<ol type=a>{questions}</ol><div class=wide><table><thead><tr>{head}</tr></thead>"
+            f"<tbody>{''.join(lines)}</tbody></table></div>")
+
+# %% ../nbs/36_reports.ipynb #a3e165e6
 def _drawings(runs: Sequence[Run], **group: str) -> str:
     "The figures of one group, and a small one per training."
     suites = {suite for run in runs for suite in run.evaluations}
     drawn = [_drawing(attack_bars(runs, **group), "The same images under PGD, longer PGD and AutoAttack")] \
         if {"jat", "autoattack"} & suites else []
     words = "Accuracy as the {} budget grows; dashed: the budget of the tables"
-    drawn += [_drawing(budget_curves(runs, kind, **group), words.format(kind)) for kind in ("pixel", "flow") if "curves" in suites]
-    trained = "".join(_drawing(training_curve(run), run.folder) for run in runs)
-    return f"<div class=grid>{''.join(drawn)}</div><h3>Training</h3><div class=grid>{trained}</div>"
+    if "curves" in suites:
+        drawn += [_drawing(budget_curves(runs, kind, **group), words.format(kind)) for kind in ("pixel", "flow")]
+    trained = "".join(_drawing(training_curve(run), _title(run)) for run in runs)
+    return f"<div class=pair>{''.join(drawn)}</div><h3>Training</h3><div class=grid>{trained}</div>"
 
-# %% ../nbs/36_reports.ipynb #3135d840
+# %% ../nbs/36_reports.ipynb #62189561
 def _group(runs: Sequence[Run], tier: str, data: str) -> str:
     "What is known of the runs of one tier on one data set."
-    mine = [run for run in runs if run.group == (tier, data) and run.log]
-    seeds = max(sum(run.usable and run.name == name for run in mine) for name in recipe_names(mine, data=data, tier=tier))
-    caption = ("Accuracy in percent on test images, 95 % intervals over the images" + (" and seeds" if seeds > 1 else "; one seed")
-               + ". Union: survived every attack of the suite.")
+    order = {name: i for i, name in enumerate(RECIPES)}
+    mine = sorted((run for run in runs if run.group == (tier, data) and run.log),
+                  key=lambda run: (order.get(run.about["name"], len(order)), run.folder))
+    names = [run.name for run in mine if run.usable]
+    seeds = "; one seed each" if len(set(names)) == len(names) else " and, where there are several, the seeds"
+    caption = f"Accuracy in percent, 95 % intervals over the images{seeds}. Union: survived every attack of the suite."
     parts = [f"<h2 id='{html.escape(f'{tier}-{data}')}'>{html.escape(data)}, tier {html.escape(tier)}</h2>",
              _table(overview(mine, data=data, tier=tier), caption), _drawings(mine, data=data, tier=tier)]
-    if checked := [_masking(run) for run in mine if "masking" in run.evaluations]:
-        parts += ["<h3>Do the gradients hide anything?</h3>", "<p class=note>Six questions; an honest network answers yes "
-                  "to all of them. What was measured stands beside each.</p>", *checked]
+    if checked := [run for run in mine if "masking" in run.evaluations]:
+        note = "Six questions; an honest network answers yes to all. What was measured stands below each answer."
+        parts += ["<h3>Do the gradients hide anything?</h3>", f"<p class=note>{note}</p>", _masking(checked)]
     return "".join(parts)
 
-# %% ../nbs/36_reports.ipynb #d4ddc037
+# %% ../nbs/36_reports.ipynb #eca0ce8b
 def _facts(run: Run) -> str:
     "How one run was made, and how to make it again."
     machine, versions = run.environment, run.environment.get("versions", {})
     facts = {"recipe": ", ".join(f"{k} {json.dumps(v)}" for k, v in run.recipe.items()),
              "machine": f"{machine.get('device', 'unknown')}, {machine.get('threads', '?')} threads",
-             "commit": machine.get("commit") or "unknown", "versions": ", ".join(f"{k} {v}" for k, v in versions.items()),
+             "commit": machine.get("commit") or "unknown",
+             "versions": ", ".join(f"{k} {v}" for k, v in versions.items()),
              "seconds": f"{sum(row.get('seconds', 0) for row in run.log):.0f} of training"
                         + "".join(f", {r.seconds:.0f} of {suite}" for suite, r in run.evaluations.items())}
     try: commands = "\n".join(_commands(run))
     except (KeyError, ValueError): commands = "not one of this package's recipes"
     listed = "".join(f"<dt>{key}</dt><dd>{html.escape(str(value))}</dd>" for key, value in facts.items())
-    return f"<details><summary>{html.escape(run.folder)}</summary><pre>{html.escape(commands)}</pre><dl>{listed}</dl></details>"
+    opened = f"<details><summary>{html.escape(run.folder)}</summary><pre>{html.escape(commands)}</pre>"
+    return f"{opened}<dl>{listed}</dl></details>"
 
-# %% ../nbs/36_reports.ipynb #dbaa07d9
+# %% ../nbs/36_reports.ipynb #44dc6ec4
 def _opening(runs: Sequence[Run], links: dict[str, str]) -> str:
     finished = sum(run.usable for run in runs)
-    problems = "".join(f"<li><b>{html.escape(r.folder)}</b>: {html.escape('; '.join(r.problems))}</li>" for r in runs if r.problems)
+    problems = "".join(f"<li><b>{html.escape(run.folder)}</b>: {html.escape('; '.join(run.problems))}</li>"
+                       for run in runs if run.problems)
     return (f"<h1>What {finished} trained network{'s' * (finished != 1)} withstood</h1><p>Robust accuracies with their "
             "intervals, beside the numbers of the paper where there are any.</p><nav>"
             + "".join(f"<a href='#{html.escape(k)}'>{html.escape(v)}</a>" for k, v in links.items()) + "</nav>"
@@ -239,10 +265,10 @@ def _opening(runs: Sequence[Run], links: dict[str, str]) -> str:
 def _beside(runs: Sequence[Run]) -> str:
     tables = [(number, paper_table(number, runs)) for number in range(1, 8)]
     filled = [f"<h3>Table {k}</h3>" + _table(side_by_side(table)) for k, table in tables if table["ours"].notna().any()]
-    return ("<h2 id=paper>Beside the paper</h2><p>Zhang and Wang, Joint Adversarial Training, 2019. PGD100, AutoAttack and "
-            "the other order are ours.</p>" + ("".join(filled) or "<p>No run here belongs to one of its tables.</p>"))
+    return ("<h2 id=paper>Beside the paper</h2><p>Zhang and Wang, Joint Adversarial Training, 2019. PGD100, AutoAttack "
+            "and the other order are ours.</p>" + ("".join(filled) or "<p>No run here belongs to one of its tables.</p>"))
 
-# %% ../nbs/36_reports.ipynb #6c3f772b
+# %% ../nbs/36_reports.ipynb #0f746f62
 def html_report(
     runs: Sequence[Run],  # As read
     path: str | Path,  # *.html, created or replaced in one step
@@ -255,6 +281,7 @@ def html_report(
     body = [_opening(runs, links), *(_group(runs, *group) for group in groups), _beside(runs)]
     if claims is not None: body += ["<h2 id=claims>Claims</h2>", _table(claims)]
     body += ["<h2 id=again>How to do it again</h2>", *map(_facts, runs)]
-    page = ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
-            f'initial-scale=1"><title>jat_nb report</title>{_STYLE}</head><body><main>{"".join(body)}</main></body></html>\n')
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    page = (f'<!doctype html><html lang="en"><head>{head}<title>jat_nb report</title>{_STYLE}</head>'
+            f'<body><main>{"".join(body)}</main></body></html>\n')
     return write_atomic(path, lambda part: part.write_text(page, encoding="utf-8"))

@@ -117,7 +117,7 @@ def difference(
         high = value + math.hypot(a_high - a.value, b.value - b_low)
     return value, *_widened(value, low, high, _seed_error(seeds))
 
-# %% ../nbs/35_results.ipynb #e7b759ba
+# %% ../nbs/35_results.ipynb #8521cc8a
 @dataclass(frozen=True)
 class Run:
     "One trained network: what it was, how it went, what it withstood."
@@ -137,9 +137,13 @@ class Run:
     @property
     def group(self) -> tuple[str, str]: return self.about.get("tier", ""), self.about.get("data", "")  # what compares
 
+    def metrics(self, suite: str) -> dict[str, Any]:
+        "The answers of one suite; empty if it was not run."
+        return self.evaluations[suite].metrics if suite in self.evaluations else {}
+
     def share(self, column: str, suite: str = "jat", *part: str) -> Share | None:
         "One accuracy of one evaluation; `part` leads to evaluations inside others. None if it was not measured."
-        answer: Any = self.evaluations[suite].metrics if suite in self.evaluations else {}
+        answer: Any = self.metrics(suite)
         for key in part: answer = answer.get(key, {})
         found = _column(answer, column)
         return found and replace(found, runs=(self.folder,))
@@ -168,7 +172,7 @@ def _attempt(problems: list[str], read: Callable[[Path], Any], path: Path, inste
         problems.append(f"{path.name} is damaged ({type(error).__name__})")
     return instead
 
-# %% ../nbs/35_results.ipynb #12c65741
+# %% ../nbs/35_results.ipynb #a4f892b4
 def _evaluation(path: Path) -> Record:
     record = Record.load(path)
     for answer in (record.metrics, *record.metrics.get("sources", {}).values()):
@@ -179,14 +183,16 @@ def _evaluation(path: Path) -> Record:
 def _read_run(path: Path, folder: str) -> Run:
     problems: list[str] = []
     facts = _attempt(problems, lambda p: dict(json.loads(p.read_text(encoding="utf-8"))), path / "run.json", {})
-    about, recipe, machine = (facts.get(k) if isinstance(facts.get(k), dict) else {} for k in ("about", "recipe", "environment"))
-    if missing := {"name", "tier", "data", "seed"} - set(about): problems.append(f"about lacks {', '.join(sorted(missing))}")
+    kept = {k: v for k, v in facts.items() if isinstance(v, dict)}
+    about, recipe, machine = (kept.get(k, {}) for k in ("about", "recipe", "environment"))
+    if missing := {"name", "tier", "data", "seed"} - set(about):
+        problems.append(f"about lacks {', '.join(sorted(missing))}")
     log = _attempt(problems, read_jsonl, path / "log.jsonl", [])
     if log and len(log) != recipe.get("epochs"): problems.append(f"{len(log)} of {recipe.get('epochs')} epochs")
     usable = not problems
-    stored = {p.stem.removeprefix("eval-"): _attempt(problems, _evaluation, p, None) for p in sorted(path.glob("eval-*.json"))}
-    stored = {suite: record for suite, record in stored.items() if record is not None}
-    return Run(folder, about, recipe, machine, log, stored, tuple(problems), usable)
+    records = {p.stem[5:]: _attempt(problems, _evaluation, p, None) for p in sorted(path.glob("eval-*.json"))}
+    records = {suite: record for suite, record in records.items() if record is not None}
+    return Run(folder, about, recipe, machine, log, records, tuple(problems), usable)
 
 # %% ../nbs/35_results.ipynb #f7d35d8a
 def read_runs(
@@ -226,8 +232,9 @@ def survivors(
     bits = torch.cat([s.bits for s in found]) if paired else None
     return Share(sum((s.seeds for s in found), ()), n, bits, sum((s.runs for s in found), ()))
 
-# %% ../nbs/35_results.ipynb #4260d836
-_SAME = {"Pristine": "Clean", "Pixel (PGD20)": "PGD20", "Joint Spatial-Pixel": "Joint", "Joint Pixel-Spatial": "Joint PS"}
+# %% ../nbs/35_results.ipynb #e8bc3a32
+_SAME = {"Pristine": "Clean", "Pixel (PGD20)": "PGD20", "Joint Spatial-Pixel": "Joint",
+         "Joint Pixel-Spatial": "Joint PS"}
 _COLUMNS = ("Clean", "FGSM", "PGD20", "PGD100", "AutoAttack", "Spatial", "Joint", "Joint PS")
 _SOURCES = {"Undefended": "natural", "Siamese": "one-step-joint"}
 
@@ -240,11 +247,11 @@ def _printed(number: int) -> dict[str, dict[str, float]]:
         rows.setdefault(";".join(trained) or line.model_or_method, {})[_SAME.get(line.metric, line.metric)] = line.value
     return rows
 
-# %% ../nbs/35_results.ipynb #05d6482e
+# %% ../nbs/35_results.ipynb #17f5fffa
 def _ours(runs: Sequence[Run], recipe: str, label: str, column: str, **where: str) -> Share | None:
     if " source model " not in label: return survivors(runs, recipe, column, **where)
     source = _SOURCES[label.split()[-1]]
-    keys = {key for run in runs for key in getattr(run.evaluations.get("transfer"), "metrics", {}).get("sources", {})}
+    keys = {key for run in runs for key in run.metrics("transfer").get("sources", {})}
     found = [survivors(runs, recipe, column, "transfer", "sources", key, **where)
              for key in sorted(keys) if key.rpartition("-s")[0] == source]
     return next((share for share in found if share), None)
@@ -273,7 +280,7 @@ def paper_table(
     filled = frame.groupby("tier")["ours"].transform("count") > 0
     return frame[filled if filled.any() else frame["tier"] == tiers[0]].reset_index(drop=True)
 
-# %% ../nbs/35_results.ipynb #6eda2b0b
+# %% ../nbs/35_results.ipynb #05f2f285
 def side_by_side(
     table: pd.DataFrame,  # From `paper_table`
 ) -> pd.DataFrame:  # Text: rows (row, source), a column per attack
@@ -281,7 +288,8 @@ def side_by_side(
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for cell in table.itertuples():
         ours = f"{cell.ours:.1f} ({cell.low:.1f} to {cell.high:.1f})"
-        texts = {"paper": f"{cell.paper:.1f}", cell.tier or "ours": ours, f"gap, {cell.tier or 'ours'}": f"{cell.gap:+.1f}"}
+        tier = cell.tier or "ours"
+        texts = {"paper": f"{cell.paper:.1f}", tier: ours, f"gap, {tier}": f"{cell.gap:+.1f}"}
         for source, text in texts.items():
             lines.setdefault((cell.row, source), {})[cell.column] = "-" if "nan" in text else text
     frame = pd.DataFrame.from_dict(lines, orient="index").fillna("-")
