@@ -64,7 +64,7 @@ def verdict(
     if not findings: return "inconclusive", "nothing was measured"
     return "reproduced", f"closest of {len(findings)}: {min(findings, key=lambda f: f.margin).text}"
 
-# %% ../nbs/37_claims.ipynb #493c6055
+# %% ../nbs/37_claims.ipynb #1fc3b569
 Where = tuple[str, ...]  # recipe, column, and optionally suite and keys, as for `survivors`
 
 
@@ -94,9 +94,10 @@ class Evidence:
         return compared(self.share(one, data), self.share(other, data), _words(one, other, data), **bounds)
 
     def names(self, data: str = "cifar10") -> list[str]:
-        "The recipes of Table 1, and whatever else was trained."
+        "The recipes of Table 1, and whatever else was judged."
         first = [row.recipe.split("/")[-1] for row in ROWS if row.table == 1]
-        return first + [n for n in recipe_names(self.runs, data=data, tier=self.tier) if n not in first]
+        found = recipe_names(self.runs, data=data, tier=self.tier)
+        return first + [n for n in found if n not in first and self.of(n, "jat", data)]
 
 # %% ../nbs/37_claims.ipynb #18c1a489
 def _words(one: Where, other: Where, data: str) -> tuple[str, str, str]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['jat_train', 'jat_eval', 'to_png', 'jat_attack', 'jat_report']
 
-# %% ../nbs/40_cli.ipynb #dda5e5e4
+# %% ../nbs/40_cli.ipynb #813e58f2
 import argparse
 import copy
 import json
@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .attacks import ATTACKS, Adversarial
+from .claims import judge_claims
 from .data import Budget, batches, default_budget, load
 from .evaluation import counted
 from .models import NormalizedModel, frozen, load_weights
@@ -365,9 +366,10 @@ def jat_attack(
     add("--seed", type=_at_least(0), default=0, help="of the random start")
     return _command(parser, arguments, _attack)
 
-# %% ../nbs/40_cli.ipynb #4dbe8ec7
+# %% ../nbs/40_cli.ipynb #4e3f7b8c
 def _report(args: argparse.Namespace) -> int:
-    print(f"wrote {html_report(read_runs(args.runs), args.out)}")
+    runs = read_runs(args.runs)
+    print(f"wrote {html_report(runs, args.out, claims=judge_claims(runs))}")
     return 0
 
 

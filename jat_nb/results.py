@@ -280,7 +280,7 @@ def paper_table(
     filled = frame.groupby("tier")["ours"].transform("count") > 0
     return frame[filled if filled.any() else frame["tier"] == tiers[0]].reset_index(drop=True)
 
-# %% ../nbs/35_results.ipynb #05f2f285
+# %% ../nbs/35_results.ipynb #6b83be18
 def side_by_side(
     table: pd.DataFrame,  # From `paper_table`
 ) -> pd.DataFrame:  # Text: rows (row, source), a column per attack
@@ -291,11 +291,13 @@ def side_by_side(
         tier = cell.tier or "ours"
         texts = {"paper": f"{cell.paper:.1f}", tier: ours, f"gap, {tier}": f"{cell.gap:+.1f}"}
         for source, text in texts.items():
-            lines.setdefault((cell.row, source), {})[cell.column] = "-" if "nan" in text else text
+            line = lines.setdefault((cell.row, source), {})
+            line[cell.column] = "-" if "nan" in text else text
+    lines = {key: line for key, line in lines.items() if set(line.values()) != {"-"}}
     frame = pd.DataFrame.from_dict(lines, orient="index").fillna("-")
     return frame.rename_axis(index=["row", "source"])
 
-# %% ../nbs/35_results.ipynb #e1aa8d8a
+# %% ../nbs/35_results.ipynb #4241eefd
 def recipe_names(
     runs: Iterable[Run],  # As read
     *,
@@ -318,4 +320,5 @@ def overview(
     rows = {name: {column: share.text if share else "-" for column in (*_COLUMNS, "Union")
                    for share in [survivors(runs, name, column, data=data, tier=tier)]}
             for name in recipe_names(runs, data=data, tier=tier)}
+    rows = {name: row for name, row in rows.items() if set(row.values()) != {"-"}}
     return pd.DataFrame.from_dict(rows, orient="index", columns=[*_COLUMNS, "Union"])
