@@ -226,6 +226,13 @@ def _judge(args: argparse.Namespace, run: Path, suite: str, sources: dict[str, n
     return record
 
 # %% ../nbs/40_cli.ipynb #7c9f86d0
+def _one_line(answer: dict[str, Any]) -> str:
+    "What a suite answered, in a line."
+    if "failed" in answer:  # the checks for masking
+        return f"failed checks: {', '.join(answer['failed']) or 'none'}"
+    return ", ".join(f"{k} {row['accuracy (%)']:.1f}" for k, row in answer.get("rows", {}).items()) or "done"
+
+
 def _eval(args: argparse.Namespace) -> int:
     runs, first = _find_runs(args.runs), processes().rank == 0
     sources = {run.name: _open(run, args.weights, args.device)[1] for run in _find_runs(args.source)}
@@ -234,9 +241,7 @@ def _eval(args: argparse.Namespace) -> int:
         if first and record is None:
             print(f"{run}, {suite}: already there (--again repeats it)", flush=True)
         elif first:
-            rows = {k: row["accuracy (%)"] for k, row in record.metrics.get("rows", {}).items()}
-            cells = ", ".join(f"{k} {v:.1f}" for k, v in rows.items()) if suite != "masking" else ""
-            print(f"{run}, {suite}: {cells or 'done'} ({record.seconds:.0f} s)", flush=True)
+            print(f"{run}, {suite}: {_one_line(record.metrics)} ({record.seconds:.0f} s)", flush=True)
     return 0
 
 

@@ -78,7 +78,7 @@ def training_curve(
     ax.legend(frameon=False, fontsize=8)
     return figure
 
-# %% ../nbs/36_reports.ipynb #2cc29b3e
+# %% ../nbs/36_reports.ipynb #f80b348d
 _FIGURE_3 = ("natural", "madry", "one-step-pixel", "one-step-spatial", "one-step-joint")
 
 
@@ -95,7 +95,7 @@ def budget_curves(
     unit, trained_at, shares, budgets = {"pixel": 255, "flow": 1}[kind], None, {}, []
     found = recipe_names(runs, data=data, tier=tier)
     for name in names or sorted(found, key=lambda name: name not in _FIGURE_3):
-        chosen = [r for r in runs if (r.usable, r.name, r.group) == (True, name, (tier, data)) if "curves" in r.evaluations]
+        chosen = [r for r in runs if r.usable and (r.name, *r.group) == (name, tier, data) and r.metrics("curves")]
         if not chosen or len(shares) == len(PALETTE): continue
         record = chosen[0].evaluations["curves"]
         budgets, trained_at = record.metrics[kind]["budgets"], record.config.get("budget", {}).get(f"eps_{kind}")
@@ -107,13 +107,14 @@ def budget_curves(
     return plot_curves([unit * b for b in budgets], values, intervals=ends, trained_at=trained_at and unit * trained_at,
                        ax=ax, xlabel={"pixel": "pixel budget (1/255)", "flow": "flow budget (px)"}[kind])
 
-# %% ../nbs/36_reports.ipynb #353f422a
+# %% ../nbs/36_reports.ipynb #80f16cb2
 def _commands(run: Run) -> list[str]:
     "The command lines that train and judge this run again."
     about, folder = run.about, f"runs/{run.folder}"
     plan = asdict(adapt(RECIPES[about["name"]], about["data"], about["tier"])) | {"seed": about["seed"]}
     changed = [f"{k}={json.dumps(v)}" for k, v in run.recipe.items() if json.dumps(plan.get(k)) != json.dumps(v)]
-    words = ["jat_train", "--recipe", about["name"], *(w for k in ("data", "tier", "seed") for w in (f"--{k}", about[k]))]
+    words = ["jat_train", "--recipe", about["name"]]
+    for key in ("data", "tier", "seed"): words += [f"--{key}", about[key]]
     usual = TIER[about["tier"]].model
     if about.get("model", usual) != usual: words += ["--model", about["model"]]
     lines = [[*words, *(["--set", *changed] if changed else []), "--out", folder]]
@@ -165,11 +166,11 @@ def _svg(figure: Figure, label: str) -> str:
     svg = re.sub("#000000|#262626|#666666", "currentColor", svg).replace("#808080", "var(--soft)")
     return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
 
-# %% ../nbs/36_reports.ipynb #67224bd1
+# %% ../nbs/36_reports.ipynb #5bdbf32a
 def _drawing(figure: Figure, caption: str) -> str:
     return f"<figure>{_svg(figure, caption)}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
-
+# %% ../nbs/36_reports.ipynb #1e634cc9
 def _table(frame: pd.DataFrame, caption: str = "") -> str:
     "A table that scrolls inside the page; intervals in smaller type."
     text = frame.to_html(border=0, justify="left", escape=True)
@@ -229,7 +230,7 @@ def _drawings(runs: Sequence[Run], **group: str) -> str:
     trained = "".join(_drawing(training_curve(run), _title(run)) for run in runs)
     return f"<div class=pair>{''.join(drawn)}</div><h3>Training</h3><div class=grid>{trained}</div>"
 
-# %% ../nbs/36_reports.ipynb #1d183e15
+# %% ../nbs/36_reports.ipynb #0ad9370b
 def _group(runs: Sequence[Run], tier: str, data: str) -> str:
     "What is known of the runs of one tier on one data set."
     order = {name: i for i, name in enumerate(RECIPES)}
@@ -237,7 +238,8 @@ def _group(runs: Sequence[Run], tier: str, data: str) -> str:
                   key=lambda run: (order.get(run.about["name"], len(order)), run.folder))
     names = [run.name for run in mine if run.usable]
     seeds = "; one seed each" if len(set(names)) == len(names) else " and, where there are several, the seeds"
-    caption = f"Accuracy in percent, 95 % intervals over the images{seeds}. Union: survived every attack of the suite."
+    caption = (f"Accuracy in percent, 95 % intervals over the images{seeds}. Union: survived every attack of the suite. "
+               "AutoAttack may have seen fewer images; the bars below compare on equal ones.")
     parts = [f"<h2 id='{html.escape(f'{tier}-{data}')}'>{html.escape(data)}, tier {html.escape(tier)}</h2>",
              _table(overview(mine, data=data, tier=tier), caption), _drawings(mine, data=data, tier=tier)]
     if checked := [run for run in mine if any(row["held"] is not None for row in masking_checks(run).values())]:
@@ -261,7 +263,7 @@ def _facts(run: Run) -> str:
     opened = f"<details><summary>{html.escape(run.folder)}</summary><pre>{html.escape(commands)}</pre>"
     return f"{opened}<dl>{listed}</dl></details>"
 
-# %% ../nbs/36_reports.ipynb #cc7c2a80
+# %% ../nbs/36_reports.ipynb #a025f5c6
 def _opening(runs: Sequence[Run], links: dict[str, str]) -> str:
     finished = sum(run.usable for run in runs)
     problems = "".join(f"<li><b>{html.escape(run.folder)}</b>: {html.escape('; '.join(run.problems))}</li>"
@@ -271,15 +273,16 @@ def _opening(runs: Sequence[Run], links: dict[str, str]) -> str:
             + "".join(f"<a href='#{html.escape(k)}'>{html.escape(v)}</a>" for k, v in links.items()) + "</nav>"
             + (f"<p>Set aside or incomplete:</p><ul>{problems}</ul>" if problems else ""))
 
-
+# %% ../nbs/36_reports.ipynb #8b61377c
 def _beside(runs: Sequence[Run]) -> str:
     tables = [(number, paper_table(number, runs)) for number in range(1, 8)]
     filled = [f"<h3>Table {k}</h3>" + _table(side_by_side(table).rename_axis([None, None]))
               for k, table in tables if table["ours"].notna().any()]
     return ("<h2 id=paper>Beside the paper</h2><p>Zhang and Wang, Joint Adversarial Training, 2019. PGD100, AutoAttack "
-            "and the other order are ours.</p>" + ("".join(filled) or "<p>No run here belongs to one of its tables.</p>"))
+            "and the other order are ours.</p>"
+            + ("".join(filled) or "<p>No run here belongs to one of its tables.</p>"))
 
-# %% ../nbs/36_reports.ipynb #d5e652ab
+# %% ../nbs/36_reports.ipynb #33bac20c
 def _verdicts(claims: pd.DataFrame) -> str:
     "A count of the verdicts, then every claim with what speaks for it and against it."
     kinds = {"reproduced": "good", "not reproduced": "bad", "inconclusive": "open"}
@@ -289,7 +292,8 @@ def _verdicts(claims: pd.DataFrame) -> str:
         facts = {"Paper": row.paper, "Ours": row.ours, "Why": row.reason}
         listed = "".join(f"<dt>{key}</dt><dd>{html.escape(text)}</dd>" for key, text in facts.items() if text)
         blocks.append(f"<details><summary><b>{row.id}</b> <span class={kinds[row.verdict]}>{row.verdict}</span> "
-                      f"<small>{html.escape(row.tier)}</small> {html.escape(row.claim)}</summary><dl>{listed}</dl></details>")
+                      f"<small>{html.escape(row.tier)}</small> {html.escape(row.claim)}</summary>"
+                      f"<dl>{listed}</dl></details>")
     return f"<h2 id=claims>Claims</h2><p>{counts}. Each opens on a click.</p>{''.join(blocks)}"
 
 # %% ../nbs/36_reports.ipynb #06b32bee

@@ -160,3 +160,10 @@ def test_svhn_in_its_own_format(tmp_path, monkeypatch):
     assert facts["recipe"]["lr"] == 0.01 and facts["recipe"]["attack_options"]["eps_pixel"] == 8 / 255
     assert jat_eval(f"{run} --suite jat --n 8 --steps 1 --threads 1".split()) == 0
     assert Record.load(run / "eval-jat.json").metrics["n"] == 8
+
+
+def test_every_suite_ends_in_a_line(runs, capsys):
+    run = runs / "natural-s1"
+    assert jat_eval(f"{run} --suite masking --n 4 --steps 8 --threads 1".split()) == 0
+    assert "failed checks:" in capsys.readouterr().out
+    assert len(Record.load(run / "eval-masking.json").metrics["rows"]) == 6
