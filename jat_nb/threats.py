@@ -72,10 +72,10 @@ def project_ball_box(
         low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
     return fit(low)
 
-# %% ../nbs/03_threats.ipynb #57628562
+# %% ../nbs/03_threats.ipynb #f654607d
 def _project_boxes(delta: Tensor, eps: float | Tensor, base: Tensor) -> Tensor:
     eps = per_image(eps, delta)
-    return torch.minimum(torch.maximum(delta, torch.maximum(-eps, -base)), torch.minimum(eps, 1 - base))
+    return delta.clamp(torch.maximum(-eps, -base), torch.minimum(eps, 1 - base))
 
 
 def _random_ball(like: Tensor, eps: float | Tensor, generator: Randomness) -> Tensor:
@@ -83,7 +83,7 @@ def _random_ball(like: Tensor, eps: float | Tensor, generator: Randomness) -> Te
     radius = per_image(eps, like) * uniform(like[:, :1, :1, :1], generator) ** (1 / like[0].numel())
     return generalized_sign(normal.flatten(1)).view_as(like) * radius
 
-# %% ../nbs/03_threats.ipynb #00abb390
+# %% ../nbs/03_threats.ipynb #3f372605
 @dataclass(frozen=True)
 class Pixel:
     "Add a perturbation bounded in the largest-change or the Euclidean norm (JAT section 2, Eq. 3)."
@@ -102,7 +102,8 @@ class Pixel:
             return torch.zeros_like(_wide(x))
         if self.norm == "l2":
             return self.project(_random_ball(_wide(x), self.eps_pixel, generator), x)
-        return self.project((2 * uniform(_wide(x), generator) - 1) * per_image(self.eps_pixel, _wide(x)), x)
+        draws = torch.empty_like(_wide(x)).copy_(uniform(_wide(x), generator))  # in the memory layout of the images
+        return self.project((2 * draws - 1) * per_image(self.eps_pixel, draws), x)
 
     def project(self, p: Tensor, base: Tensor) -> Tensor:
         "The nearest perturbation within the budget that keeps the image valid."
@@ -115,7 +116,7 @@ class Pixel:
     def step(self, p: Tensor, grad: Tensor, base: Tensor) -> Tensor:
         "Move by the sign of the gradient, or along the gradient for the Euclidean norm; then project."
         unit = grad.sign() if self.norm == "linf" else generalized_sign(grad.flatten(1)).view_as(grad)
-        return self.project(p + per_image(self.step_pixel, p) * unit, base)
+        return self.project(torch.addcmul(p, per_image(self.step_pixel, p), unit), base)
 
     def contains(self, base: Tensor, p: Tensor) -> Tensor:
         "Within the budget, and base + p in [0, 1]."
