@@ -99,7 +99,7 @@ class Evidence:
         found = recipe_names(self.runs, data=data, tier=self.tier)
         return first + [n for n in found if n not in first and self.of(n, "jat", data)]
 
-# %% ../nbs/37_claims.ipynb #18c1a489
+# %% ../nbs/37_claims.ipynb #4fe1924f
 def _words(one: Where, other: Where, data: str) -> tuple[str, str, str]:
     "What two questions have in common, and what tells them apart."
     mine, yours = (f"{w[1]} of {w[-1]}" if "sources" in w else w[1] for w in (one, other))
@@ -130,6 +130,7 @@ def compared(
     "Two accuracies as a finding."
     common = f"{words[0]}: " if words[0] else ""
     if one is None or other is None: return Finding(f"{common}{words[1]} - {words[2]}", **bounds)
+    one, other = one.first(other.n), other.first(one.n)
     what = f"{common}{words[1]} {100 * one.value:.1f} - {words[2]} {100 * other.value:.1f}"
     return Finding(what, *(100 * v for v in difference(one, other)), **bounds)
 

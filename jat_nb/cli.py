@@ -55,7 +55,7 @@ def _command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None,
         print(f"{parser.prog}: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
 
-# %% ../nbs/40_cli.ipynb #1d7a1e73
+# %% ../nbs/40_cli.ipynb #a6c78031
 def _at_least(least: int) -> Callable[[str], int]:
     "A whole number of at least `least`, for argparse."
     def number(text: str) -> int:
@@ -64,7 +64,7 @@ def _at_least(least: int) -> Callable[[str], int]:
         return int(text)
     return number
 
-
+# %% ../nbs/40_cli.ipynb #bb514e70
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     "Shows defaults where there are any."
 
@@ -126,7 +126,7 @@ def _train_one(args: argparse.Namespace, name: str, seed: int, out: Path, second
         print(f"{name}, seed {seed}: {_summary(history, s.recipe)}, in {out}", flush=True)
     return len(history) == s.recipe.epochs
 
-# %% ../nbs/40_cli.ipynb #227a4e58
+# %% ../nbs/40_cli.ipynb #c7644f8b
 def _summary(history: list[dict[str, Any]], recipe: Recipe) -> str:
     "A finished or interrupted run in one line."
     if not history:
@@ -136,13 +136,14 @@ def _summary(history: list[dict[str, Any]], recipe: Recipe) -> str:
             f"under {recipe.probe} {100 * last['val_robust']:.1f} %"
             + (f", CATASTROPHIC OVERFITTING from epoch {fallen[0]}" if fallen else ""))
 
-
+# %% ../nbs/40_cli.ipynb #4f4cf33b
 def _listing() -> str:
     "The recipes, what they train with, and the rows of the paper that they fill."
     lines = []
     for name, r in RECIPES.items():
         rows = "; ".join(f"table {row.table} {row.label!r}" for row in ROWS if row.recipe == name)
-        how = f"{r.attack}, {r.attack_options['steps']} step{'s' * (r.attack_options['steps'] > 1)}" if r.attack else "clean images"
+        steps = r.attack_options.get("steps", 0)
+        how = f"{r.attack}, {steps} step{'s' * (steps > 1)}" if r.attack else "clean images"
         lines.append(f"{name:<24}{how:<22}{rows}")
     return "\n".join(lines)
 
@@ -182,7 +183,7 @@ def jat_train(
     add("--time-budget", type=float, default=float("inf"), metavar="SECONDS", help="stop by then, ready to go on")
     return _command(parser, arguments, _train)
 
-# %% ../nbs/40_cli.ipynb #b71b3eb5
+# %% ../nbs/40_cli.ipynb #dd91cea1
 def _find_runs(paths: Sequence[str]) -> list[Path]:
     "Folders of runs: those given, or all below them."
     found = []
@@ -193,7 +194,7 @@ def _find_runs(paths: Sequence[str]) -> list[Path]:
         found += below
     return found
 
-
+# %% ../nbs/40_cli.ipynb #af17e8fe
 def _open(run: Path, weights: str, device: str) -> tuple[dict[str, Any], NormalizedModel]:
     "What a run was, and its network."
     facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
@@ -225,14 +226,14 @@ def _judge(args: argparse.Namespace, run: Path, suite: str, sources: dict[str, n
         record.save(out)
     return record
 
-# %% ../nbs/40_cli.ipynb #7c9f86d0
+# %% ../nbs/40_cli.ipynb #20bb7bed
 def _one_line(answer: dict[str, Any]) -> str:
     "What a suite answered, in a line."
     if "failed" in answer:  # the checks for masking
         return f"failed checks: {', '.join(answer['failed']) or 'none'}"
     return ", ".join(f"{k} {row['accuracy (%)']:.1f}" for k, row in answer.get("rows", {}).items()) or "done"
 
-
+# %% ../nbs/40_cli.ipynb #aac5ae95
 def _eval(args: argparse.Namespace) -> int:
     runs, first = _find_runs(args.runs), processes().rank == 0
     sources = {run.name: _open(run, args.weights, args.device)[1] for run in _find_runs(args.source)}
@@ -244,7 +245,7 @@ def _eval(args: argparse.Namespace) -> int:
             print(f"{run}, {suite}: {_one_line(record.metrics)} ({record.seconds:.0f} s)", flush=True)
     return 0
 
-
+# %% ../nbs/40_cli.ipynb #b42b0a21
 def jat_eval(
     arguments: Sequence[str] | None = None,  # Words of the command line; None: the real one
 ) -> int:  # Exit status: 0 done, 2 refused
@@ -371,13 +372,13 @@ def jat_attack(
     add("--seed", type=_at_least(0), default=0, help="of the random start")
     return _command(parser, arguments, _attack)
 
-# %% ../nbs/40_cli.ipynb #4e3f7b8c
+# %% ../nbs/40_cli.ipynb #35671c37
 def _report(args: argparse.Namespace) -> int:
     runs = read_runs(args.runs)
     print(f"wrote {html_report(runs, args.out, claims=judge_claims(runs))}")
     return 0
 
-
+# %% ../nbs/40_cli.ipynb #7f6e80e5
 def jat_report(
     arguments: Sequence[str] | None = None,  # Words of the command line; None: the real one
 ) -> int:  # Exit status: 0 done, 2 refused
