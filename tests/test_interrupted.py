@@ -57,7 +57,7 @@ def test_twenty_kills_at_random_moments(tmp_path):
         child = context.Process(target=train, args=(tmp_path / "run",), kwargs={"started": started, **options})
         child.start()
         started.wait(60)
-        time.sleep(moments.uniform(0, length / 30 if options else length / 5))
+        time.sleep(moments.uniform(0, length / 30 if options else length / 12))
         child.kill()
         child.join()
         killed += child.exitcode == -9
