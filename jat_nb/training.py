@@ -230,7 +230,7 @@ def accuracy(
             right += int((model(x).argmax(1) == batch.y).sum())
     return right / len(data)
 
-# %% ../nbs/23_training.ipynb #550d54b7
+# %% ../nbs/23_training.ipynb #f11c31b3
 @dataclass
 class _Run:
     "A run between two batches."
@@ -249,10 +249,15 @@ class _Run:
         "The network that is validated and kept."
         return self.model if self.average is None else self.average.module
 
-    def save(self, folder: Path, identity: Mapping[str, Any]) -> None:
+    def save(self, folder: Path | None, identity: Mapping[str, Any], finished: bool) -> None:
+        "The state, and after a finished epoch its weights and log; the first process writes."
+        if folder is None or processes().rank:
+            return
         position = {"iteration": self.iteration, "loss": self.loss, "seconds": self.seconds}
         save_state(folder / RESUME, self.model, self.optimizer, {**identity, "history": self.history, **position},
                    average=self.average)
+        if finished:
+            publish(folder, self.judged, self.history)
 
     def load(self, folder: Path) -> None:
         if (folder / RESUME).exists():
@@ -344,7 +349,21 @@ def _start(model: nn.Module, recipe: Recipe, device: torch.device, folder: Path 
             publish(folder, run.judged, run.history)
     return run
 
-# %% ../nbs/23_training.ipynb #c0d61161
+# %% ../nbs/23_training.ipynb #ea7bea11
+def _clock(seconds: float, device: torch.device) -> Callable[[], bool]:
+    "A question that all processes answer alike: have so many seconds passed?"
+    start = time.perf_counter()
+    def time_is_up() -> bool:
+        late = torch.full((1,), float(time.perf_counter() - start > seconds), device=device)
+        return seconds < math.inf and bool(sum_over_processes(late) > 0)
+    return time_is_up
+
+
+def _left(run: _Run, train: ImageSet) -> int:
+    "Batches still to come."
+    return (run.recipe.epochs - len(run.history)) * math.ceil(len(train) / run.recipe.batch_size) - run.iteration
+
+# %% ../nbs/23_training.ipynb #1c45b717
 def fit(
     model: nn.Module,  # Classifier of images in [0, 1]; trained in place, ends in eval mode
     train: ImageSet,  # Training images, moved to the device as bytes
@@ -361,29 +380,21 @@ def fit(
 ) -> list[dict[str, Any]]:  # One row per epoch: loss, lr, seconds, val_clean, val_robust, collapsed
     "Train a model by a recipe."
     _check_fit(model, train, validation)
-    start, folder = time.perf_counter(), None if out is None else Path(out)
+    folder = None if out is None else Path(out)
     objective = objective or partial(OBJECTIVES[recipe.objective], **recipe.objective_options)
     attack = attack or (partial(ATTACKS[recipe.attack], **recipe.attack_options) if recipe.attack else None)
     probe = probe or partial(ATTACKS[recipe.probe], **recipe.probe_options)
     device = next(model.parameters()).device if device is None else torch.device(device)
     identity = _identity(recipe, model, train, validation)
-    run = _start(model, recipe, device, folder, identity, about or {})
+    time_is_up, run = _clock(seconds, device), _start(model, recipe, device, folder, identity, about or {})
     train, validation = train.to(device), None if validation is None else validation.to(device)
-    per_epoch = math.ceil(len(train) / recipe.batch_size)
-    ticks = iter(progress(range((recipe.epochs - len(run.history)) * per_epoch - run.iteration),
-                          description="training", unit="batch"))
-    late = torch.zeros(1, device=device)
-    def time_is_up() -> bool:
-        return seconds < math.inf and bool(sum_over_processes(late + (time.perf_counter() - start > seconds)) > 0)
+    ticks = iter(progress(range(_left(run, train)), description="training", unit="batch"))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         while len(run.history) < recipe.epochs:
             row = _train_epoch(run, train, objective, attack, ticks, time_is_up)
             if row is not None:
                 _finish_epoch(run, row, validation, probe)
-            if folder is not None and processes().rank == 0:
-                run.save(folder, identity)
-                if row is not None:
-                    publish(folder, run.judged, run.history)
+            run.save(folder, identity, finished=row is not None)
             if row is None or time_is_up():
                 break
     next(ticks, None)
