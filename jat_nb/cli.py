@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['jat_train', 'jat_eval', 'to_png', 'jat_attack', 'jat_report']
 
-# %% ../nbs/40_cli.ipynb #813e58f2
+# %% ../nbs/40_cli.ipynb #d79b38dc
 import argparse
 import copy
 import json
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .attacks import ATTACKS, Adversarial
 from .claims import judge_claims
-from .data import Budget, batches, default_budget, load
+from .data import Budget, batches, default_budget, load, picture_files, read_picture
 from .evaluation import counted
 from .models import NormalizedModel, frozen, load_weights
 from .objectives import OBJECTIVES
@@ -264,24 +264,14 @@ def jat_eval(
     add("--again", action="store_true", help="repeat what is already there")
     return _command(parser, arguments, _eval)
 
-# %% ../nbs/40_cli.ipynb #84a04e6e
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
-
-
-def _pictures(path: Path, side: int, channels: int) -> tuple[list[Path], Tensor]:
+# %% ../nbs/40_cli.ipynb #0c6b6f6c
+def _pictures(path: str, side: int, channels: int) -> tuple[list[Path], Tensor]:
     "Picture files, and their pixels (N, C, side, side) in [0, 1]."
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
-    if not files:
-        raise FileNotFoundError(f"no pictures at {path}: expected a file or a folder with {', '.join(sorted(_SUFFIXES))}")
-    pixels = []
-    for file in files:
-        with Image.open(file) as picture:
-            picture = picture.convert("RGB" if channels == 3 else "L")
-            scale = side / min(picture.size)
-            picture = picture.resize([max(side, round(scale * s)) for s in picture.size], Image.Resampling.BILINEAR)
-        left, top = ((s - side) // 2 for s in picture.size)
-        pixels.append(np.asarray(picture.crop((left, top, left + side, top + side))).reshape(side, side, channels))
-    return files, torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float().div(255)
+    if not (files := picture_files(path)):
+        raise FileNotFoundError(f"no pictures at {path}: expected a picture file, or a folder that holds some")
+    kind = "RGB" if channels == 3 else "L"
+    pixels = [np.asarray(Image.fromarray(read_picture(file, side)).convert(kind)) for file in files]
+    return files, torch.from_numpy(np.stack(pixels).reshape(-1, side, side, channels)).permute(0, 3, 1, 2).float().div(255)
 
 # %% ../nbs/40_cli.ipynb #ca1eef12
 def to_png(
@@ -321,7 +311,7 @@ def _write_pictures(out: Path, names: list[str], levels: Tensor, found: Adversar
             picture = Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy())
             write_atomic(out / f"{name}-{kind}.png", lambda part: picture.save(part, format="PNG"))
 
-# %% ../nbs/40_cli.ipynb #8c27f84a
+# %% ../nbs/40_cli.ipynb #8255cb1a
 def _attack(args: argparse.Namespace) -> int:
     facts, model = _open(Path(args.run), args.weights, args.device)
     about, out = facts["about"], check_writable(args.out)
@@ -329,7 +319,7 @@ def _attack(args: argparse.Namespace) -> int:
     default = default_budget(about["data"])
     budget = Budget(default.eps_pixel if args.eps_pixel is None else args.eps_pixel / 255,
                     default.eps_flow if args.eps_flow is None else args.eps_flow)
-    files, x = _pictures(Path(args.images), about.get("size", 32), facts["model"]["in_chans"])
+    files, x = _pictures(args.images, about.get("size", 32), facts["model"]["in_chans"])
     x = x.to(args.device)
     with frozen(model), torch.no_grad():
         before = model(x).argmax(1)

@@ -16,7 +16,7 @@ PROMISED = {
     "losses": "cross_entropy soft_cross_entropy kl_divergence margin_loss dlr_loss targeted_dlr_loss random_target "
               "most_confusing_target bilateral_labels uniform_labels smooth_labels",
     "threats": "Pixel Flow Affine apply_chain contains_chain check_images check_labels",
-    "data": "ImageSet load available batches random_crop_flip Batch DATASETS default_budget",
+    "data": "ImageSet load available batches random_crop_flip picture_files read_picture Batch DATASETS default_budget",
     "models": "NormalizedModel create frozen save_weights load_weights pretrained zoo",
     "records": "Record write_json append_jsonl write_atomic environment progress",
     "pictures": "show_images show_attack flow_to_rgb quiver budget_strip",
