@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['jat_train', 'jat_eval', 'to_png', 'jat_attack', 'jat_report']
 
-# %% ../nbs/40_cli.ipynb #d79b38dc
+# %% ../nbs/40_cli.ipynb #0a1cb270
 import argparse
 import copy
 import json
@@ -29,7 +29,7 @@ from .evaluation import counted
 from .models import NormalizedModel, frozen, load_weights
 from .objectives import OBJECTIVES
 from .pictures import flow_to_rgb, show_attack
-from .records import Record, check_writable, processes, progress, write_atomic, write_json
+from .records import Record, check_writable, processes, progress, read_jsonl, write_atomic, write_json
 from .recipes import RECIPES, ROWS, TIER, Setting, setting
 from .reports import html_report
 from .results import read_runs
@@ -183,7 +183,7 @@ def jat_train(
     add("--time-budget", type=float, default=float("inf"), metavar="SECONDS", help="stop by then, ready to go on")
     return _command(parser, arguments, _train)
 
-# %% ../nbs/40_cli.ipynb #dd91cea1
+# %% ../nbs/40_cli.ipynb #b4853cb8
 def _find_runs(paths: Sequence[str]) -> list[Path]:
     "Folders of runs: those given, or all below them."
     found = []
@@ -194,23 +194,40 @@ def _find_runs(paths: Sequence[str]) -> list[Path]:
         found += below
     return found
 
-# %% ../nbs/40_cli.ipynb #af17e8fe
+
+def _facts(run: Path) -> dict[str, Any]:
+    "What a run is."
+    try:
+        facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        missing = {"data", "variant", "tier"} - set(facts["about"]) or {"epochs"} - set(facts["recipe"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{run}/run.json is damaged ({error!r}): restore it, or train again with jat_train") from error
+    if missing:
+        raise ValueError(f"{run}/run.json lacks {', '.join(sorted(missing))}: train the network with jat_train")
+    return facts
+
+
+def _finished(run: Path) -> bool:
+    "Whether a run has reached its last epoch; says so if not."
+    epochs, done = _facts(run)["recipe"]["epochs"], len(read_jsonl(run / "log.jsonl"))
+    if done < epochs:
+        print(f"{run}: passed over at {done} of {epochs} epochs; the command that began it goes on", flush=True)
+    return done >= epochs
+
+# %% ../nbs/40_cli.ipynb #0c57361e
 def _open(run: Path, weights: str, device: str) -> tuple[dict[str, Any], NormalizedModel]:
     "What a run was, and its network."
-    facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    if not facts.get("about"):
-        raise ValueError(f"{run}/run.json does not say which data it is for: train it with jat_train")
-    return facts, load_weights(run / f"{weights}.safetensors").to(device)
+    return _facts(run), load_weights(run / f"{weights}.safetensors").to(device)
 
-# %% ../nbs/40_cli.ipynb #145398c3
+# %% ../nbs/40_cli.ipynb #a11aa239
 def _judge(args: argparse.Namespace, run: Path, suite: str, sources: dict[str, nn.Module]) -> Record | None:
     "The answers of one suite for one run; None if they are there already."
     facts, model = _open(run, args.weights, args.device)
     about, out = facts["about"], run / f"eval-{suite}.json"
     test = load(about["data"], "test")
     test, budget = test.subset(min(args.n, len(test))), default_budget(about["data"])
-    config = {"suite": suite, "weights": args.weights, "n": len(test), "budget": asdict(budget), "steps": args.steps,
-              "amp": args.amp, "sources": list(sources), "run": facts}
+    config = {"suite": suite, "weights": args.weights, "epoch": model.metadata["record"]["epoch"], "n": len(test),
+              "budget": asdict(budget), "steps": args.steps, "amp": args.amp, "sources": list(sources), "run": facts}
     config = json.loads(json.dumps(config))
     if out.exists() and not args.again and {**(old := Record.load(out)).config, "run": 0} == {**config, "run": 0} \
             and old.seed == args.seed:
@@ -233,9 +250,11 @@ def _one_line(answer: dict[str, Any]) -> str:
         return f"failed checks: {', '.join(answer['failed']) or 'none'}"
     return ", ".join(f"{k} {row['accuracy (%)']:.1f}" for k, row in answer.get("rows", {}).items()) or "done"
 
-# %% ../nbs/40_cli.ipynb #aac5ae95
+# %% ../nbs/40_cli.ipynb #88943d8e
 def _eval(args: argparse.Namespace) -> int:
-    runs, first = _find_runs(args.runs), processes().rank == 0
+    runs, first = [run for run in _find_runs(args.runs) if _finished(run)], processes().rank == 0
+    if not runs:
+        raise ValueError(f"no finished run in or below {', '.join(args.runs)}: train to the end before judging")
     sources = {run.name: _open(run, args.weights, args.device)[1] for run in _find_runs(args.source)}
     for run, suite in progress([(run, suite) for suite in args.suite for run in runs], description="judging", unit="suite"):
         record = _judge(args, run, suite, {k: v for k, v in sources.items() if k != run.name})

@@ -250,7 +250,7 @@ def _probe(channels: int, height: int, width: int, classes: int) -> tuple[nn.Mod
     x[1], x[4] = x[1] * 0.02, 1 - x[4] * 0.02
     return model, x, y
 
-# %% ../nbs/30_evaluation.ipynb #24cb9df8
+# %% ../nbs/30_evaluation.ipynb #4d821708
 def _awkward(model: nn.Module) -> nn.Module:
     "A copy in a state worth preserving: mixed modes, a parameter that is not trained, gradients in store."
     model = copy.deepcopy(model)
@@ -261,19 +261,23 @@ def _awkward(model: nn.Module) -> nn.Module:
     return model
 
 def _state(model: nn.Module) -> dict[str, Any]:
-    state: dict[str, Any] = {f"training flag of {n or 'the model'}": m.training for n, m in model.named_modules()}
-    state |= {f"buffer {n}": b.clone() for n, b in model.named_buffers()}
+    state: dict[str, Any] = {}
+    for n, m in model.named_modules():
+        hooks = len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) + len(m._backward_pre_hooks)
+        state |= {f"training flag of {n or 'the model'}": m.training, f"hooks on {n or 'the model'}": hooks}
+    for n, b in model.named_buffers():
+        state |= {f"buffer {n}": b.clone(), f"buffer object {n}": b.data_ptr()}
     for n, p in model.named_parameters():
         state |= {f"parameter {n}": p.detach().clone(), f"requires_grad of {n}": p.requires_grad,
                   f".grad of {n}": None if p.grad is None else p.grad.clone()}
     return state
 
-# %% ../nbs/30_evaluation.ipynb #e486f6a5
+# %% ../nbs/30_evaluation.ipynb #f14b9e32
 def _change(before: dict[str, Any], after: dict[str, Any], kinds: tuple[str, ...] = ("",)) -> str:
     "The first difference between two states, in words."
     for key, a in before.items():
         b, tensors = after.get(key), isinstance(a, Tensor) and isinstance(after.get(key), Tensor)
-        if key.startswith(kinds) and not (torch.equal(a, b) if tensors else a is b):
+        if key.startswith(kinds) and not (torch.equal(a, b) if tensors else a == b):
             return f"{key} changed" + (f" from {a} to {b}" if isinstance(a, bool) else "")
     return ""
 
@@ -303,14 +307,17 @@ def _survives_errors(case: _Case) -> str:
         if change := _change(before, _state(model)): return f"{change}, when call {call} of the model raised"
     return ""
 
-# %% ../nbs/30_evaluation.ipynb #86e87062
+# %% ../nbs/30_evaluation.ipynb #4bcae2fa
 def _valid(case: _Case) -> str:
-    x = case.x.clone()
-    x_adv = case.fn(_awkward(case.model), x, case.y.clone(), generator=image_generators(0, range(len(x))))
+    x, y = case.x.clone(), case.y.clone()
+    with torch.set_grad_enabled(True):
+        x_adv = case.fn(_awkward(case.model), x, y, generator=image_generators(0, range(len(x))))
+        if not torch.is_grad_enabled(): return "gradients were left switched off: use `with torch.no_grad():`"
     try: _check_result("fn", case.x, x_adv)
     except ValueError as error: return str(error)
     if x_adv.requires_grad: return "the result carries a graph: return x_adv.detach()"
-    return "" if torch.equal(x, case.x) else "x was changed in place"
+    changed = [name for name, now, was in (("x", x, case.x), ("y", y, case.y)) if not torch.equal(now, was)]
+    return f"{' and '.join(changed)} changed in place" if changed else ""
 
 def _within(case: _Case) -> str:
     if case.within is not None:
@@ -370,11 +377,12 @@ def _no_global_draws(case: _Case) -> str:
     torch.manual_seed(2)
     return "" if torch.equal(first, case.attack()) else "torch.manual_seed changes the result"
 
-# %% ../nbs/30_evaluation.ipynb #575ad2de
+# %% ../nbs/30_evaluation.ipynb #0f8e98f5
 _PROMISES: dict[str, Callable[[_Case], str]] = {
-    "valid images out, x left alone": _valid,
+    "valid images out, inputs left alone": _valid,
     "the budget holds": _within,
     "training flags restored": _keeps("training"),
+    "no hooks left behind": _keeps("hooks"),
     "buffers untouched": _keeps("buffer"),
     "parameters and .grad untouched": _keeps("parameter", "requires_grad", ".grad"),
     "state restored after an error": _survives_errors,

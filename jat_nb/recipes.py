@@ -27,7 +27,7 @@ def _joint(grey: float, px: float, **options: Any) -> dict[str, Any]:
     "One-step joint attack with steps as long as its budgets (JAT section 6.4)."
     return {"steps": 1, "eps_pixel": grey / 255, "step_pixel": grey / 255, "eps_flow": px, "step_flow": px, **options}
 
-# %% ../nbs/24_recipes.ipynb #43cc6e9b
+# %% ../nbs/24_recipes.ipynb #ae06b906
 RECIPES: Mapping[str, Recipe] = MappingProxyType({
     "jat/natural": replace(_SHORT, objective="natural", attack=None, attack_options={}),
     "jat/madry": replace(_SHORT, objective="adversarial", attack="pgd",
@@ -41,9 +41,12 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType({
     "jat/joint-ps": replace(_LONG, attack_options=_joint(8, 0.3, order="pixel-spatial")),
     "jat/one-pass": replace(_LONG, attack="one_pass"),
     "jat/cascade": replace(_LONG, attack="cascade"),
+    "jat/cascade-independent": replace(_LONG, attack="cascade", attack_options=_joint(8, 0.3, independent=True)),
+    "jat/joint-hard-labels": replace(_LONG, objective_options={"labels": "hard"}),
+    "jat/joint-uniform-labels": replace(_LONG, objective_options={"labels": "uniform"}),
     **{f"jat/budget-{grey}-{px}": replace(_LONG, attack_options=_joint(grey, px))
        for grey in (2, 4, 6, 8) for px in (0.1, 0.2, 0.3) if (grey, px) != (8, 0.3)},
-})  # every model that JAT trains, by name
+})  # every model that JAT trains and three that it leaves open, by name
 
 # %% ../nbs/24_recipes.ipynb #0040ef56
 class Row(NamedTuple):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SUITES', 'Job', 'bits', 'with_bits', 'run_suite']
 
-# %% ../nbs/34_suites.ipynb #e4597cce
+# %% ../nbs/34_suites.ipynb #f1e51c34
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,6 +19,7 @@ from .attacks import double_pass, fgsm, ggsm
 from .audit import autoattack, budget_surface, masking_report, random_flow, similarity, transfer
 from .data import Budget
 from .evaluation import Evaluation, budget_curve, evaluate, ggsm_at, image_generators, jat_suite, pgd_at
+from .losses import cross_entropy, margin_loss
 
 # %% ../nbs/34_suites.ipynb #f90046da
 @dataclass(frozen=True)
@@ -162,9 +163,21 @@ def _claims(job: Job) -> dict[str, Any]:
     return with_bits(evaluate(job.model, job.x, job.y, _larger(job), **job.options)) | {
         "raw": raw, "similarity": likeness.to_dict("list"), "rewarp": _rewarp(few)}
 
-# %% ../nbs/34_suites.ipynb #3a1ae5c2
+# %% ../nbs/34_suites.ipynb #45236d5e
+def _stronger(job: Job) -> dict[str, Any]:
+    b, long = job.budget, dict(steps=5 * job.steps, restarts=2, keep_best=True)
+    attacks = {"Spatial": partial(ggsm, eps=b.eps_flow, step=b.step_flow),
+               "Joint": partial(double_pass, eps_pixel=b.eps_pixel, step_pixel=b.step_pixel, eps_flow=b.eps_flow,
+                                step_flow=b.step_flow)}
+    losses = {"": dict(steps=job.steps), ", cross-entropy": dict(long, loss=cross_entropy),
+              ", margin": dict(long, loss=margin_loss)}
+    suite = {f"{name}{what}": partial(attack, **options) for name, attack in attacks.items()
+             for what, options in losses.items()}
+    return with_bits(evaluate(job.model, job.x, job.y, suite, **job.options))
+
+# %% ../nbs/34_suites.ipynb #dbc50d36
 SUITES: Mapping[str, Callable[[Job], dict[str, Any]]] = MappingProxyType({
-    "jat": _jat, "autoattack": _autoattack, "curves": _curves, "surface": _surface, "transfer": _transfer,
+    "jat": _jat, "autoattack": _autoattack, "stronger": _stronger, "curves": _curves, "surface": _surface, "transfer": _transfer,
     "masking": _masking, "claims": _claims})  # every suite by name
 
 # %% ../nbs/34_suites.ipynb #1c11c81a

@@ -32,7 +32,7 @@ from .warp import BatchShare
 # %% ../nbs/23_training.ipynb #1a60b0ed
 _ONE_STEP = {"steps": 1, "eps_pixel": 8 / 255, "step_pixel": 8 / 255, "eps_flow": 0.3, "step_flow": 0.3}
 
-# %% ../nbs/23_training.ipynb #a453cd1f
+# %% ../nbs/23_training.ipynb #5d4558a6
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides how a model is trained, in plain JSON-able data."
@@ -51,7 +51,7 @@ class Recipe:
     schedule: str = "multistep"  # "multistep", "onecycle", "cosine" or "constant"
     milestones: tuple[float, ...] = (100, 150)  # Epochs after which "multistep" drops; JAT
     drop: float = 0.1  # Factor at each milestone; JAT section 6
-    warmup: float = 0.3  # BatchShare of the run in which "onecycle" climbs; PyTorch's default
+    warmup: float = 0.3  # Share of the run in which "onecycle" climbs; PyTorch's default
     augment: bool = True  # Shift and mirror as the data set allows; JAT section 6
     amp: bool = False  # bfloat16 autocast: three to four times faster, results differ in the third digit
     channels_last: bool = False  # Memory layout that convolutions prefer together with `amp`
@@ -126,10 +126,10 @@ _SCHEDULES: dict[str, Callable[[Recipe, float], float]] = {
     "constant": lambda r, t: 1.0,
 }
 
-# %% ../nbs/23_training.ipynb #1b4950cb
+# %% ../nbs/23_training.ipynb #1d06c956
 def learning_rate(
     recipe: Recipe,  # Its `schedule`, `lr`, `epochs`, `milestones`, `drop` and `warmup` are read
-    t: float,  # BatchShare of the run that is done, in [0, 1]
+    t: float,  # Share of the run that is done, in [0, 1]
 ) -> float:  # Learning rate for the next iteration
     "The schedule of a recipe as a function of progress."
     if not 0 <= t <= 1:
@@ -208,7 +208,7 @@ def train_step(
     optimizer.step()
     return value
 
-# %% ../nbs/23_training.ipynb #01147da8
+# %% ../nbs/23_training.ipynb #9bd327f9
 def accuracy(
     model: nn.Module,  # Classifier; its mode and buffers are left as they are
     data: ImageSet,  # Images and labels
@@ -217,7 +217,7 @@ def accuracy(
     batch_size: int = 256,  # Images per pass
     seed: int = 0,  # Seed of the attack: the same starts at every call
     amp: bool = False,  # bfloat16 autocast while attacking; the verdict itself is float32
-) -> float:  # BatchShare of images classified correctly, in [0, 1]
+) -> float:  # Share of images classified correctly, in [0, 1]
     "Clean or attacked accuracy in eval mode."
     device = next(model.parameters()).device
     right = 0

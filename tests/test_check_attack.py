@@ -32,7 +32,7 @@ def test_every_attack_of_the_package_keeps_the_contract(name, options):
     threats = joint_threats() if joint else [Flow()] if name in FLOW else [Pixel()]
     zero = partial(fn, eps_pixel=0.0, eps_flow=0.0) if joint else partial(fn, eps=0.0)
     checks = check_attack(fn, threats=threats, zero=zero)
-    assert len(checks) == 13 and broken(checks) == set(), [c for c in checks if not c.passed]
+    assert len(checks) == 14 and broken(checks) == set(), [c for c in checks if not c.passed]
 
 
 def test_orders_and_independent_cascade():
@@ -158,6 +158,29 @@ def in_place(model, x, y, generator=None):
     return x.mul_(1 - EPS)
 
 
+def edits_labels(model, x, y, generator=None):
+    x_adv = honest(model, x, y, generator)
+    y.add_(1)
+    return x_adv
+
+
+def leaks_no_grad(model, x, y, generator=None):
+    x_adv = honest(model, x, y, generator)
+    torch.set_grad_enabled(False)
+    return x_adv
+
+
+def leaves_hook(model, x, y, generator=None):
+    next(model.children()).register_forward_hook(lambda *_: None)
+    return honest(model, x, y, generator)
+
+
+def swaps_buffer(model, x, y, generator=None):
+    layer = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    layer.running_mean = layer.running_mean.clone()
+    return honest(model, x, y, generator)
+
+
 def keeps_graph(model, x, y, generator=None):
     return honest(model, x, y, generator).requires_grad_()
 
@@ -176,8 +199,10 @@ def ten_classes(model, x, y, generator=None):
     (position, "alone or in another order"), (nan_pixels, "valid on hard inputs"),
     (hidden, "no global randomness"), (hidden, "same generators, same images"),
     (hidden_numpy, "same generators, same images"), (reseeds, "no global randomness"),
-    (out_of_range, "valid images out, x left alone"), (in_place, "valid images out, x left alone"),
-    (keeps_graph, "valid images out, x left alone"), (ten_classes, "any shape and class count")])
+    (out_of_range, "valid images out, inputs left alone"), (in_place, "valid images out, inputs left alone"),
+    (edits_labels, "valid images out, inputs left alone"), (leaks_no_grad, "valid images out, inputs left alone"),
+    (leaves_hook, "no hooks left behind"), (swaps_buffer, "buffers untouched"),
+    (keeps_graph, "valid images out, inputs left alone"), (ten_classes, "any shape and class count")])
 def test_planted_faults_are_caught(fn, promise):
     checks = check_attack(fn, eps_pixel=EPS)
     assert promise in broken(checks)

@@ -137,7 +137,7 @@ def test_help_names_every_option_and_bad_options_end_with_2(capsys, command):
 def test_every_row_is_listed(capsys):
     assert jat_train(["--list"]) == 0
     text = capsys.readouterr().out
-    assert "table 1 'one-step-Joint'" in text and "table 7 'Bilateral'" in text and len(text.splitlines()) == 21
+    assert "table 1 'one-step-Joint'" in text and "table 7 'Bilateral'" in text and len(text.splitlines()) == 24
 
 
 def test_programs_are_installed():

@@ -28,6 +28,8 @@ def test_recipes_are_those_of_the_paper():
     assert (madry.epochs, madry.milestones, madry.attack_options["steps"]) == (100, (60, 90), 7)
     assert RECIPES["jat/multi-step-joint"].attack_options["step_flow"] == 0.1
     assert RECIPES["jat/one-step-pixel"].objective_options == {"target": "most_confusing"}
+    assert RECIPES["jat/cascade-independent"].attack_options["independent"] is True
+    assert [RECIPES[f"jat/joint-{k}-labels"].objective_options["labels"] for k in ("hard", "uniform")] == ["hard", "uniform"]
     assert RECIPES["jat/joint-ps"].attack_options["order"] == "pixel-spatial"
     small = RECIPES["jat/budget-2-0.1"].attack_options
     assert (small["eps_pixel"], small["step_pixel"], small["eps_flow"], small["step_flow"]) == (2 / 255, 2 / 255, 0.1, 0.1)

@@ -21,7 +21,7 @@ def job():
                sources={"natural-s0": pretrained("digits-natural")})
 
 
-@pytest.mark.parametrize("name", ["jat", "transfer", "claims"])
+@pytest.mark.parametrize("name", ["jat", "stronger", "transfer", "claims"])
 def test_answers_are_json_and_repeatable(job, name):
     answer = run_suite(name, job)
     assert json.loads(json.dumps(answer)) == answer == run_suite(name, job)
@@ -31,7 +31,7 @@ def test_masking_and_autoattack_answer(job):
     few = replace(job, x=job.x[:4], y=job.y[:4], steps=8)
     answer = run_suite("masking", few)
     assert json.loads(json.dumps(answer)) == answer and len(answer["rows"]) == 6
-    assert set(SUITES) == {"jat", "autoattack", "curves", "surface", "transfer", "masking", "claims"}
+    assert set(SUITES) == {"jat", "autoattack", "stronger", "curves", "surface", "transfer", "masking", "claims"}
     answer = run_suite("autoattack", replace(job, x=job.x[:2], y=(job.y[:2] + 1) % 10))  # wrong already: nothing to attack
     assert answer["correct"] == {"Clean": "00", "AutoAttack": "00"}
 
