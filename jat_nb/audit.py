@@ -297,7 +297,7 @@ def _internal_rows(acc: dict[str, float], fgsm_raw: float, steps: tuple[int, int
             _row("b", "PGD at 8 times the budget below 0.01", acc["unbounded"] < 0.01, unbounded=acc["unbounded"]),
             _row("c", ", ".join(f"{own} < {blind}" for blind, own in pairs), beats, **seen)]
 
-# %% ../nbs/32_audit.ipynb #d16c163b
+# %% ../nbs/32_audit.ipynb #40ff0262
 def _borrowed_row(siamese: nn.Module | None, model: nn.Module, x: Tensor, y: Tensor, acc: dict[str, float],
                   suite: dict[str, Any], slack: float, **options: Any) -> dict[str, Any]:
     "Check (d): the model under attacks made on another."
@@ -312,8 +312,8 @@ def _autoattack_row(model: nn.Module, x: Tensor, y: Tensor, pgd: Tensor, eps: fl
     if not len(x): return _row("e", "0 <= PGD - AutoAttack <= 0.05", None)
     auto = evaluate(model, x, y, {"AutoAttack": partial(autoattack, eps=eps)}, **options).accuracy.item()
     gap, one = pgd.double().mean().item() - auto, 1 / len(x)
-    held = -one <= gap <= max(0.05, one)
-    return _row("e", "0 <= PGD - AutoAttack <= 0.05", held, AutoAttack=auto, PGD=auto + gap, n=len(x))
+    held, kept = -one <= gap <= max(0.05, one), {"kept": auto / (auto + gap)} if auto + gap else {}
+    return _row("e", "0 <= PGD - AutoAttack <= 0.05", held, AutoAttack=auto, PGD=auto + gap, n=len(x), **kept)
 
 # %% ../nbs/32_audit.ipynb #d2e3ee60
 def masking_report(

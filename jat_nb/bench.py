@@ -8,7 +8,7 @@ __all__ = ['PLANS', 'MODES', 'MEASUREMENTS', 'floor_passes', 'step_cost', 'Round
            'measure_peers', 'measure_modes', 'half_budget', 'measure_active', 'measure_scaling', 'targets', 'run',
            'main']
 
-# %% ../nbs/42_bench.ipynb #65957e44
+# %% ../nbs/42_bench.ipynb #119e0a9d
 import copy
 import importlib.util
 import json
@@ -37,6 +37,7 @@ from .models import create, frozen, pretrained
 from .objectives import OBJECTIVES
 from .recipes import RECIPES
 from .records import Record, progress
+from .results import Share, difference
 from .training import Recipe, make_optimizer, train_step
 
 # %% ../nbs/42_bench.ipynb #de0d69f7
@@ -289,17 +290,16 @@ def _test_images(p: Plan, n: int) -> tuple[str, Tensor, Tensor]:
     test = (whole := load(name, "test")).subset(min(n, len(whole)))
     return name, test.x.to(p.device), test.labels.to(p.device)
 
-# %% ../nbs/42_bench.ipynb #32350c74
+# %% ../nbs/42_bench.ipynb #3d0d15e6
 def paired_difference(
     first: Tensor,  # Whether each image survived the first attack (N,), bool
     second: Tensor,  # The same images under the second attack (N,), bool
 ) -> dict[str, float]:  # Difference of accuracies in points (median), ends of its 95 % interval (low, high)
-    "How far two accuracies on the same images are apart (Eq. 2)."
+    "How far two accuracies on the same images are apart, in the terms of a record."
     if first.shape != second.shape or first.ndim != 1 or not len(first):
         raise ValueError(f"expected verdicts on the same images, got {tuple(first.shape)} and {tuple(second.shape)}")
-    b, c, n = int((~first & second).sum()), int((first & ~second).sum()), len(first)
-    d, se = (c - b) / n, math.sqrt(b + c - (b - c) ** 2 / n) / n
-    return {"median": 100 * d, "low": 100 * (d - 1.96 * se), "high": 100 * (d + 1.96 * se)}
+    shares = [Share((v.double().mean().item(),), len(v), v.double()[None]) for v in (first, second)]
+    return dict(zip(("median", "low", "high"), (100 * v for v in difference(*shares))))
 
 # %% ../nbs/42_bench.ipynb #72f0aed9
 def measure_peers(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, accuracies and n, findings by network
@@ -405,7 +405,7 @@ _LIMITS = (("floor", "", "<=", 1.05), ("memory", "", "<=", 1.1), ("training", "o
            ("peers", "jat_nb ", "<=", 1.0), ("peers", "fp32 / bf16", ">=", 2.0), ("peers", "accuracy ", "<=", 0.3),
            ("modes", "fp32 / bf16", ">=", 2.0), ("active", "all / ", ">=", 1.5), ("active", "equal", ">=", 1.0))
 
-# %% ../nbs/42_bench.ipynb #d71788d2
+# %% ../nbs/42_bench.ipynb #83ccb23a
 def targets(
     metrics: Mapping[str, Mapping[str, Any]],  # Measurement to what it returned
 ) -> pd.DataFrame:  # One row per target: value, quartiles (or interval), limit, verdict
@@ -418,8 +418,8 @@ def targets(
                 size = [abs(v) if label.startswith("accuracy") else v for v in ends]  # it may err to either side
                 kept = [v <= limit if sense == "<=" else v >= limit for v in size]
                 verdict = ("met" if kept[0] else "missed") + (", within spread" if len(set(kept)) > 1 else "")
-                rows.append([name, label, *ends, f"{sense} {limit}", verdict])
-    return pd.DataFrame(rows, columns=["measurement", "finding", "median", "low", "high", "target", "verdict"])
+                rows.append([label, verdict, *ends, f"{sense} {limit}"])
+    return pd.DataFrame(rows, columns=["finding", "verdict", "median", "low", "high", "target"])
 
 # %% ../nbs/42_bench.ipynb #d9a21dd0
 MEASUREMENTS: Mapping[str, Callable[[Plan], dict[str, Any]]] = {

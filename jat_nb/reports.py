@@ -178,7 +178,7 @@ def _table(frame: pd.DataFrame, caption: str = "") -> str:
     above = f"<p class=note>{html.escape(caption)}</p>" if caption else ""
     return f'{above}<div class="wide">{text}</div>'
 
-# %% ../nbs/36_reports.ipynb #cef6cf9c
+# %% ../nbs/36_reports.ipynb #7f072342
 QUESTIONS = {
     "a": "Does accuracy fall, or stay, as the attack takes more steps and more starts?",
     "b": "Does nothing survive a budget eight times as large?",
@@ -196,8 +196,9 @@ def masking_checks(
     rows = {row["check"]: row for row in run.metrics("masking").get("rows", [])}
     longest, auto = run.share("PGD100"), run.share("AutoAttack", "autoattack")
     if rows.get("e", {}).get("held") is None and longest and auto:
-        seen = {"AutoAttack": auto.value, "PGD100": longest.first(auto.n).value, "n": auto.n}
-        rows["e"] = {"held": seen["PGD100"] - auto.value <= 0.05, "seen": seen}
+        pgd = longest.first(auto.n).value
+        seen = {"AutoAttack": auto.value, "PGD100": pgd, "n": auto.n} | ({"kept": auto.value / pgd} if pgd else {})
+        rows["e"] = {"held": -1 / auto.n <= pgd - auto.value <= 0.05, "seen": seen}
     return {check: rows.get(check, {"held": None, "seen": {}}) for check in QUESTIONS}
 
 # %% ../nbs/36_reports.ipynb #974aa55f

@@ -280,16 +280,16 @@ def paper_table(
     filled = frame.groupby("tier")["ours"].transform("count") > 0
     return frame[filled if filled.any() else frame["tier"] == tiers[0]].reset_index(drop=True)
 
-# %% ../nbs/35_results.ipynb #6b83be18
+# %% ../nbs/35_results.ipynb #b46fb372
 def side_by_side(
     table: pd.DataFrame,  # From `paper_table`
 ) -> pd.DataFrame:  # Text: rows (row, source), a column per attack
-    "A comparison to read: paper, ours with its interval, gap; '-' where there is no number."
+    "A comparison to read: paper, ours, its interval, test images, gap; '-' where there is no number."
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for cell in table.itertuples():
-        ours = f"{cell.ours:.1f} ({cell.low:.1f} to {cell.high:.1f})"
         tier = cell.tier or "ours"
-        texts = {"paper": f"{cell.paper:.1f}", tier: ours, f"gap, {tier}": f"{cell.gap:+.1f}"}
+        texts = {"paper": f"{cell.paper:.1f}", tier: f"{cell.ours:.1f}", f"{tier}, 95 %": f"{cell.low:.1f}–{cell.high:.1f}",
+                 f"{tier}, images": str(cell.n or "nan"), f"{tier}, gap": f"{cell.gap:+.1f}"}
         for source, text in texts.items():
             line = lines.setdefault((cell.row, source), {})
             line[cell.column] = "-" if "nan" in text else text

@@ -41,6 +41,17 @@ def test_orders_and_independent_cascade():
         assert broken(check_attack(fn, threats=order)) == set()
 
 
+def test_the_two_cascades_differ():
+    x, y = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3])
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(512, 4))
+    found = [ATTACKS["cascade"](model, x, y, steps=5, random_start=False, independent=independent, return_info=True)
+             for independent in (False, True)]
+    assert all(f.within.all() for f in found)
+    torch.testing.assert_close(found[0].params[0], found[1].params[0])  # the same flow comes first
+    assert (found[0].params[1] - found[1].params[1]).abs().amax(dim=(1, 2, 3)).min() > 1e-3
+
+
 def honest(model, x, y, generator=None):
     return pgd(model, x, y, eps=EPS, steps=2, generator=generator)
 

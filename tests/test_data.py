@@ -187,6 +187,16 @@ def test_mnist_layout(tmp_path, monkeypatch):
         load("mnist", root=tmp_path, size=32)
 
 
+@pytest.mark.parametrize("name, train, test, classes", [("cifar10", 50_000, 10_000, 10), ("mnist", 60_000, 10_000, 10),
+                                                        ("cifar100", 50_000, 10_000, 100), ("svhn", 73_257, 26_032, 10)])
+def test_published_sizes(name, train, test, classes):
+    if not available(name):
+        pytest.skip(f"{name} is not at hand")
+    for split, n in (("train", train), ("test", test)):
+        data = load(name, split)
+        assert (len(data), data.num_classes, len(data.labels.unique())) == (n, classes, classes)
+
+
 @pytest.mark.skipif(not available("cifar10"), reason="CIFAR-10 is not at hand")
 def test_cifar10_equals_torchvision():
     root = next(Path(p).expanduser() for p in (os.environ.get("JAT_DATA", ""), "~/.cache/jat_nb")

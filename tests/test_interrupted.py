@@ -49,19 +49,19 @@ def test_twenty_kills_at_random_moments(tmp_path):
     length = time.perf_counter() - start
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["jat_nb.training", "jat_nb.evaluation", "pytest"])
-    moments, killed = random.Random(0), 0
-    for attempt in range(20):
+    moments, killed, attempt = random.Random(0), 0, 0
+    while killed < 20:
+        attempt += 1
         # a slice of time in every third attempt, so that kills also meet checkpoints in the middle of an epoch
         options = {"seconds": length / 30} if attempt % 3 == 0 else {}
         started = context.Event()
         child = context.Process(target=train, args=(tmp_path / "run",), kwargs={"started": started, **options})
         child.start()
         started.wait(60)
-        time.sleep(moments.uniform(0, length / 30 if options else length / 12))
+        time.sleep(moments.uniform(0, length / 30 if options else length / 16))
         child.kill()
         child.join()
         killed += child.exitcode == -9
-    assert killed >= 10
     assert (tmp_path / "run" / "resume.safetensors").exists()
     model, history = train(tmp_path / "run", seed=99)  # other initial weights: those on disk count
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), whole.state_dict().values()))

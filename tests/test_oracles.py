@@ -42,6 +42,19 @@ def test_affine_flow_is_affine_grid():
     torch.testing.assert_close(warp(x, affine_flow(matrix, 17, 29), padding="zeros"), theirs, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("corners", [True, False])
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (28, 5)])
+def test_both_grid_conventions_give_our_warp(corners, size):
+    h, w = size
+    x = torch.rand(2, 3, h, w, dtype=torch.float64)
+    flow = random_disc((2, 2, h, w), 2.5, torch.Generator().manual_seed(0), like=x)
+    columns, rows = torch.arange(w) + flow[:, 0], torch.arange(h).view(-1, 1) + flow[:, 1]
+    scale = (lambda at, n: 2 * at / (n - 1) - 1) if corners else (lambda at, n: (2 * at + 1) / n - 1)
+    grid = torch.stack([scale(columns, w), scale(rows, h)], dim=3)
+    theirs = nn.functional.grid_sample(x, grid, padding_mode="border", align_corners=corners)
+    torch.testing.assert_close(warp(x, flow), theirs, rtol=0, atol=1e-12)
+
+
 def linear(pixels: int, classes: int = 2) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(pixels, classes)).double().eval()
 

@@ -192,9 +192,10 @@ def test_ours_is_the_mean_of_the_seeds_with_its_gap(tmp_path):
     assert (cell.ours, cell.seeds, cell.n, cell.tier) == (25.0, 2, N, "cpu") and cell.low < 20 < 30 < cell.high
     assert cell.gap == pytest.approx(25.0 - 53.1)
     folded = side_by_side(paper_table(1, read_runs(tmp_path)))
-    assert folded.loc[("one-step-Joint", "gap, cpu"), "Joint"] == "-28.1"
-    assert folded.loc[("one-step-Joint", "cpu"), "AutoAttack"].startswith("10.0 (")
-    assert folded.loc[("one-step-Joint", "gap, cpu"), "AutoAttack"] == "-"
+    assert folded.loc[("one-step-Joint", "cpu, gap"), "Joint"] == "-28.1"
+    assert folded.loc[("one-step-Joint", "cpu"), "AutoAttack"] == "10.0"
+    assert folded.loc[("one-step-Joint", "cpu, images"), "AutoAttack"] == "100"
+    assert folded.loc[("one-step-Joint", "cpu, gap"), "AutoAttack"] == "-"
     assert ("Natural", "cpu") not in folded.index and folded.loc[("Natural", "paper"), "Clean"] == "95.6"
 
 

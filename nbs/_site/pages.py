@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import html
 import os
 import re
@@ -121,8 +122,14 @@ def body(book: Book, chapter: Chapter) -> list[NotebookNode]:
     return staged
 
 
+WORDS = re.compile(r"<td>(?=[^<]{25})(?=(?:[^<]*?[a-z]){12})([^<]*)</td>")
+
+
 def code(cell: Cell, following: Cell | None) -> NotebookNode:
-    staged = new_code_cell(cell.source, outputs=list(cell.outputs))
+    outputs = copy.deepcopy(list(cell.outputs))
+    for data in (o["data"] for o in outputs if "text/html" in o.get("data", {})):
+        data["text/html"] = WORDS.sub(r'<td class="words">\1</td>', data["text/html"])  # sentences wrap, numbers do not
+    staged = new_code_cell(cell.source, outputs=outputs)
     staged.metadata["tags"] = ["exported"] * cell.exported + ["remove-input"] * cell.silent
     if following and following.alternative:
         staged.metadata["mystnb"] = {"image": {"alt": following.alternative}}
