@@ -229,11 +229,11 @@ def measure_memory(p: Plan) -> dict[str, Any]:  # sizes in; raw bytes, findings;
     used = Rounds(json.loads(subprocess.run(child, env=env, stdout=subprocess.PIPE, check=True).stdout))
     return {"bytes": used.values, "findings": {f"{a} / floor": used.ratio(a, "bare") for a in p.attacks}}
 
-# %% ../nbs/42_bench.ipynb #eae6dd84
+# %% ../nbs/42_bench.ipynb #46ddd16d
 def measure_training(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, images per second, findings
     "Time of one update by each recipe over that of a natural one."
     model, x, y = _stage(p, p.train_model)
-    batch, recipes = Batch(x, y, torch.Generator()), {name: RECIPES[f"jat/{name}"] for name in p.recipes}
+    batch, recipes = Batch(x, y, torch.Generator(p.device)), {name: RECIPES[f"jat/{name}"] for name in p.recipes}
 
     def step(r: Recipe) -> Callable[[int], float]:
         attack = partial(ATTACKS[r.attack], **r.attack_options) if r.attack else None
@@ -301,13 +301,13 @@ def paired_difference(
     shares = [Share((v.double().mean().item(),), len(v), v.double()[None]) for v in (first, second)]
     return dict(zip(("median", "low", "high"), (100 * v for v in difference(*shares))))
 
-# %% ../nbs/42_bench.ipynb #72f0aed9
+# %% ../nbs/42_bench.ipynb #a9c34914
 def measure_peers(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, accuracies and n, findings by network
     "PGD here, in other libraries and in other precisions: time and accuracy on the same images."
     data, x, y = _test_images(p, p.n)
     eps, count = default_budget(data).eps_pixel, 2 * p.rounds
     xs, ys = x.tensor_split(count), y.tensor_split(count)
-    start, ours = torch.Generator(), partial(pgd, eps=eps, step=eps / 4, steps=p.steps)
+    start, ours = torch.Generator(p.device), partial(pgd, eps=eps, step=eps / 4, steps=p.steps)
     attacks = {f"jat_nb {m}": (m, lambda *args: ours(*args, generator=start.manual_seed(0))) for m in p.modes}
     peers = {f"{k} bf16": ("bf16", attack) for k, attack in _peers(eps, p.steps).items()}
     pairs = {f"jat_nb bf16 / {k}": ("jat_nb bf16", k) for k in peers}

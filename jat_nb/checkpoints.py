@@ -18,14 +18,17 @@ from torch import Tensor, nn
 
 from .records import check_writable, write_atomic, write_json
 
-# %% ../nbs/08_checkpoints.ipynb #5267d066
+# %% ../nbs/08_checkpoints.ipynb #93074696
 RESUME = "resume.safetensors"  # the file in a run's folder from which it goes on
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     "One safetensors file with a JSON header, replaced in one step."
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    write_atomic(path, lambda part: save_file(tensors, part, metadata={"jat_nb": json.dumps(header)}))
+    try:
+        write_atomic(path, lambda part: save_file(tensors, part, metadata={"jat_nb": json.dumps(header)}))
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path} ({error}): make room on the disk and call again") from error
 
 
 def _parts(model: nn.Module, average: nn.Module | None) -> dict[str, nn.Module]:
@@ -71,29 +74,49 @@ def load_state(
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     return state
 
-# %% ../nbs/08_checkpoints.ipynb #0485f8e5
+# %% ../nbs/08_checkpoints.ipynb #2f7fbdee
 def _settings(identity: Mapping[str, Any]) -> dict[str, Any]:
     "All settings of a run by name, those of its recipe among them."
     return {**identity.get("recipe", {}), **{k: v for k, v in identity.items() if k != "recipe"}}
 
-# %% ../nbs/08_checkpoints.ipynb #9cc8b8d5
+
+def _header(path: Path) -> dict[str, Any] | None:
+    "The JSON header of a checkpoint; None if it has none to read, which `load_state` will say."
+    try:
+        with safe_open(path, framework="pt") as f:
+            return json.loads(f.metadata()["jat_nb"])
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError):
+        return None
+
+
+def _holdings(folder: Path) -> list[dict[str, Any]]:
+    "What a folder says of the run whose results it holds; empty if it holds none."
+    file, log = folder / "run.json", folder / "log.jsonl"
+    results = [*folder.glob("*.safetensors"), *folder.glob("eval-*.json"), *([log] if log.exists() and log.stat().st_size else [])]
+    if not results:
+        return []
+    try:
+        claimed = [_settings(json.loads(file.read_text(encoding="utf-8")))] if file.exists() else []
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({error}): restore it or choose another `out`") from error
+    return claimed + [_settings(header) for header in [_header(folder / RESUME)] if header]
+
+# %% ../nbs/08_checkpoints.ipynb #ca8372f1
 def claim(
     folder: str | Path,  # The run's folder; created if missing
     identity: Mapping[str, Any],  # JSON-able settings that make two calls one run, such as recipe and data
     facts: Mapping[str, Any] | None = None,  # JSON-able rest that may differ, such as the environment
 ) -> Path:  # The folder
     "Take a folder for a run, or return to the one that is there, in `run.json`."
-    file = check_writable(folder) / "run.json"
-    if file.exists() and (file.parent / RESUME).exists():
-        try:
-            was = _settings(json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{file} is damaged ({error}): restore it or choose another `out`") from error
-        now = _settings(json.loads(json.dumps(identity)))
+    folder = check_writable(folder)
+    now = _settings(json.loads(json.dumps(identity)))
+    for was in (held := _holdings(folder)):
         if changed := [f"{k} was {was.get(k)!r}, is {now[k]!r}" for k in now if now[k] != was.get(k)]:
             raise ValueError(f"{folder} holds another run ({'; '.join(changed)}): choose another `out`")
-    write_json(file, {**identity, **(facts or {})})
-    return Path(folder)
+    if held and not (folder / RESUME).exists():
+        raise ValueError(f"{folder} holds results of this run but no {RESUME} to go on from: choose another `out`")
+    write_json(folder / "run.json", {**identity, **(facts or {})})
+    return folder
 
 # %% ../nbs/08_checkpoints.ipynb #ff7ea4f5
 def best_row(

@@ -135,14 +135,20 @@ def picture_files(
     found = [path] if path.is_file() else path.rglob("*")
     return sorted(p for p in found if p.suffix.lower() in _SUFFIXES)
 
-# %% ../nbs/04_data.ipynb #ce574391
+# %% ../nbs/04_data.ipynb #cbce323e
 def read_picture(
     path: str | Path,  # Picture file
     size: int | None = None,  # Bring the short side to this many pixels and cut out the centre
 ) -> np.ndarray:  # Bytes (H, W, 3)
     "The pixels of one picture."
-    with Image.open(path) as picture:
-        picture = picture.convert("RGB")
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            if picture.mode.startswith("I"):  # 16 bits a value, which convert() would clip
+                picture = Image.fromarray((np.asarray(picture) // 257).clip(0, 255).astype(np.uint8))
+            picture = picture.convert("RGB")
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"cannot read {path} as a picture ({error}): remove it or save it again") from error
     if size:
         width, height = picture.size
         scale = size / min(width, height)

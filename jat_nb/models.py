@@ -61,7 +61,7 @@ class NormalizedModel(nn.Module):
                              f"create the model with in_chans equal to the channels of the images")
         return self.model((x - self.mean) / self.std)  # Eq. 1
 
-# %% ../nbs/05_models.ipynb #909e01d4
+# %% ../nbs/05_models.ipynb #ad9e9483
 @contextmanager
 def frozen(
     model: nn.Module | Callable[[Tensor], Tensor],  # Model about to be attacked; a plain function passes through
@@ -84,8 +84,9 @@ def frozen(
         for p, want in zip(params, wants):
             p.requires_grad_(want)
         with torch.no_grad():
-            for buffers, name, b, before in kept:
-                if not torch.equal(b, before):  # batch norm writes without raising the version counter
+            touched = [(b != before).any().to(kept[0][2].device) for _, _, b, before in kept]
+            for (buffers, name, b, before), moved in zip(kept, torch.stack(touched).tolist() if kept else []):
+                if moved:  # batch norm writes without raising the version counter
                     b.copy_(before)
                 buffers[name] = b
 

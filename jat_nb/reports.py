@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUESTIONS', 'attack_bars', 'training_curve', 'budget_curves', 'masking_checks', 'html_report']
 
-# %% ../nbs/36_reports.ipynb #c668b2b9
+# %% ../nbs/36_reports.ipynb #3cbe212a
 import html
 import io
 import json
@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .pictures import PALETTE, _Figure, plot_curves
-from .recipes import RECIPES, TIER, adapt
+from .recipes import RECIPES, ROWS, TIER, adapt
 from .records import TIERS, write_atomic
 from .results import (Run, Share, overview, paper_table, read_runs, recipe_names, side_by_side,
                             survivors)
@@ -219,10 +219,10 @@ def _masking(runs: Sequence[Run]) -> str:
     return (f"<ol type=a>{questions}</ol><div class=wide><table><thead><tr>{head}</tr></thead>"
             f"<tbody>{''.join(lines)}</tbody></table></div>")
 
-# %% ../nbs/36_reports.ipynb #a3e165e6
+# %% ../nbs/36_reports.ipynb #eb951c53
 def _drawings(runs: Sequence[Run], **group: str) -> str:
     "The figures of one group, and a small one per training."
-    suites = {suite for run in runs for suite in run.evaluations}
+    suites = {suite for run in runs if run.usable for suite in run.evaluations}
     drawn = [_drawing(attack_bars(runs, **group), "The same images under PGD, longer PGD and AutoAttack")] \
         if {"jat", "autoattack"} & suites else []
     words = "Accuracy as the {} budget grows; dashed: the budget of the tables"
@@ -274,10 +274,14 @@ def _opening(runs: Sequence[Run], links: dict[str, str]) -> str:
             + "".join(f"<a href='#{html.escape(k)}'>{html.escape(v)}</a>" for k, v in links.items()) + "</nav>"
             + (f"<p>Set aside or incomplete:</p><ul>{problems}</ul>" if problems else ""))
 
-# %% ../nbs/36_reports.ipynb #8b61377c
+# %% ../nbs/36_reports.ipynb #1fa0c3c1
 def _beside(runs: Sequence[Run]) -> str:
     tables = [(number, paper_table(number, runs)) for number in range(1, 8)]
-    filled = [f"<h3>Table {k}</h3>" + _table(side_by_side(table).rename_axis([None, None]))
+    variants = {row.data: {str(r.about.get("variant")) for r in runs if r.usable and r.about.get("data") == row.data} - {"official"}
+                for row in ROWS}
+    note = {row.table: "".join(f"<p class=note>Ours on {html.escape(v)} pixels, not the published ones.</p>" for v in variants[row.data])
+            for row in ROWS}
+    filled = [f"<h3>Table {k}</h3>{note[k]}" + _table(side_by_side(table).rename_axis([None, None]))
               for k, table in tables if table["ours"].notna().any()]
     return ("<h2 id=paper>Beside the paper</h2><p>Zhang and Wang, Joint Adversarial Training, 2019. PGD100, AutoAttack "
             "and the other order are ours.</p>"

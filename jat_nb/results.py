@@ -6,12 +6,13 @@
 __all__ = ['published', 'Share', 'difference', 'Run', 'read_runs', 'survivors', 'paper_table', 'side_by_side', 'recipe_names',
            'overview']
 
-# %% ../nbs/35_results.ipynb #8c3ad314
+# %% ../nbs/35_results.ipynb #3b8ec5be
 import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from .checkpoints import best_row
 from .evaluation import wilson_interval
 from .recipes import RECIPES, ROWS
 from .records import TIERS, Record, read_jsonl
+from .training import Recipe
 
 # %% ../nbs/35_results.ipynb #7ea48763
 def published(
@@ -117,7 +120,7 @@ def difference(
         high = value + math.hypot(a_high - a.value, b.value - b_low)
     return value, *_widened(value, low, high, _seed_error(seeds))
 
-# %% ../nbs/35_results.ipynb #8521cc8a
+# %% ../nbs/35_results.ipynb #c35bd1bb
 @dataclass(frozen=True)
 class Run:
     "One trained network: what it was, how it went, what it withstood."
@@ -136,6 +139,12 @@ class Run:
 
     @property
     def group(self) -> tuple[str, str]: return self.about.get("tier", ""), self.about.get("data", "")  # what compares
+
+    @property
+    def as_published(self) -> "Run":
+        "The same without records whose attacks took other than the paper's 20 steps."
+        kept = {suite: record for suite, record in self.evaluations.items() if record.config.get("steps", 20) == 20}
+        return replace(self, evaluations=kept)
 
     def metrics(self, suite: str) -> dict[str, Any]:
         "The answers of one suite; empty if it was not run."
@@ -164,20 +173,51 @@ def _column(answer: Mapping[str, Any], column: str) -> Share | None:
         return Share((float(verdicts.mean()),), verdicts.shape[1], verdicts)
     return Share((totals[column],), n) if column in totals else None
 
-# %% ../nbs/35_results.ipynb #107eb22f
+# %% ../nbs/35_results.ipynb #4ce36151
 def _attempt(problems: list[str], read: Callable[[Path], Any], path: Path, instead: Any) -> Any:
     try: return read(path)
     except FileNotFoundError: problems.append(f"{path.name} is missing")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        problems.append(f"{path.name} is damaged ({type(error).__name__})")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        problems.append(f"{path.name} is damaged ({type(error).__name__}: {error})")
     return instead
 
-# %% ../nbs/35_results.ipynb #a4f892b4
-def _evaluation(path: Path) -> Record:
-    record = Record.load(path)
-    for answer in (record.metrics, *record.metrics.get("sources", {}).values()):
-        if isinstance(answer.get("rows"), dict): [_column(answer, name) for name in answer["rows"]]  # refuses damage
+# %% ../nbs/35_results.ipynb #2b3eb561
+def _check_bits(answer: Mapping[str, Any]) -> None:
+    "Verdicts must be as many as images and add up to the accuracies."
+    names = [f"{b:.6g}" for b in answer["budgets"]] if "budgets" in answer else answer["rows"]
+    for name in names:
+        share, n = _column(answer, name), answer["n"]
+        printed = answer["accuracy"][names.index(name)] if "budgets" in answer else answer["rows"][name]["accuracy (%)"] / 100
+        if share.n != n or abs(share.value - printed) > 1e-9: raise ValueError(f"{name}: verdicts and accuracy disagree")
+
+
+def _check_answer(suite: str, answer: Mapping[str, Any]) -> None:
+    "Whether an answer has what tables, figures and claims will look for."
+    if suite == "masking":
+        [(row["check"], row["held"], dict(row["seen"])) for row in answer["rows"]]
+        return
+    parts = {"curves": lambda a: [a["pixel"], a["flow"], *a["flow_steps"].values()], "transfer": lambda a: a["sources"].values()}
+    for part in parts.get(suite, lambda a: [a] if "rows" in a else [])(answer): _check_bits(part)
+    if suite == "claims":
+        (dict(answer["raw"]), [float(v) for values in answer["similarity"].values() for v in values], dict(answer["rewarp"]["energy"]))
+    if suite == "surface": (answer["n"], torch.tensor(answer["accuracy"]))
+
+# %% ../nbs/35_results.ipynb #26a43dd1
+def _evaluation(path: Path, facts: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> Record:
+    record, suite = Record.load(path), path.stem[5:]
+    judged = record.config.get("run") or {}
+    about, mine = ({k: v for k, v in f.get("about", {}).items()} for f in (judged, facts))
+    if record.config.get("suite", suite) != suite or (judged and (about, judged["recipe"]) != (mine, facts.get("recipe"))):
+        raise ValueError("judges another network or suite")
+    rows = [row for row in log if "val_robust" in row]
+    last = {"last": len(log), "best": best_row(rows)["epoch"] if rows else None}.get(record.config.get("weights", "last"))
+    if record.config.get("epoch", last) != last: raise ValueError(f"judges epoch {record.config['epoch']}, not {last}")
+    _check_answer(suite, record.metrics)
     return record
+
+
+def _log(path: Path) -> list[dict[str, Any]]:
+    return [{"loss": float(row["loss"]), "epoch": int(row["epoch"])} | row for row in read_jsonl(path)]
 
 
 def _read_run(path: Path, folder: str) -> Run:
@@ -187,19 +227,37 @@ def _read_run(path: Path, folder: str) -> Run:
     about, recipe, machine = (kept.get(k, {}) for k in ("about", "recipe", "environment"))
     if missing := {"name", "tier", "data", "seed"} - set(about):
         problems.append(f"about lacks {', '.join(sorted(missing))}")
-    log = _attempt(problems, read_jsonl, path / "log.jsonl", [])
-    if log and len(log) != recipe.get("epochs"): problems.append(f"{len(log)} of {recipe.get('epochs')} epochs")
-    usable = not problems
-    records = {p.stem[5:]: _attempt(problems, _evaluation, p, None) for p in sorted(path.glob("eval-*.json"))}
+    log = _attempt(problems, _log, path / "log.jsonl", [])
+    if len(log) != recipe.get("epochs"): problems.append(f"{len(log)} of {recipe.get('epochs')} epochs")
+    if about.get("tier", "") not in ("", *TIERS): problems.append(f"unknown tier {about['tier']!r}")
+    usable, read = not problems, partial(_evaluation, facts=kept, log=log)
+    records = {p.stem[5:]: _attempt(problems, read, p, None) for p in sorted(path.glob("eval-*.json"))}
     records = {suite: record for suite, record in records.items() if record is not None}
     return Run(folder, about, recipe, machine, log, records, tuple(problems), usable)
 
-# %% ../nbs/35_results.ipynb #f7d35d8a
+# %% ../nbs/35_results.ipynb #2725b247
+def _setting(run: Run) -> dict[str, Any]:
+    "All that seeds of one recipe must share."
+    recipe = json.loads(json.dumps(asdict(Recipe()))) | run.recipe  # fields that came later had these values
+    return {**{k: v for k, v in recipe.items() if k != "seed"}, **{k: run.about.get(k) for k in ("model", "variant")}}
+
+
+def _agreeing(run: Run, first: dict[Any, Any]) -> Run:
+    "The run without records that were made in another way than the first of their kind."
+    if not run.usable: return run
+    kept, problems = {}, list(run.problems)
+    for suite, record in run.evaluations.items():
+        way = {k: record.config.get(k) for k in ("steps", "weights", "budget")} | {"seed": record.seed}
+        if (agreed := first.setdefault((*run.group, suite), way)) == way: kept[suite] = record
+        else: problems.append(f"eval-{suite}.json set aside: other {', '.join(k for k in way if way[k] != agreed[k])}")
+    return replace(run, evaluations=kept, problems=tuple(problems))
+
+# %% ../nbs/35_results.ipynb #11cc0f76
 def read_runs(
     folder: str | Path,  # A run's folder, or any folder above run folders
 ) -> list[Run]:  # Sorted by folder; unfinished and damaged runs say so
     "Every run below a folder."
-    root, seen, runs = Path(folder), {}, []
+    root, seen, first, runs = Path(folder), {}, {}, []
     found = sorted(p.parent for p in root.rglob("run.json"))
     if not found:
         raise FileNotFoundError(f"no run.json in or below {root}: jat_train --out {root} makes one")
@@ -208,8 +266,12 @@ def read_runs(
         key = (*run.group, run.name, run.about.get("seed"))
         if run.usable and key in seen:
             run = replace(run, usable=False, problems=(*run.problems, f"repeats {seen[key]}"))
-        seen.setdefault(key, run.folder) if run.usable else None
-        runs.append(run)
+        if run.usable:
+            twin = first.setdefault(key[:-1], run)
+            if other := [k for k, v in _setting(run).items() if v != _setting(twin).get(k)]:
+                run = replace(run, usable=False, problems=(*run.problems, f"not as {twin.folder}: {', '.join(other)}"))
+            else: seen[key] = run.folder
+        runs.append(_agreeing(run, first))
     return runs
 
 # %% ../nbs/35_results.ipynb #fb4eb525
@@ -256,7 +318,7 @@ def _ours(runs: Sequence[Run], recipe: str, label: str, column: str, **where: st
              for key in sorted(keys) if key.rpartition("-s")[0] == source]
     return next((share for share in found if share), None)
 
-# %% ../nbs/35_results.ipynb #7809b1a9
+# %% ../nbs/35_results.ipynb #375cbc45
 def paper_table(
     number: int,  # Table of JAT, 1 to 7
     runs: Sequence[Run],  # As read; may be empty
@@ -264,7 +326,7 @@ def paper_table(
     data: str | None = None,  # Data set of ours; None: the table's own
 ) -> pd.DataFrame:  # row, column, tier, paper, ours, low, high, gap (percent), seeds, n
     "One table of the paper with ours beside every number."
-    recipes = {row.label: row for row in ROWS if row.table == number}
+    recipes, runs = {row.label: row for row in ROWS if row.table == number}, [run.as_published for run in runs]
     tiers = sorted({run.group[0] for run in runs if run.usable}, key=TIERS.index) or [""]
     lines = []
     for label, numbers in _printed(number).items():

@@ -21,7 +21,7 @@ from .data import Budget
 from .evaluation import Evaluation, budget_curve, evaluate, ggsm_at, image_generators, jat_suite, pgd_at
 from .losses import cross_entropy, margin_loss
 
-# %% ../nbs/34_suites.ipynb #f90046da
+# %% ../nbs/34_suites.ipynb #224a1169
 @dataclass(frozen=True)
 class Job:
     "One network on trial."
@@ -33,7 +33,7 @@ class Job:
     steps: int = 20  # steps of the iterated attacks (JAT section 6)
     seed: int = 0  # makes the randomness of every image
     batch_size: int = 250  # images attacked at once
-    sources: Mapping[str, nn.Module] = field(default_factory=dict)  # other networks, for transfer
+    sources: Mapping[str, nn.Module] = field(default_factory=dict)  # other networks for transfer; for masking a twin
 
     @property
     def options(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def _one_step(eps: float) -> Callable[..., Tensor]:
     "GGSM whose one step is as long as its budget (JAT section 3.4)."
     return partial(ggsm, eps=eps, step=eps, steps=1)
 
-# %% ../nbs/34_suites.ipynb #9098042c
+# %% ../nbs/34_suites.ipynb #7dc5dceb
 def _curves(job: Job) -> dict[str, Any]:
     pixel = [job.budget.eps_pixel * k / 4 for k in range(11)]
     flow = [job.budget.eps_flow * k / 3 for k in range(11)]
@@ -99,9 +99,9 @@ def _curves(job: Job) -> dict[str, Any]:
 def _surface(job: Job) -> dict[str, Any]:
     grid = (0, 0.5, 1, 1.5, 2)
     pixel, flow = ([eps * k for k in grid] for eps in (job.budget.eps_pixel, job.budget.eps_flow))
-    found = budget_surface(job.model, job.x, job.y, pixel, flow, steps=job.steps // 2, **job.options)
-    return {"eps_pixel": pixel, "eps_flow": flow, "accuracy": found.accuracy.tolist(), "n": len(job.y),
-            "steps": job.steps // 2}
+    steps = max(1, job.steps // 2)
+    found = budget_surface(job.model, job.x, job.y, pixel, flow, steps=steps, **job.options)
+    return {"eps_pixel": pixel, "eps_flow": flow, "accuracy": found.accuracy.tolist(), "n": len(job.y), "steps": steps}
 
 # %% ../nbs/34_suites.ipynb #5bd54b44
 def _transfer(job: Job) -> dict[str, Any]:
@@ -117,10 +117,11 @@ def _masking(job: Job) -> dict[str, Any]:
     return masking_report(job.model, job.x, job.y, eps_pixel=b.eps_pixel, eps_flow=b.eps_flow, siamese=siamese,
                           steps=(job.steps, 5 * job.steps), **job.options).record()
 
-# %% ../nbs/34_suites.ipynb #d2cc021c
+# %% ../nbs/34_suites.ipynb #eeaeea2e
 def _raw(job: Job, attack: Callable[..., Tensor]) -> str:
     "Which attacked images are classified correctly, whatever became of the clean ones."
-    x_adv = attack(job.model, job.x, job.y, generator=image_generators(job.seed, range(len(job.y))))
+    x_adv = torch.cat([attack(job.model, job.x[part], job.y[part], generator=image_generators(job.seed, part.tolist()))
+                       for part in torch.arange(len(job.y)).split(job.batch_size)])
     return bits(evaluate(job.model, x_adv, job.y, {"as it is": lambda model, x, y, **_: x}, **job.options).correct[0])
 
 

@@ -5,19 +5,22 @@
 # %% auto #0
 __all__ = ['Recipe', 'learning_rate', 'make_optimizer', 'split_batch', 'train_step', 'accuracy', 'fit']
 
-# %% ../nbs/23_training.ipynb #2da24a00
+# %% ../nbs/23_training.ipynb #339ffa3a
 import inspect
 import json
 import math
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -32,7 +35,7 @@ from .warp import BatchShare
 # %% ../nbs/23_training.ipynb #1a60b0ed
 _ONE_STEP = {"steps": 1, "eps_pixel": 8 / 255, "step_pixel": 8 / 255, "eps_flow": 0.3, "step_flow": 0.3}
 
-# %% ../nbs/23_training.ipynb #5d4558a6
+# %% ../nbs/23_training.ipynb #d57d4c3b
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides how a model is trained, in plain JSON-able data."
@@ -57,17 +60,29 @@ class Recipe:
     channels_last: bool = False  # Memory layout that convolutions prefer together with `amp`
     ema: float = 0.0  # Decay, per iteration, of the averaged weights that are judged and kept; 0: no averaging
     clip_norm: float = 0.0  # A gradient longer than this is shortened to it; 0: never
-    accumulate: int = 1  # Parts in which each process works through its share of a batch, to save memory
+    accumulate: int = 1  # Parts of a process's share of a batch, to save memory; batch norm then sees one part at a time
     seed: int = 0  # Order of the images, augmentation, targets, random starts, dropout
     probe: str = "double_pass"  # Key of ATTACKS: what the validation images face after each epoch
     probe_options: Mapping[str, Any] = field(default_factory=lambda: {"steps": 10})  # Keywords of the probe
     probe_images: int = 512  # Validation images the probe sees; about 4 points of 95 % interval
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         object.__setattr__(self, "milestones", tuple(self.milestones))
         for name in ("objective_options", "attack_options", "probe_options"):
             object.__setattr__(self, name, dict(getattr(self, name)))  # a copy that no other recipe shares
         _check_recipe(self)
+
+# %% ../nbs/23_training.ipynb #c31d88ad
+def _check_kinds(r: Recipe) -> None:
+    "Refuse fields of the wrong kind; the text 'False' would count as true."
+    for f in fields(r):
+        value, kind = getattr(r, f.name), get_origin(f.type) or f.type
+        kinds = {float: (int, float), tuple: (tuple, list), UnionType: get_args(f.type)}.get(kind, kind)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"expected {f.name} to be {getattr(f.type, '__name__', f.type)}, got {value!r}")
+    if not all(isinstance(m, (int, float)) for m in r.milestones):
+        raise ValueError(f"expected milestones to be numbers, got {r.milestones!r}")
 
 # %% ../nbs/23_training.ipynb #22fd32c9
 def _check_options(what: str, name: str, known: Mapping[str, Callable], options: Mapping[str, Any]) -> None:
@@ -79,7 +94,7 @@ def _check_options(what: str, name: str, known: Mapping[str, Callable], options:
     if not set(options) <= set(names) and not any(p.kind is p.VAR_KEYWORD for p in parameters):
         raise ValueError(f"{what} {name!r} takes {', '.join(names) or 'no options'}; got {', '.join(options)}")
 
-# %% ../nbs/23_training.ipynb #d2bed783
+# %% ../nbs/23_training.ipynb #edd6764b
 def _check_recipe(r: Recipe) -> None:
     "Every mistake that can be seen before the first batch."
     _check_options("objective", r.objective, OBJECTIVES, r.objective_options)
@@ -90,11 +105,8 @@ def _check_recipe(r: Recipe) -> None:
         raise ValueError(f"objective {r.objective!r} does not go with attack {r.attack!r} and its options: natural "
                          f"training has attack=None and attack_options={{}}, any other one of {', '.join(ATTACKS)}")
     for name in ("epochs", "batch_size", "probe_images", "accumulate"):
-        if not isinstance(getattr(r, name), int) or getattr(r, name) < 1:
+        if getattr(r, name) < 1:
             raise ValueError(f"expected {name} to be an integer of at least 1, got {getattr(r, name)!r}")
-    numbers = ("lr", "momentum", "weight_decay", "drop", "warmup", "ema", "clip_norm", "seed")
-    if wrong := [f"{n}={getattr(r, n)!r}" for n in numbers if not isinstance(getattr(r, n), (int, float))]:
-        raise ValueError(f"expected numbers, got {', '.join(wrong)}")
     if not (0 <= r.ema < 1 and r.clip_norm >= 0):
         raise ValueError(f"expected 0 <= ema < 1 and clip_norm >= 0, got {r.ema} and {r.clip_norm}")
     schedules = ("multistep", "onecycle", "cosine", "constant")
@@ -147,7 +159,7 @@ def make_optimizer(
     return torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=recipe.momentum,
                            weight_decay=recipe.weight_decay, nesterov=recipe.nesterov)
 
-# %% ../nbs/23_training.ipynb #5c5c5851
+# %% ../nbs/23_training.ipynb #ee7bda9e
 def split_batch(
     batch: Batch,  # Images, labels, source of randomness
     parts: int,  # Parts in which each process works through its share
@@ -156,30 +168,69 @@ def split_batch(
     rank, count = processes()
     if parts * count == 1:
         return [(batch, 1.0)]
+    if len(batch.y) < count:
+        return [(batch, 1 / count)]
+    parts = min(parts, len(batch.y) // count)  # the same number in every process, none of them empty
     bounds = torch.arange(len(batch.y)).tensor_split(parts * count)[rank * parts:(rank + 1) * parts]
     share = lambda i: BatchShare(batch.generator.clone_state(), int(i[0]), len(batch.y))
-    return [(Batch(batch.x[i[0]:i[-1] + 1], batch.y[i[0]:i[-1] + 1], share(i)), len(i) / len(batch.y))
-            for i in bounds if len(i)]
+    return [(Batch(batch.x[i[0]:i[-1] + 1], batch.y[i[0]:i[-1] + 1], share(i)), len(i) / len(batch.y)) for i in bounds]
 
-# %% ../nbs/23_training.ipynb #c08f813c
-def _add_up(model: nn.Module, loss: float) -> float:
-    "Sum gradients and loss over the processes, average running statistics; the loss of the whole batch."
-    count = processes().count
-    if count == 1:
+# %% ../nbs/23_training.ipynb #a22ac5fa
+def _add_up(model: nn.Module, loss: Tensor) -> Tensor:
+    "Sum gradients and loss over the processes; the loss of the whole batch."
+    if processes().count == 1:
         return loss
     params = [p for p in model.parameters() if p.requires_grad]
     for p in params:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    statistics = [b for b in model.buffers() if b.is_floating_point()]
-    tensors = [p.grad for p in params] + statistics
-    total = sum_over_processes(torch.cat([t.flatten().float() for t in tensors] + [params[0].new_tensor([loss]).float()]))
-    for t, part in zip(tensors, total.split([t.numel() for t in tensors] + [1])):
-        t.copy_(part.view_as(t))
-    for b in statistics:
-        b.div_(count)
-    return total[-1].item()
+    total = sum_over_processes(torch.cat([p.grad.flatten().float() for p in params] + [loss.view(1).float()]))
+    for p, part in zip(params, total.split([p.numel() for p in params] + [1])):
+        p.grad.copy_(part.view_as(p))
+    return total[-1]
 
-# %% ../nbs/23_training.ipynb #d29464bf
+# %% ../nbs/23_training.ipynb #0de921c9
+class _Sum(torch.autograd.Function):
+    "The sum over all processes; its gradient is the sum of theirs."
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor: return sum_over_processes(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor: return sum_over_processes(grad.contiguous())
+
+
+_OWN = F.batch_norm
+
+
+def _shared_batch_norm(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
+                       bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> Tensor:
+    "Batch normalisation by the images of all processes."
+    if not training:
+        return _OWN(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    v, axes, wide = x.float(), [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
+    n = sum_over_processes(v.new_tensor(float(v[:, 0].numel())))
+    mean = _Sum.apply(v.sum(axes)) / n
+    centred = v - mean.view(wide)
+    var = _Sum.apply(centred.square().sum(axes)) / n
+    if running_mean is not None:
+        with torch.no_grad():
+            running_mean.lerp_(mean.to(running_mean), momentum)
+            running_var.lerp_((var * n / (n - 1)).to(running_var), momentum)
+    out = centred * (var + eps).rsqrt().view(wide)
+    out = out if weight is None else out * weight.view(wide) + bias.view(wide)
+    return out.to(x.dtype)
+
+# %% ../nbs/23_training.ipynb #7d54767b
+@contextmanager
+def _shared_statistics() -> Iterator[None]:
+    "Inside, batch norm in train mode sees the images of all processes."
+    try:
+        F.batch_norm = _shared_batch_norm if processes().count > 1 else _OWN
+        yield
+    finally:
+        F.batch_norm = _OWN
+
+# %% ../nbs/23_training.ipynb #3f5454db
 def train_step(
     model: nn.Module,  # Classifier in train mode
     batch: Batch,  # Images in [0, 1], labels, source of randomness; the same batch in every process
@@ -193,14 +244,15 @@ def train_step(
 ) -> float:  # The loss before the step, nats
     "One update of the weights; a loss that is not finite raises before it touches them."
     optimizer.zero_grad(set_to_none=True)
-    value = 0.0
-    for part, weight in split_batch(batch, accumulate):
-        with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=amp):
-            loss = weight * objective(model, part, attack)
-        value += loss.item()
-        loss.backward()
+    total = batch.x.new_zeros(())
+    with _shared_statistics():
+        for part, weight in split_batch(batch, accumulate):
+            with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=amp):
+                loss = weight * objective(model, part, attack)
+            loss.backward()
+            total = total + loss.detach()
     with torch.no_grad():
-        value = _add_up(model, value)
+        value = _add_up(model, total).item()
     if not math.isfinite(value):
         raise FloatingPointError(f"the loss is {value}")
     if clip_norm:
@@ -320,10 +372,10 @@ def _finish_epoch(run: _Run, row: dict[str, Any], validation: ImageSet | None, p
         row["collapsed"] = collapsed([*run.history, row])
     run.history.append(row)
 
-# %% ../nbs/23_training.ipynb #2245d8db
+# %% ../nbs/23_training.ipynb #f658eb8f
 def _identity(recipe: Recipe, model: nn.Module, train: ImageSet, validation: ImageSet | None) -> dict[str, Any]:
     "What must be the same for two calls of `fit` to be one run."
-    data = {k: None if d is None else {"name": d.name, "images": len(d), "crc32": zlib.crc32(d.images.cpu().numpy())}
+    data = {k: None if d is None else {"name": d.name, "images": len(d), "crc32": zlib.crc32(d.images.cpu().contiguous().numpy())}
             for k, d in (("train", train), ("validation", validation))}
     return json.loads(json.dumps({"recipe": asdict(recipe), "model": getattr(model, "metadata", {}), **data}))
 

@@ -28,7 +28,7 @@ def _check_field(x: Tensor, flow: Tensor, padding: str) -> None:
     if padding not in _PADDINGS:
         raise ValueError(f"unknown padding {padding!r}: choose one of {', '.join(_PADDINGS)}")
 
-# %% ../nbs/01_warp.ipynb #38969413
+# %% ../nbs/01_warp.ipynb #ae354837
 def _pixel_grid(height: int, width: int, device: torch.device) -> Tensor:
     v, u = torch.meshgrid(torch.arange(height, dtype=torch.float64, device=device),
                           torch.arange(width, dtype=torch.float64, device=device), indexing="ij")
@@ -46,9 +46,8 @@ def warp(
     height, width = x.shape[2:]
     away = flow.double().nan_to_num(0.0).clamp(-1e6, 1e6)  # the kernel's backward pass crashes on NaN and infinity
     position = _pixel_grid(height, width, x.device) + away  # (B, 2, H, W)
-    size = torch.tensor([width, height], device=x.device).view(2, 1, 1)
-    grid = (2 * position + 1) / size - 1  # edges of the image at -1 and 1
-    out = F.grid_sample(x.double(), grid.permute(0, 2, 3, 1), padding_mode=padding, align_corners=False)
+    grid = torch.stack([(2 * position[:, i] + 1) / n - 1 for i, n in enumerate((width, height))], dim=3)  # edges at -1, 1
+    out = F.grid_sample(x.double(), grid, padding_mode=padding, align_corners=False)
     still = (away == 0).all(dim=1, keepdim=True)
     return (out + ((x - out) * still).detach()).to(x.dtype)  # what does not move is not even rounded
 
@@ -69,12 +68,14 @@ def generalized_sign(
     unit = v / torch.where(peak > 0, peak, 1)  # scaled first: squares of tiny gradients would vanish
     return unit / torch.where(peak > 0, unit.square().sum(dim, keepdim=True), 1).sqrt()  # norm(dim) is far slower
 
-# %% ../nbs/01_warp.ipynb #bfec702e
+# %% ../nbs/01_warp.ipynb #62822d3d
 def per_image(
     value: float | Tensor,  # A number, or one number for each image (B,)
     like: Tensor,  # The tensor it will meet, batch first
 ) -> Tensor:  # `value` with the dtype and device of `like`, shaped (B or 1, 1, ..., 1)
     "Shape a budget so that it broadcasts over everything but the batch."
+    if isinstance(value, (int, float)):
+        return like.new_full([1] * like.ndim, value)  # without a copy that a GPU would wait for
     return torch.as_tensor(value, dtype=like.dtype, device=like.device).reshape(-1, *[1] * (like.ndim - 1))
 
 

@@ -55,7 +55,7 @@ def test_judge_attack_report(runs, tmp_path, capsys):
     assert first.metrics["n"] == 24 and first.forwards > 0 and first.tier == "smoke" and first.data == "digits"
     assert jat_eval(f"{runs} --suite jat --n 24 --steps 2 --threads 1".split()) == 0
     assert capsys.readouterr().out.count("already there") == 4
-    assert jat_eval(f"{runs / 'natural-s0'} --suite jat --n 12 --steps 2 --threads 1 --batch-size 5".split()) == 0
+    assert jat_eval(f"{runs / 'natural-s0'} --suite jat --n 12 --steps 2 --threads 1 --batch-size 5 --again".split()) == 0
     few = Record.load(runs / "natural-s0" / "eval-jat.json").metrics["correct"]
     assert all(bits == first.metrics["correct"][k][:12] for k, bits in few.items())  # fewer images are the first of more
     assert jat_eval(f"{runs / 'one-step-joint-s0'} --suite transfer --source {runs / 'natural-s0'} {runs / 'one-step-joint-s1'} "
@@ -65,6 +65,56 @@ def test_judge_attack_report(runs, tmp_path, capsys):
     assert jat_report([str(runs), "--out", str(tmp_path / "report.html")]) == 0
     page = (tmp_path / "report.html").read_text()
     assert "one-step-joint" in page and page.count("<table") > 0
+
+
+def test_options_add_up_and_python_words_are_read(tmp_path):
+    assert jat_train(f"--recipe jat/natural {SMOKE} --set epochs=1 --set batch_size=64 amp=False --out {tmp_path}".split()) == 0
+    recipe = json.loads((tmp_path / "run.json").read_text())["recipe"]
+    assert (recipe["epochs"], recipe["batch_size"], recipe["amp"]) == (1, 64, False)
+
+
+def test_an_answer_belongs_to_its_weights(tmp_path, capsys):
+    judge = f"{tmp_path / 'x'} --n 8 --steps 1 --threads 1".split()
+    train = f"--recipe jat/natural {SMOKE} --set epochs=2 --out {tmp_path / 'x'}".split()
+    assert jat_train([*train, "--time-budget", "0"]) == 3
+    assert jat_eval(judge) == 2 and "0 of 2 epochs" in capsys.readouterr().out
+    assert jat_train(train) == 0 and jat_eval(judge) == 0 and jat_eval(judge) == 0
+    assert capsys.readouterr().out.count("already there") == 1
+    record = Record.load(tmp_path / "x" / "eval-jat.json")
+    assert record.config["epoch"] == 2
+    shutil.copy(tmp_path / "x" / "eval-jat.json", tmp_path / "eval-jat.json")
+    shutil.rmtree(tmp_path / "x")
+    assert jat_train([*train, "--seed", "1"]) == 0
+    shutil.copy(tmp_path / "eval-jat.json", tmp_path / "x")
+    assert jat_eval(judge) == 0 and "already there" not in capsys.readouterr().out
+    assert Record.load(tmp_path / "x" / "eval-jat.json").config["sha256"] != record.config["sha256"]
+
+
+def test_only_a_twin_is_asked_for_siamese_images(runs):
+    run = runs / "one-step-joint-s0"
+    for source, known in (("natural-s0", False), ("one-step-joint-s1", True)):
+        assert jat_eval(f"{run} --suite masking --source {runs / source} --n 4 --steps 8 --threads 1".split()) == 0
+        held = {row["check"]: row["held"] for row in Record.load(run / "eval-masking.json").metrics["rows"]}
+        assert (held["d"] is not None) == known
+
+
+def test_results_without_a_checkpoint_are_not_overwritten(tmp_path, capsys):
+    words = f"--recipe jat/natural {SMOKE} --set epochs=1 --out {tmp_path}".split()
+    assert jat_train(words) == 0
+    log = (tmp_path / "log.jsonl").read_text()
+    (tmp_path / "resume.safetensors").rename(tmp_path / "moved")
+    assert jat_train(words) == 2 and "no resume.safetensors" in capsys.readouterr().err
+    (tmp_path / "moved").rename(tmp_path / "resume.safetensors")
+    (tmp_path / "run.json").unlink()
+    assert jat_train([*words, "--seed", "1"]) == 2 and "holds another run" in capsys.readouterr().err
+    assert (tmp_path / "log.jsonl").read_text() == log
+
+
+def test_sixteen_bit_pictures_keep_their_grey(tmp_path):
+    from jat_nb.data import read_picture
+    grey = np.arange(64, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(257 * grey).save(tmp_path / "deep.png")
+    assert (read_picture(tmp_path / "deep.png")[..., 0] == grey).all()
 
 
 def test_attacked_pictures_are_what_was_checked(runs, tmp_path):
@@ -81,7 +131,7 @@ def test_attacked_pictures_are_what_was_checked(runs, tmp_path):
         for row in facts["images"]:
             pixels = torch.from_numpy(np.array(Image.open(out / row["png"]))).float()[None, None] / 255
             seen = str(int(model(pixels).argmax(1)))
-            assert seen == row["after"] and row["adversarial_as_png"] == (seen != row["label"]) and row["within_budget"]
+            assert seen == row["after"] and row["adversarial_as_png"] == (seen != row["label"]) and row["within_budget_before_rounding"]
             if attack in ("pgd", "fgsm"):
                 assert row["largest_change_255"] <= 25.5 + 1
     before = (tmp_path / "pgd" / "attack.json").read_text()
@@ -112,7 +162,13 @@ def test_rounding_is_checked_on_what_is_written():
     (jat_train, "--recipe jat/natural --data digits --tier smoke --set lr=-1 --out {x}", "lr > 0"),
     (jat_train, "--recipe jat/natural --data digits --tier smoke --set lr=fast --out {x}", "lr"),
     (jat_train, "--recipe jat/natural --data digits --tier smoke --out {file}/y", "choose another folder"),
-    (jat_eval, "{x}", "no run.json"), (jat_eval, "{empty}", "does not say which data"),
+    (jat_eval, "{x}", "no run.json"), (jat_eval, "{empty}", "lacks data"),
+    (jat_train, "--recipe jat/natural --data digits --tier smoke --set amp=maybe --out {x}", "expected amp to be bool"),
+    (jat_train, "--recipe jat/natural --data digits --tier smoke --set milestones=5 --out {x}", "expected milestones"),
+    (jat_train, "--recipe jat/natural --data digits --tier smoke --set attack_options=5 --out {x}", "expected attack_options"),
+    (jat_train, "--recipe jat/natural --data digits --tier smoke --set lr=true --out {x}", "expected lr to be float"),
+    (jat_train, "--recipe jat/natural --data digits --tier smoke --model vit_tiny_patch16_224 --out {x}", "doesn't match model"),
+    (jat_report, "{empty} --out {empty}", "takes the file to write"),
     (jat_attack, "{x} --images {x} --out {x}", "run.json"), (jat_report, "{x}", ""),
 ])
 def test_refusals_are_one_line_and_status_2(tmp_path, capsys, command, words, message):

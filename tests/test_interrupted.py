@@ -28,10 +28,10 @@ def images(n=48, seed=0):
     return ImageSet("toy", x.to(torch.uint8), labels, ("a", "b", "c"))
 
 
-def net(seed=0, norm=nn.BatchNorm2d):
+def net(seed=0, norm=nn.BatchNorm2d, drop=0.2):
     torch.manual_seed(seed)
     layer = nn.BatchNorm2d(4) if norm is nn.BatchNorm2d else nn.GroupNorm(2, 4)
-    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), layer, nn.ReLU(), nn.Dropout(0.2 if norm is nn.BatchNorm2d else 0),
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), layer, nn.ReLU(), nn.Dropout(drop),
                          nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3))
 
 
@@ -78,7 +78,7 @@ from jat_nb.records import processes
 from jat_nb.training import fit
 
 torch.set_num_threads(1)
-model = net(norm=torch.nn.GroupNorm)
+model = net(norm=getattr(torch.nn, {norm!r}), drop=0)
 history = fit(model, images(), SHARED, validation=images(20, 1), out={out!r})
 bits, passes = evaluated(model)
 assert processes().count == 2
@@ -94,15 +94,16 @@ def evaluated(model):
     return found.correct, found.passes
 
 
-def test_two_processes_are_one(tmp_path):
+@pytest.mark.parametrize("norm", ["BatchNorm2d", "GroupNorm"])
+def test_two_processes_are_one(tmp_path, norm):
     program = tmp_path / "program.py"
-    program.write_text(PROGRAM.format(tests=str(Path(__file__).parent), out=str(tmp_path / "two")))
+    program.write_text(PROGRAM.format(tests=str(Path(__file__).parent), out=str(tmp_path / "two"), norm=norm))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)],
                           capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     two = torch.load(tmp_path / "two" / "ends.pt")
-    one = net(norm=nn.GroupNorm)
+    one = net(norm=getattr(nn, norm), drop=0)
     history = fit(one, images(), SHARED, validation=images(20, 1))
     assert_close(two["weights"], dict(one.state_dict()), rtol=1e-3, atol=1e-4)
     assert_close(two["loss"], [r["loss"] for r in history], rtol=1e-4, atol=1e-5)

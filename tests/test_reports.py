@@ -142,7 +142,7 @@ def test_nothing_to_read_is_said_plainly(tmp_path):
     ("run.json", "[1, 2]", False, "run.json is damaged"),
     ("run.json", '{"about": {"name": "jat/madry"}}', False, "about lacks data, seed, tier"),
     ("log.jsonl", None, False, "log.jsonl is missing"),
-    ("log.jsonl", '{"epoch": 1}\n', False, "1 of 8 epochs"),
+    ("log.jsonl", '{"epoch": 1, "loss": 2.0}\n', False, "1 of 8 epochs"),
     ("log.jsonl", "no json\n", False, "log.jsonl is damaged"),
     ("eval-jat.json", "", True, "eval-jat.json is damaged"),
     ("eval-jat.json", "{}", True, "eval-jat.json is damaged"),
@@ -164,7 +164,52 @@ def test_wrong_verdicts_in_a_record_are_damage(tmp_path):
     record.metrics["rows"]["Joint"] = {"accuracy": 3}
     record.metrics["correct"].pop("Joint")
     record.save(run / "eval-jat.json")
-    assert "eval-jat.json is damaged (KeyError)" in read_runs(tmp_path)[0].problems
+    assert "eval-jat.json is damaged (KeyError: 'accuracy (%)')" in read_runs(tmp_path)[0].problems
+
+
+def spoil(path, change):
+    record = Record.load(path)
+    change(record)
+    record.save(path)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda r: r.config.update(suite="curves"), "judges another network or suite"),
+    (lambda r: r.config.update(run={"about": {"name": "jat/natural"}, "recipe": {}}), "judges another network or suite"),
+    (lambda r: r.config.update(epoch=3), "judges epoch 3, not 8"),
+    (lambda r: r.metrics["correct"].update(Joint="1" * N), "verdicts and accuracy disagree"),
+    (lambda r: r.metrics["correct"].update(Joint="1"), "verdicts and accuracy disagree")])
+def test_a_record_must_judge_its_own_network(tmp_path, change, words):
+    run = plant(tmp_path, "madry", network())
+    spoil(run / "eval-jat.json", change)
+    found = read_runs(tmp_path)[0]
+    assert found.usable and not found.evaluations and words in found.problems[0]
+
+
+def test_only_equals_are_averaged_as_seeds(tmp_path):
+    for seed in range(4):
+        run = plant(tmp_path, "madry", network(), seed=seed)
+        facts = json.loads((run / "run.json").read_text())
+        facts["recipe"]["lr"] += seed == 1
+        facts["about"]["variant"] = "jpeg" if seed == 2 else "official"
+        write_json(run / "run.json", facts)
+    spoil(tmp_path / "madry-s3" / "eval-jat.json", lambda r: r.config.update(steps=2))
+    runs = read_runs(tmp_path)
+    assert [r.usable for r in runs] == [True, False, False, True]
+    assert "not as madry-s0: lr" in runs[1].problems and "not as madry-s0: variant" in runs[2].problems
+    assert "set aside: other steps" in runs[3].problems[0] and len(survivors(runs, "madry", "Joint").seeds) == 1
+
+
+def test_records_with_other_steps_fill_no_cell_of_the_paper(tmp_path):
+    spoil(plant(tmp_path, "madry", network()) / "eval-jat.json", lambda r: r.config.update(steps=2))
+    runs = read_runs(tmp_path)
+    assert survivors(runs, "madry", "Joint").n == N and paper_table(1, runs)["ours"].isna().all()
+
+
+def test_a_run_that_was_stopped_in_its_first_epoch_is_not_finished(tmp_path):
+    run = plant(tmp_path, "madry", network(), epochs=0)
+    (run / "log.jsonl").write_text("")
+    assert not read_runs(tmp_path)[0].usable
 
 
 def test_an_unfinished_or_repeated_run_fills_no_cell(tmp_path):
