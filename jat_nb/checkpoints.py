@@ -74,7 +74,7 @@ def load_state(
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     return state
 
-# %% ../nbs/08_checkpoints.ipynb #2f7fbdee
+# %% ../nbs/08_checkpoints.ipynb #5df85b8f
 def _settings(identity: Mapping[str, Any]) -> dict[str, Any]:
     "All settings of a run by name, those of its recipe among them."
     return {**identity.get("recipe", {}), **{k: v for k, v in identity.items() if k != "recipe"}}
@@ -92,8 +92,8 @@ def _header(path: Path) -> dict[str, Any] | None:
 def _holdings(folder: Path) -> list[dict[str, Any]]:
     "What a folder says of the run whose results it holds; empty if it holds none."
     file, log = folder / "run.json", folder / "log.jsonl"
-    results = [*folder.glob("*.safetensors"), *folder.glob("eval-*.json"), *([log] if log.exists() and log.stat().st_size else [])]
-    if not results:
+    logged = log.exists() and log.stat().st_size > 0
+    if not (logged or any(folder.glob("*.safetensors")) or any(folder.glob("eval-*.json"))):
         return []
     try:
         claimed = [_settings(json.loads(file.read_text(encoding="utf-8")))] if file.exists() else []

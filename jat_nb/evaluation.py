@@ -395,7 +395,7 @@ _PROMISES: dict[str, Callable[[_Case], str]] = {
     "any shape and class count": _any_shape,
 }
 
-# %% ../nbs/30_evaluation.ipynb #55454412
+# %% ../nbs/30_evaluation.ipynb #ddf79b22
 def check_attack(
     fn: Attack,  # fn(model, x, y, generator=one per image) -> x_adv
     *,
@@ -419,7 +419,7 @@ def check_attack(
     case, checks = _Case(fn, model, x, y, within, threats, zero, shapes), []
     for promise, holds in _PROMISES.items():
         if zero is None and promise.startswith("zero"): continue
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(torch.is_grad_enabled()):
             try: witness = holds(case)
             except Exception as error: witness = f"raised {type(error).__name__}: {error}"
         checks.append(Check(promise, not witness, witness))

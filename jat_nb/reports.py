@@ -37,7 +37,7 @@ def _on_equal_images(runs: Sequence[Run], columns: Sequence[str], **group: str) 
     return {name: {c: share.first(min(s.n for s in row.values())) for c, share in row.items()}
             for name, row in rows.items() if row}
 
-# %% ../nbs/36_reports.ipynb #7db22bba
+# %% ../nbs/36_reports.ipynb #653e78df
 def attack_bars(
     runs: Sequence[Run],  # As read
     columns: Sequence[str] = ("PGD20", "PGD100", "AutoAttack"),  # Attacks, at most 6
@@ -56,8 +56,7 @@ def attack_bars(
         where = [i + (k + 0.5) * height - 0.4 for i, _ in rows]
         if rows: ax.barh(where, values, 0.9 * height, xerr=errors, color=color, label=column,
                          error_kw={"ecolor": "0.5", "lw": 1, "capsize": 2})
-    ax.set(yticks=range(len(table)), yticklabels=table, xlabel="accuracy (%)", xlim=(0, None))
-    ax.invert_yaxis()
+    ax.set(yticks=range(len(table)), yticklabels=table, xlabel="accuracy (%)", xlim=(0, None), ylim=(len(table) - 0.5, -0.5))
     if table: figure.legend(loc="outside upper center", ncols=len(columns), frameon=False, fontsize=8)
     ax.spines[["top", "right"]].set_visible(False)
     return figure
@@ -274,12 +273,12 @@ def _opening(runs: Sequence[Run], links: dict[str, str]) -> str:
             + "".join(f"<a href='#{html.escape(k)}'>{html.escape(v)}</a>" for k, v in links.items()) + "</nav>"
             + (f"<p>Set aside or incomplete:</p><ul>{problems}</ul>" if problems else ""))
 
-# %% ../nbs/36_reports.ipynb #1fa0c3c1
+# %% ../nbs/36_reports.ipynb #06ee88fe
 def _beside(runs: Sequence[Run]) -> str:
     tables = [(number, paper_table(number, runs)) for number in range(1, 8)]
-    variants = {row.data: {str(r.about.get("variant")) for r in runs if r.usable and r.about.get("data") == row.data} - {"official"}
-                for row in ROWS}
-    note = {row.table: "".join(f"<p class=note>Ours on {html.escape(v)} pixels, not the published ones.</p>" for v in variants[row.data])
+    used = {(r.about.get("data"), str(r.about.get("variant"))) for r in runs if r.usable}
+    words = "<p class=note>Ours on {} pixels, not the published ones.</p>"
+    note = {row.table: "".join(words.format(html.escape(v)) for data, v in sorted(used) if data == row.data and v != "official")
             for row in ROWS}
     filled = [f"<h3>Table {k}</h3>{note[k]}" + _table(side_by_side(table).rename_axis([None, None]))
               for k, table in tables if table["ours"].notna().any()]

@@ -173,15 +173,15 @@ def _column(answer: Mapping[str, Any], column: str) -> Share | None:
         return Share((float(verdicts.mean()),), verdicts.shape[1], verdicts)
     return Share((totals[column],), n) if column in totals else None
 
-# %% ../nbs/35_results.ipynb #4ce36151
+# %% ../nbs/35_results.ipynb #3ede4dad
 def _attempt(problems: list[str], read: Callable[[Path], Any], path: Path, instead: Any) -> Any:
     try: return read(path)
     except FileNotFoundError: problems.append(f"{path.name} is missing")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        problems.append(f"{path.name} is damaged ({type(error).__name__}: {error})")
+        problems.append(f"{path.name} is damaged ({type(error).__name__}: {error})".replace(f"{path.parent}/", ""))
     return instead
 
-# %% ../nbs/35_results.ipynb #2b3eb561
+# %% ../nbs/35_results.ipynb #fdcf5afe
 def _check_bits(answer: Mapping[str, Any]) -> None:
     "Verdicts must be as many as images and add up to the accuracies."
     names = [f"{b:.6g}" for b in answer["budgets"]] if "budgets" in answer else answer["rows"]
@@ -199,7 +199,8 @@ def _check_answer(suite: str, answer: Mapping[str, Any]) -> None:
     parts = {"curves": lambda a: [a["pixel"], a["flow"], *a["flow_steps"].values()], "transfer": lambda a: a["sources"].values()}
     for part in parts.get(suite, lambda a: [a] if "rows" in a else [])(answer): _check_bits(part)
     if suite == "claims":
-        (dict(answer["raw"]), [float(v) for values in answer["similarity"].values() for v in values], dict(answer["rewarp"]["energy"]))
+        dict(answer["raw"]), dict(answer["rewarp"]["energy"])
+        [float(v) for values in answer["similarity"].values() for v in values]
     if suite == "surface": (answer["n"], torch.tensor(answer["accuracy"]))
 
 # %% ../nbs/35_results.ipynb #26a43dd1

@@ -257,8 +257,9 @@ def test_an_attack_that_raises_is_reported():
 
 def test_global_state_is_left_alone():
     before = torch.get_rng_state()
-    check_attack(reseeds, eps_pixel=EPS)
-    assert torch.equal(before, torch.get_rng_state())
+    for fn in (reseeds, leaks_no_grad):
+        check_attack(fn, eps_pixel=EPS)
+    assert torch.equal(before, torch.get_rng_state()) and torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize("options, message", [
