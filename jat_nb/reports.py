@@ -37,7 +37,7 @@ def _on_equal_images(runs: Sequence[Run], columns: Sequence[str], **group: str) 
     return {name: {c: share.first(min(s.n for s in row.values())) for c, share in row.items()}
             for name, row in rows.items() if row}
 
-# %% ../nbs/36_reports.ipynb #653e78df
+# %% ../nbs/36_reports.ipynb #7dc8fd3e
 def attack_bars(
     runs: Sequence[Run],  # As read
     columns: Sequence[str] = ("PGD20", "PGD100", "AutoAttack"),  # Attacks, at most 6
@@ -56,7 +56,8 @@ def attack_bars(
         where = [i + (k + 0.5) * height - 0.4 for i, _ in rows]
         if rows: ax.barh(where, values, 0.9 * height, xerr=errors, color=color, label=column,
                          error_kw={"ecolor": "0.5", "lw": 1, "capsize": 2})
-    ax.set(yticks=range(len(table)), yticklabels=table, xlabel="accuracy (%)", xlim=(0, None), ylim=(len(table) - 0.5, -0.5))
+    ax.set(yticks=range(len(table)), yticklabels=table, ylim=(max(len(table), 1) - 0.5, -0.5))
+    ax.set(xlabel="accuracy (%)", xlim=(0, None))
     if table: figure.legend(loc="outside upper center", ncols=len(columns), frameon=False, fontsize=8)
     ax.spines[["top", "right"]].set_visible(False)
     return figure
