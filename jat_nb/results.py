@@ -236,7 +236,7 @@ def _read_run(path: Path, folder: str) -> Run:
     records = {suite: record for suite, record in records.items() if record is not None}
     return Run(folder, about, recipe, machine, log, records, tuple(problems), usable)
 
-# %% ../nbs/35_results.ipynb #2725b247
+# %% ../nbs/35_results.ipynb #97adacac
 def _setting(run: Run) -> dict[str, Any]:
     "All that seeds of one recipe must share."
     recipe = json.loads(json.dumps(asdict(Recipe()))) | run.recipe  # fields that came later had these values
@@ -249,7 +249,7 @@ def _agreeing(run: Run, first: dict[Any, Any]) -> Run:
     kept, problems = {}, list(run.problems)
     for suite, record in run.evaluations.items():
         way = {k: record.config.get(k) for k in ("steps", "weights", "budget")} | {"seed": record.seed}
-        if (agreed := first.setdefault((*run.group, suite), way)) == way: kept[suite] = record
+        if (agreed := first.setdefault((*run.group, "records of", suite), way)) == way: kept[suite] = record
         else: problems.append(f"eval-{suite}.json set aside: other {', '.join(k for k in way if way[k] != agreed[k])}")
     return replace(run, evaluations=kept, problems=tuple(problems))
 
