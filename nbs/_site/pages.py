@@ -122,7 +122,7 @@ def body(book: Book, chapter: Chapter) -> list[NotebookNode]:
     return staged
 
 
-WORDS = re.compile(r"<td>(?=[^<]{25})(?=(?:[^<]*?[a-z]){12})([^<]*)</td>")
+WORDS = re.compile(r"<td>(?=[^<]{25})(?=(?:[^<]*?[a-z]){12}|[^<]*;)([^<]*)</td>")
 
 
 def code(cell: Cell, following: Cell | None) -> NotebookNode:
