@@ -203,12 +203,11 @@ def _check_answer(suite: str, answer: Mapping[str, Any]) -> None:
         [float(v) for values in answer["similarity"].values() for v in values]
     if suite == "surface": (answer["n"], torch.tensor(answer["accuracy"]))
 
-# %% ../nbs/35_results.ipynb #26a43dd1
+# %% ../nbs/35_results.ipynb #af0a0e19
 def _evaluation(path: Path, facts: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> Record:
     record, suite = Record.load(path), path.stem[5:]
-    judged = record.config.get("run") or {}
-    about, mine = ({k: v for k, v in f.get("about", {}).items()} for f in (judged, facts))
-    if record.config.get("suite", suite) != suite or (judged and (about, judged["recipe"]) != (mine, facts.get("recipe"))):
+    judged = record.config.get("run") or facts
+    if record.config.get("suite", suite) != suite or any(judged.get(k) != facts.get(k) for k in ("about", "recipe")):
         raise ValueError("judges another network or suite")
     rows = [row for row in log if "val_robust" in row]
     last = {"last": len(log), "best": best_row(rows)["epoch"] if rows else None}.get(record.config.get("weights", "last"))
