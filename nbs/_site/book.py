@@ -19,8 +19,8 @@ SITE = Path(__file__).resolve().parent
 NOTEBOOKS = SITE.parent
 ROOT = NOTEBOOKS.parent
 PACKAGE = "jat_nb"
-PARTS = ((0, "Foundations"), (10, "Attacks"), (20, "Training"), (30, "Evaluation"),
-         (40, "Tools and experiments"), (60, "Tutorials"))
+PARTS = ((0, "Foundations"), (10, "Attacks"), (20, "Training"), (30, "Evaluation"), (40, "Papers"), (50, "Tools"),
+         (60, "Experiments"), (70, "Tutorials"))
 CAPTION = re.compile(r"\*\*(Figure \d+\.)\*\*\s*")
 
 
@@ -92,7 +92,7 @@ class Chapter:
     @cached_property
     def module(self) -> str:
         code = "\n".join(cell.source for cell in self.notebook.cells if cell.cell_type == "code")
-        found = re.search(r"^#\| *default_exp +(\w+)", code, re.MULTILINE)
+        found = re.search(r"^#\| *default_exp +([\w.]+)", code, re.MULTILINE)
         return found[1] if found else ""
 
     @cached_property
