@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .warp import Randomness, uniform
+from .randomness import Randomness, uniform
 
 # %% ../nbs/04_losses.ipynb #9719efdf
 def _check_labels(y: Tensor, num_classes: int, name: str = "y") -> None:
