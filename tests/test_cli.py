@@ -1,12 +1,15 @@
 "The four commands, one after the other, and everything they refuse."
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import jat_nb
+from jat_nb import cli
 from jat_nb.cli import jat_attack, jat_eval, jat_report, jat_train, to_png
 from jat_nb.data import load
 from jat_nb.models import load_weights, pretrained
@@ -223,3 +226,136 @@ def test_every_suite_ends_in_a_line(runs, capsys):
     assert jat_eval(f"{run} --suite masking --n 4 --steps 8 --threads 1".split()) == 0
     assert "failed checks:" in capsys.readouterr().out
     assert len(Record.load(run / "eval-masking.json").metrics["rows"]) == 6
+
+
+def write_halves(folder, classes, n=24, value=255):
+    "Pictures of 16 px whose bright half tells the class: left, right, top or bottom."
+    halves = {"bee": np.s_[:, :8], "cat": np.s_[:, 8:], "ant": np.s_[:8], "dog": np.s_[8:]}
+    rng = np.random.default_rng(0)
+    for name in classes:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(n):
+            pixels = rng.integers(0, 60, (16, 16), dtype=np.uint8)
+            pixels[halves[name]] = rng.integers(value - 60, value, pixels[halves[name]].shape)
+            Image.fromarray(pixels).save(folder / name / f"{i:02d}.png")
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    "A run on a folder of two classes, and the folder."
+    root = tmp_path_factory.mktemp("halves")
+    write_halves(root / "set" / "train", ("bee", "cat"))
+    write_halves(root / "set" / "test", ("bee", "cat"), 8)
+    words = f"--recipe jat/natural --data folder:{root / 'set'} --tier smoke --threads 1 --out {root / 'run'}"
+    assert jat_train([*words.split(), "--set", "epochs=12", "batch_size=16", "augment=[]", "lr=0.05"]) == 0
+    return root
+
+
+def clean(run):
+    return Record.load(run / "eval-jat.json").metrics["rows"]["Clean"]["accuracy (%)"]
+
+
+def test_a_run_is_judged_by_the_classes_it_was_trained_on(halves, tmp_path, capsys):
+    root = shutil.copytree(halves, tmp_path / "copy")
+    about = json.loads((root / "run" / "run.json").read_text())
+    about["about"]["data"] = f"folder:{root / 'set'}"
+    (root / "run" / "run.json").write_text(json.dumps(about))
+    judge = f"{root / 'run'} --n 16 --steps 1 --threads 1".split()
+    assert jat_eval(judge) == 0 and clean(root / "run") > 80
+    write_halves(root / "set" / "train", ("ant",))  # it would come first and renumber the others
+    assert jat_eval([*judge, "--again"]) == 0 and clean(root / "run") > 80
+    write_halves(root / "set" / "test", ("ant",), 8)
+    assert jat_eval([*judge, "--again"]) == 2 and "ant" in capsys.readouterr().err
+
+
+def test_changed_test_images_are_judged_anew(halves, tmp_path, capsys):
+    root = shutil.copytree(halves, tmp_path / "copy")
+    about = json.loads((root / "run" / "run.json").read_text())
+    about["about"]["data"] = f"folder:{root / 'set'}"
+    (root / "run" / "run.json").write_text(json.dumps(about))
+    judge = f"{root / 'run'} --n 16 --steps 1 --threads 1".split()
+    assert jat_eval(judge) == 0 and jat_eval([*judge, "--batch-size", "5"]) == 0
+    assert capsys.readouterr().out.count("already there") == 1
+    before = Record.load(root / "run" / "eval-jat.json").config
+    write_halves(root / "set" / "test", ("bee",), 8, value=200)  # the same names, other pixels
+    assert jat_eval(judge) == 0 and "already there" not in capsys.readouterr().out
+    after = Record.load(root / "run" / "eval-jat.json").config
+    assert before["test"]["sha256"] != after["test"]["sha256"] and after["test"]["classes"] == ["bee", "cat"]
+    shutil.copy(root / "set" / "test" / "bee" / "00.png", root / "set" / "test" / "cat" / "00.png")  # another label
+    assert jat_eval(judge) == 0 and "already there" not in capsys.readouterr().out
+
+
+def test_a_damaged_answer_is_asked_for_again(halves, tmp_path, capsys):
+    root = shutil.copytree(halves / "run", tmp_path / "run")
+    judge = f"{root} --n 8 --steps 1 --threads 1".split()
+    assert jat_eval(judge) == 0
+    (root / "eval-jat.json").write_text((root / "eval-jat.json").read_text()[:-20])
+    assert jat_eval(judge) == 0 and "already there" not in capsys.readouterr().out
+
+
+def test_fast_is_the_default_of_the_cpu_tier(halves, tmp_path):
+    root = shutil.copytree(halves / "run", tmp_path / "run")
+    facts = json.loads((root / "run.json").read_text())
+    judge = f"{root} --n 8 --steps 1 --threads 1".split()
+    for tier, words, fast in (("smoke", "", False), ("cpu", "", True), ("cpu", "--no-fast", False), ("smoke", "--fast", True)):
+        facts["about"]["tier"] = tier
+        (root / "run.json").write_text(json.dumps(facts))
+        assert jat_eval([*judge, *words.split()]) == 0
+        config = Record.load(root / "eval-jat.json").config
+        assert (config["fast"], config["batch_size"]) == (fast, 250), (tier, words)
+
+
+def test_pictures_in_unknown_folders_are_refused(halves, tmp_path, capsys):
+    write_halves(tmp_path / "in", ("bee", "dog"), 2)
+    words = f"{halves / 'run'} --images {tmp_path / 'in'} --steps 1 --out {tmp_path / 'out'} --threads 1".split()
+    assert jat_attack(words) == 2
+    said = capsys.readouterr().err
+    assert "dog" in said and "bee, cat" in said and said.count("\n") == 1
+    shutil.rmtree(tmp_path / "in" / "dog")
+    assert jat_attack([*words, "--attack", "pgd", "--loss", "margin"]) == 0
+    facts = json.loads((tmp_path / "out" / "attack.json").read_text())
+    assert {row["label"] for row in facts["images"]} == {"bee"} and facts["loss"] == "margin"
+    assert {row["label_from"] for row in facts["images"]} == {"folder"}
+    assert jat_attack([*words, "--loss", "mean"]) == 2 and "mean" in capsys.readouterr().err
+
+
+def test_two_papers_never_share_a_folder():
+    names = ("jat/natural", "other/natural", "jat/one-step-joint", "srt/rt-0.2")
+    assert len({run_folder("out", name, seed) for name in names for seed in (0, 1)}) == 8
+    assert run_folder("out", "jat/natural", 1) == Path("out/jat-natural-s1")
+
+
+def test_called_from_python_with_keywords(tmp_path):
+    options = dict(data="digits", tier="smoke", threads=1, set_=["epochs=1"], out=str(tmp_path / "run"))
+    assert jat_train(recipe=["jat/natural"], **options) == 0
+    assert jat_eval(runs=[str(tmp_path / "run")], n=8, steps=1, threads=1) == 0
+    with pytest.raises(ValueError, match="unknown recipe"):
+        jat_train(recipe=["jat/joint"], **options)
+
+
+@pytest.mark.parametrize("command, words, seen", [
+    (jat_eval, "{x} --n 0", "n >= 1"), (jat_eval, "{x} --n ten", "'ten'"), (jat_eval, "{x} --suite jat nosuch", "nosuch"),
+    (jat_eval, "{x} --weights first", "'first'"), (jat_train, "--recipe jat/natural --seed -1 --out {x}", "seed >= 0"),
+    (jat_train, "--recipe jat/natural --time-budget -3 --out {x}", "time_budget >= 0"), (jat_attack, "{x}", "--images"),
+    (jat_train, "--recipe jat/natural --threads 0 --out {x}", "threads >= 1"),
+])
+def test_bad_values_are_one_line(tmp_path, capsys, command, words, seen):
+    (tmp_path / "x").mkdir()
+    try:
+        status = command(words.format(x=tmp_path / "x").split())
+    except SystemExit as stop:
+        status = stop.code
+    said = capsys.readouterr()
+    assert status == 2 and said.err.count("\n") == 1 and seen in said.err
+
+
+@pytest.mark.parametrize("command", [jat_train, jat_eval, jat_attack, jat_report])
+def test_version(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        command(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out.strip() == f"jat_nb {jat_nb.__version__}"
+
+
+def test_interruption_ends_with_130(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "read_runs", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert jat_report(["runs"]) == 130 and "goes on" in capsys.readouterr().err
