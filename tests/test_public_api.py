@@ -10,7 +10,8 @@ import jat_nb
 from jat_nb.attacks import ATTACKS, double_pass
 from jat_nb.models import create
 
-MODULES = sorted(p.stem for p in (ROOT / "jat_nb").glob("*.py") if not p.stem.startswith("_"))
+MODULES = sorted(".".join(p.relative_to(ROOT / "jat_nb").with_suffix("").parts)
+                 for p in (ROOT / "jat_nb").rglob("*.py") if not p.stem.startswith("_"))
 PROMISED = {
     "warp": "warp affine_flow rigid_flow l2inf_norm generalized_sign project_disc random_disc",
     "losses": "cross_entropy soft_cross_entropy kl_divergence margin_loss dlr_loss targeted_dlr_loss random_target "
@@ -21,9 +22,11 @@ PROMISED = {
     "records": "Record write_json append_jsonl write_atomic environment progress",
     "pictures": "show_images show_attack flow_to_rgb quiver budget_strip",
     "attacks": "Adversarial ascend fgsm pgd mi_fgsm ggsm one_pass cascade double_pass",
-    "objectives": "natural adversarial jat OBJECTIVES",
-    "training": "Recipe fit",
-    "recipes": "RECIPES ROWS TIER adapt setting",
+    "objectives": "natural adversarial jat roles OBJECTIVES",
+    "recipes": "Recipe Bound bind learning_rate make_optimizer",
+    "training": "fit",
+    "catalogue": "Row Paper Tier TIER Setting papers register recipe recipes adapt setting",
+    "papers.jat": "PAPER RECIPES ROWS",
     "checkpoints": "save_state load_state claim publish best_row collapsed",
     "audit": "random_pixels random_flow transfer steps_curve budget_surface autoattack local_linearity masking_report ssim similarity",
     "suites": "SUITES Job run_suite with_bits bits",
