@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import double_pass, fgsm
-from .evaluation import Attack, Evaluation, evaluate, ggsm_at, image_generators, pgd_at
+from .evaluation import Attack, Evaluation, evaluate, ggsm_at, pgd_at
 from .losses import cross_entropy
 from .models import frozen
+from .randomness import Randomness, image_generators
 from .threats import Flow, Pixel, Threat, check_images, check_labels
-from .warp import Randomness
 
 # %% ../nbs/33_masking.ipynb #e15d7dbc
 def _start_only(threat: Threat, model: nn.Module, x: Tensor, y: Tensor, *, generator: Randomness = None) -> Tensor:

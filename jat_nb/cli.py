@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from .attacks import ATTACKS, Adversarial
 from .claims import judge_claims
 from .data import Budget, batches, default_budget, load, picture_files, read_picture
-from .evaluation import counted, image_generators
+from .evaluation import counted
 from .models import NormalizedModel, frozen, load_weights
 from .pictures import flow_to_rgb, show_attack
+from .randomness import image_generators
 from .records import Record, check_writable, processes, progress, read_jsonl, write_atomic, write_json
 from .catalogue import TIER, Setting, papers, recipes, setting
 from .recipes import Recipe, bind, make_optimizer

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Recipe', 'learning_rate', 'make_optimizer', 'Bound', 'bind']
 
-# %% ../nbs/25_recipes.ipynb #3fe8fa65
+# %% ../nbs/25_recipes.ipynb #bf8a6ed3
 import copy
 import inspect
 import json
@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import ATTACKS
-from .losses import cross_entropy, dlr_loss, margin_loss
+from .data import AUGMENTATIONS
+from .losses import LOSSES
 from .objectives import OBJECTIVES, roles
 
-# %% ../nbs/25_recipes.ipynb #04a58afe
+# %% ../nbs/25_recipes.ipynb #7e8a247a
 def _fits(value: Any, kind: Any) -> bool:
     "Whether a value is of an annotated kind; whole numbers are floats too, and only a bool is a bool."
     kinds, origin = get_args(kind), get_origin(kind)
@@ -49,8 +50,7 @@ def _check_kind(what: str, value: Any, kind: Any) -> None:
         name = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
         raise ValueError(f"expected {what} to be {name}, got {value!r}")
 
-# %% ../nbs/25_recipes.ipynb #2ff2e1b6
-_LOSSES = {"cross_entropy": cross_entropy, "margin": margin_loss, "dlr": dlr_loss}
+# %% ../nbs/25_recipes.ipynb #fd3571f3
 _OF_THE_CALL = ("target", "generator", "return_info")  # what whoever calls an attack decides
 
 
@@ -73,12 +73,12 @@ def _check_options(
         if option not in named and not rest:
             raise ValueError(f"{what} {name!r} takes {', '.join(named) or 'no options'}; got {', '.join(options)}")
         if option == "loss":
-            _check_name("loss", value, _LOSSES)
+            _check_name("loss", value, LOSSES)
             continue
         kind = kinds.get(option if option in named else rest[0], Any)
         _check_kind(f"{option} of {what} {name!r}", value, kind)
 
-# %% ../nbs/25_recipes.ipynb #1e86d193
+# %% ../nbs/25_recipes.ipynb #24cbcc46
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides how a model is trained, in plain JSON-able data."
@@ -141,7 +141,7 @@ class Recipe:
             _check_name("field", name, cls.__dataclass_fields__)
         return cls(**values)
 
-# %% ../nbs/25_recipes.ipynb #0455f0e2
+# %% ../nbs/25_recipes.ipynb #68d165e2
 def _check_attacks(r: Recipe) -> None:
     "An attack for each role of the objective, and nothing else."
     needed = roles(OBJECTIVES[r.objective])
@@ -183,7 +183,7 @@ def _check_length(r: Recipe) -> None:
             raise ValueError(f"expected knots (place, factor) in ascending order, within {_length(r)} {_unit(r)} "
                              f"and with factors of at least 0, got {r.knots}")
 
-# %% ../nbs/25_recipes.ipynb #f1a7c4cf
+# %% ../nbs/25_recipes.ipynb #fabfc013
 def _unit(r: Recipe) -> str:
     "What the length, the milestones and the knots of a recipe are counted in."
     return "epochs" if r.iterations is None else "iterations"
@@ -201,7 +201,7 @@ def _check_recipe(r: Recipe) -> None:
     _check_name("optimizer", r.optimizer, _OPTIMIZERS)
     _check_name("schedule", r.schedule, _SCHEDULES)
     for name in r.augment:
-        _check_name("augmentation", name, _AUGMENTATIONS)
+        _check_name("augmentation", name, AUGMENTATIONS)
     for name in r.essential:
         _check_name("field", name, r.__dataclass_fields__)
     _check_numbers(r)
@@ -211,10 +211,7 @@ def _check_recipe(r: Recipe) -> None:
     except (TypeError, ValueError) as error:
         raise ValueError(f"a recipe holds plain JSON data ({error}): pass tensors and functions to fit") from error
 
-# %% ../nbs/25_recipes.ipynb #dd2edd2b
-_AUGMENTATIONS = ("crop_flip",)
-
-
+# %% ../nbs/25_recipes.ipynb #555ffbf9
 def _one_cycle(r: Recipe, t: float) -> float:
     climbing = t < r.warmup
     start, end = (1 / 25, 1.0) if climbing else (1.0, 1 / 250_000)
@@ -239,7 +236,7 @@ _SCHEDULES: Mapping[str, Callable[[Recipe, float], float]] = {
     "piecewise": _piecewise,
 }
 
-# %% ../nbs/25_recipes.ipynb #b5bb626a
+# %% ../nbs/25_recipes.ipynb #38337480
 def learning_rate(
     recipe: Recipe,  # Its `schedule`, `lr`, length, `milestones`, `drop`, `warmup` and `knots` are read
     t: float,  # Share of the run that is done, in [0, 1]
@@ -249,7 +246,7 @@ def learning_rate(
         raise ValueError(f"expected a share of the run in [0, 1], got {t}: divide iterations done by their total")
     return recipe.lr * _SCHEDULES[recipe.schedule](recipe, t)
 
-# %% ../nbs/25_recipes.ipynb #46c373f6
+# %% ../nbs/25_recipes.ipynb #9590219a
 _OPTIMIZERS = ("sgd", "adamw")
 
 
@@ -263,7 +260,7 @@ def make_optimizer(
     return torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=recipe.momentum,
                            weight_decay=recipe.weight_decay, nesterov=recipe.nesterov)
 
-# %% ../nbs/25_recipes.ipynb #583ab4fb
+# %% ../nbs/25_recipes.ipynb #f9603311
 class Bound(NamedTuple):
     "The functions that a recipe names, with their options."
 
@@ -274,7 +271,7 @@ class Bound(NamedTuple):
 
 def _attack(name: str, options: Mapping[str, Any]) -> Callable[..., Tensor]:
     "An attack with its options; the loss is looked up by its name."
-    loss = {"loss": _LOSSES[options["loss"]]} if "loss" in options else {}
+    loss = {"loss": LOSSES[options["loss"]]} if "loss" in options else {}
     return partial(ATTACKS[name], **{**options, **loss})
 
 
@@ -286,7 +283,7 @@ def _chain(attacks: Sequence[Callable[..., Tensor]]) -> Callable[..., Tensor]:
         return x
     return attacks[0] if len(attacks) == 1 else chained
 
-# %% ../nbs/25_recipes.ipynb #27e0cbcc
+# %% ../nbs/25_recipes.ipynb #1610042f
 def bind(
     recipe: Recipe,  # Names of functions, and their options
 ) -> Bound:  # The functions

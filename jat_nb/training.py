@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .checkpoints import RESUME, claim, collapsed, load_state, publish, save_state
-from .data import Batch, ImageSet, batches
+from .data import Batch, ImageSet, batches, num_batches
 from .models import frozen
+from .randomness import BatchShare, seed_from
 from .recipes import Recipe, bind, learning_rate, make_optimizer
 from .records import environment, processes, progress, sum_over_processes
-from .warp import BatchShare
 
 # %% ../nbs/28_training.ipynb #ee7bda9e
 def split_batch(
@@ -143,7 +143,7 @@ def accuracy(
     "Clean or attacked accuracy in eval mode."
     device = next(model.parameters()).device
     right = 0
-    for batch in batches(data, batch_size, generator=torch.Generator().manual_seed(seed), device=device):
+    for batch in batches(data, batch_size, seed=seed, device=device):
         x = batch.x
         if attack is not None:
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -202,7 +202,7 @@ def _batch(run: _Run, batch: Batch, objective: Callable[..., Tensor],
     lr = learning_rate(r, (epoch * per_epoch + i) / _total(r, per_epoch))
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    torch.manual_seed(r.seed + 1_000_003 * epoch + i)
+    torch.manual_seed(seed_from(r.seed, epoch, i, "model"))
     try:
         loss = train_step(run.model, batch, run.optimizer, objective, attacks, r.amp,
                           clip_norm=r.clip_norm, accumulate=r.accumulate)
@@ -221,11 +221,10 @@ def _train_epoch(
 ) -> dict[str, Any] | None:
     "What is left of an epoch, a function of the weights, the recipe and its number; None if the time was up before its end."
     r, epoch, start = run.recipe, len(run.history), time.perf_counter() - run.seconds
-    per_epoch = math.ceil(len(train) / r.batch_size)
+    per_epoch = num_batches(len(train), r.batch_size)
     here = min(per_epoch, _total(r, per_epoch) - epoch * per_epoch)  # the last epoch may be cut short
-    generator = torch.Generator().manual_seed(r.seed + 1_000_003 * epoch)
     run.model.train()
-    for i, batch in enumerate(batches(train, r.batch_size, shuffle=True, augment=bool(r.augment), generator=generator)):
+    for i, batch in enumerate(batches(train, r.batch_size, shuffle=True, augment=r.augment, seed=(r.seed, epoch))):
         if not run.iteration <= i < here:
             continue
         _batch(run, batch, objective, attacks, per_epoch)
@@ -234,7 +233,7 @@ def _train_epoch(
         if i + 1 < here and time_is_up():
             return None
     row = {"epoch": epoch + 1, "iterations": here, "lr": run.optimizer.param_groups[0]["lr"],
-           "loss": run.loss / min(here * r.batch_size, len(train)), "seconds": round(run.seconds, 3)}
+           "loss": run.loss / (len(train) if here == per_epoch else here * r.batch_size), "seconds": round(run.seconds, 3)}
     run.iteration, run.loss, run.seconds = 0, 0.0, 0.0
     return row
 
@@ -289,7 +288,7 @@ def _clock(seconds: float, device: torch.device) -> Callable[[], bool]:
 
 def _left(run: _Run, train: ImageSet) -> int:
     "Batches still to come."
-    per_epoch = math.ceil(len(train) / run.recipe.batch_size)
+    per_epoch = num_batches(len(train), run.recipe.batch_size)
     return _total(run.recipe, per_epoch) - len(run.history) * per_epoch - run.iteration
 
 # %% ../nbs/28_training.ipynb #1c45b717

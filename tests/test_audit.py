@@ -14,7 +14,8 @@ from torch.testing import assert_close
 from jat_nb.attacks import ggsm
 from jat_nb.audit import (BudgetSurface, autoattack, budget_surface, local_linearity, masking_report, random_flow,
                           random_pixels, similarity, ssim, steps_curve, transfer)
-from jat_nb.evaluation import budget_curve, check_attack, evaluate, ggsm_at, image_generators, jat_suite, pgd_at
+from jat_nb.evaluation import budget_curve, check_attack, evaluate, ggsm_at, jat_suite, pgd_at
+from jat_nb.randomness import image_generators
 from jat_nb.threats import Flow
 
 

@@ -215,7 +215,7 @@ def test_bind_gives_the_functions_that_are_named():
 
 @pytest.mark.parametrize("name", sorted(ATTACKS))
 def test_losses_by_name(name):
-    model, (x, y, _) = net(), batch_of()
+    model, (x, y, *_) = net(), batch_of()
     bound = bind(Recipe(**{**BASE, **of(name, loss="margin")}, probe=name, probe_options={"loss": "margin"}))
     expected = ATTACKS[name](model, x, y, loss=margin_loss, generator=seeded())
     assert torch.equal(bound.attacks["attack"](model, x, y, generator=seeded()), expected)
@@ -223,7 +223,7 @@ def test_losses_by_name(name):
 
 
 def test_a_list_of_attacks_is_a_chain():
-    model, (x, y, _) = net(), batch_of()
+    model, (x, y, *_) = net(), batch_of()
     chain = bind(Recipe(**{**BASE, "attacks": {"attack": [["ggsm", {"steps": 2}], ["pgd", {"steps": 1, "eps": 0.1}]]}}))
     generator = seeded()
     by_hand = pgd(model, ggsm(model, x, y, steps=2, generator=generator), y, steps=1, eps=0.1, generator=generator)
