@@ -25,10 +25,12 @@ PROMISED = {
     "training": "Recipe fit",
     "recipes": "RECIPES ROWS TIER adapt setting",
     "checkpoints": "save_state load_state claim publish best_row collapsed",
-    "audit": "random_pixels random_flow transfer steps_curve budget_surface autoattack local_linearity masking_report ssim similarity",
+    "contract": "Check check_attack",
+    "autoattack": "autoattack",
+    "masking": "random_pixels random_flow transfer steps_curve budget_surface local_linearity masking_report",
     "suites": "SUITES Job run_suite with_bits bits",
     "cli": "jat_train jat_eval jat_attack jat_report to_png",
-    "evaluation": "counted wilson_interval Evaluation evaluate jat_suite budget_curve check_attack",
+    "evaluation": "counted wilson_interval Evaluation evaluate budget_curve clean pgd_at ggsm_at joint_at raw_accuracy",
 }
 
 
