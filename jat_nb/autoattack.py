@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .models import frozen
+from .randomness import Randomness
 from .threats import Pixel, check_images, check_labels
-from .warp import Randomness
 
 # %% ../nbs/32_autoattack.ipynb #fe8bb072
 _STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .evaluation import Attack, check_result, image_generators
+from .evaluation import Attack, check_result
+from .randomness import image_generators
 from .threats import Threat, apply_chain, contains_chain
 
 # %% ../nbs/31_contract.ipynb #f2a38973

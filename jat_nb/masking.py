@@ -18,12 +18,11 @@ from torch import Tensor, nn
 
 from .attacks import fgsm
 from .autoattack import autoattack
-from .evaluation import (Attack, Evaluation, clean, evaluate, ggsm_at, image_generators, joint_at, pgd_at,
-                               raw_accuracy)
+from .evaluation import Attack, Evaluation, clean, evaluate, ggsm_at, joint_at, pgd_at, raw_accuracy
 from .losses import cross_entropy
 from .models import frozen
+from .randomness import Randomness, image_generators
 from .threats import Flow, Pixel, Threat, check_images, check_labels
-from .warp import Randomness
 
 # %% ../nbs/33_masking.ipynb #e15d7dbc
 def _start_only(threat: Threat, model: nn.Module, x: Tensor, y: Tensor, *, generator: Randomness = None) -> Tensor:

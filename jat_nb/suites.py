@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from .attacks import double_pass, fgsm, ggsm
 from .autoattack import autoattack
 from .data import Budget
-from .evaluation import (Evaluation, budget_curve, clean, evaluate, ggsm_at, image_generators, jat_suite, joint_at,
-                               pgd_at, raw_accuracy)
+from .evaluation import (Evaluation, budget_curve, clean, evaluate, ggsm_at, jat_suite, joint_at, pgd_at,
+                               raw_accuracy)
 from .losses import cross_entropy, margin_loss
 from .masking import budget_surface, masking_report, random_flow, similarity, transfer
+from .randomness import image_generators
 
 # %% ../nbs/35_suites.ipynb #224a1169
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from torch.testing import assert_close
 
 from jat_nb.autoattack import autoattack
 from jat_nb.contract import check_attack
-from jat_nb.evaluation import clean, evaluate, image_generators, pgd_at
+from jat_nb.evaluation import clean, evaluate, pgd_at
+from jat_nb.randomness import image_generators
 
 
 @pytest.fixture(scope="module")

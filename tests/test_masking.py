@@ -12,9 +12,10 @@ from torch.testing import assert_close
 
 from jat_nb.attacks import ggsm
 from jat_nb.contract import check_attack
-from jat_nb.evaluation import budget_curve, evaluate, ggsm_at, image_generators, joint_at, pgd_at
+from jat_nb.evaluation import budget_curve, evaluate, ggsm_at, joint_at, pgd_at
 from jat_nb.masking import (BudgetSurface, budget_surface, local_linearity, masking_report, random_flow, random_pixels,
                             similarity, ssim, steps_curve, transfer)
+from jat_nb.randomness import image_generators
 from jat_nb.threats import Flow
 
 
