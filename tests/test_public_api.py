@@ -24,6 +24,7 @@ PROMISED = {
     "objectives": "natural adversarial jat OBJECTIVES",
     "training": "Recipe fit",
     "recipes": "RECIPES ROWS TIER adapt setting",
+    "processes": "Processes processes own_device total from_first on_first agree distribute bare copy_buffers report_lost",
     "checkpoints": "save_state load_state claim publish best_row collapsed",
     "audit": "random_pixels random_flow transfer steps_curve budget_surface autoattack local_linearity masking_report ssim similarity",
     "suites": "SUITES Job run_suite with_bits bits",
