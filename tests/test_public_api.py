@@ -28,6 +28,9 @@ PROMISED = {
     "checkpoints": "save_state load_state claim publish best_row collapsed",
     "audit": "random_pixels random_flow transfer steps_curve budget_surface autoattack local_linearity masking_report",
     "suites": "SUITES Job run_suite with_bits bits",
+    "timing": "Rounds spread interleave slope",
+    "bench": "MEASUREMENTS PLANS Plan bare_passes floor_passes step_cost in_mode paired_difference half_budget",
+    "bench_report": "run targets main",
     "cli": "jat_train jat_eval jat_attack jat_report to_png",
     "evaluation": "counted wilson_interval Evaluation evaluate jat_suite budget_curve check_attack",
 }
