@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import double_pass, fgsm, ggsm, pgd
+from .losses import correct
 from .models import frozen
+from .processes import own_device, processes, total
 from .randomness import image_generators
-from .records import processes, sum_over_processes
 from .threats import check_images, check_labels
 
 # %% ../nbs/30_evaluation.ipynb #0a617be2
@@ -146,7 +147,7 @@ def _verdict(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         seen = getattr(logits, "shape", type(logits).__name__)
         raise ValueError(f"expected the model to return logits ({len(x)}, K), got {seen}: wrap the model")
     check_labels(y, x, logits.shape[1])
-    return (logits.argmax(dim=1) == y) & logits.isfinite().all(dim=1)
+    return correct(logits, y)
 
 # %% ../nbs/30_evaluation.ipynb #69293547
 def check_result(
@@ -216,7 +217,7 @@ class _Trial:
     y: Tensor
     batch_size: int
     seed: int
-    device: torch.device | str
+    device: torch.device
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         return self.x[rows.to(self.x.device)].to(self.device), self.y[rows.to(self.y.device)].to(self.device)
@@ -225,7 +226,7 @@ class _Trial:
         "Which images are classified correctly as they are (N,)."
         found = torch.zeros(len(self.x), dtype=torch.bool)
         for rows in _shares(~found, None, self.batch_size): found[rows] = _verdict(self.model, *self.batch(rows)).cpu()
-        return sum_over_processes(found.int()).bool()
+        return total(found.int()).bool()
 
     def attack(self, name: str, attack: Attack, part: int, standing: Tensor) -> Tensor:
         "Which images were broken, were asked for a gradient, had one that was not zero (3, N)."
@@ -237,7 +238,7 @@ class _Trial:
             check_result(name, x, x_adv)
             found[0, rows] = ~_verdict(self.model, x_adv.detach(), y).cpu()
             found[1, rows], found[2, rows] = bool(moved), _ever_moved(moved, len(rows))
-        return sum_over_processes(found.int()).bool()
+        return total(found.int()).bool()
 
 # %% ../nbs/30_evaluation.ipynb #3227df43
 def _check_call(model: nn.Module, x: Tensor, y: Tensor, entries: Mapping[str, Sequence[Attack]], batch_size: int
@@ -253,7 +254,7 @@ def _judge(model: nn.Module, x: Tensor, y: Tensor, suite: Mapping[str, Attack | 
            ) -> Evaluation:
     entries = {name: list(a) if isinstance(a, Sequence) else [a] for name, a in suite.items()}
     _check_call(model, x, y, entries, batch_size)
-    device = device or next((p.device for p in model.parameters()), x.device)
+    device = own_device(device or next((p.device for p in model.parameters()), x.device))
     trial, rows = _Trial(model, x, y, batch_size, seed, device), []
     with frozen(model), counted(model) as count:
         start = trial.right()
@@ -264,7 +265,7 @@ def _judge(model: nn.Module, x: Tensor, y: Tensor, suite: Mapping[str, Attack | 
                 everyone = not active and getattr(attack, "block", None) is None
                 found = trial.attack(name, attack, part, torch.ones_like(start) if everyone else correct)
                 correct, seen = correct & ~found[0], seen | found
-            rows.append((correct, seen[1] & ~seen[2], sum_over_processes(torch.tensor(count) - before)))
+            rows.append((correct, seen[1] & ~seen[2], total(torch.tensor(count) - before)))
     correct, blind, passes = (torch.stack(column) for column in zip(*rows))
     return Evaluation(tuple(entries), correct, passes, seed, blind)
 

@@ -21,7 +21,8 @@ from .data import Budget
 from .evaluation import (Evaluation, budget_curve, clean, evaluate, ggsm_at, jat_suite, joint_at, pgd_at,
                                raw_accuracy)
 from .losses import cross_entropy, margin_loss
-from .masking import budget_surface, masking_report, random_flow, similarity, transfer
+from .masking import budget_surface, masking_report, random_flow, transfer
+from .pictures import similarity
 from .randomness import image_generators
 
 # %% ../nbs/35_suites.ipynb #224a1169
