@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['random_pixels', 'random_flow', 'transfer', 'steps_curve', 'BudgetSurface', 'budget_surface', 'autoattack',
-           'local_linearity', 'MaskingReport', 'masking_report', 'ssim', 'similarity']
+           'local_linearity', 'MaskingReport', 'masking_report']
 
 # %% ../nbs/33_masking.ipynb #0de63d73
 import logging
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import double_pass, fgsm
-from .evaluation import Attack, Evaluation, evaluate, ggsm_at, image_generators, pgd_at
+from .evaluation import Attack, Evaluation, evaluate, ggsm_at, pgd_at
 from .losses import cross_entropy
 from .models import frozen
+from .randomness import Randomness, image_generators
 from .threats import Flow, Pixel, Threat, check_images, check_labels
-from .warp import Randomness
 
 # %% ../nbs/33_masking.ipynb #e15d7dbc
 def _start_only(threat: Threat, model: nn.Module, x: Tensor, y: Tensor, *, generator: Randomness = None) -> Tensor:
@@ -350,36 +350,3 @@ def masking_report(
     cosine = {"cosine": cosines.mean().item(), "n": len(cosines)} if len(cosines) else {}
     rows.append(_row("f", f"mean cosine > {min_cosine:g}", cosine["cosine"] > min_cosine if cosine else None, **cosine))
     return MaskingReport(tuple(rows), len(x), seed)
-
-# %% ../nbs/33_masking.ipynb #966a07ae
-def _smooth(v: Tensor, window: Tensor) -> Tensor:
-    "Weighted mean in every window inside the image; shifted copies, so that equal images give equal bits."
-    for dim in (-2, -1):
-        size = v.shape[dim] - len(window) + 1
-        v = sum(weight * v.narrow(dim, k, size) for k, weight in enumerate(window.tolist()))
-    return v
-
-def ssim(
-    x: Tensor,  # Images (B, C, H, W) in [0, 1]
-    x_adv: Tensor,  # The images to compare them with, same shape
-) -> Tensor:  # Structural similarity (B,), float64; 1 exactly for equal images
-    "Structural similarity with Wang's window, cut to the largest odd side that fits a smaller image."
-    check_images(x), check_images(x_adv)
-    if x.shape != x_adv.shape:
-        raise ValueError(f"expected two sets of images of one shape, got {tuple(x.shape)} and {tuple(x_adv.shape)}")
-    half = min(5, (min(x.shape[2:]) - 1) // 2)
-    window = (-torch.arange(-half, half + 1, dtype=torch.float64).square() / (2 * 1.5**2)).exp()
-    window, a, b = window / window.sum(), x.double(), x_adv.double()
-    mean_a, mean_b, aa, bb, ab = (_smooth(v, window) for v in (a, b, a * a, b * b, a * b))
-    top = (2 * (mean_a * mean_b) + 0.01**2) * (2 * (ab - mean_a * mean_b) + 0.03**2)
-    variances = (aa - mean_a * mean_a) + (bb - mean_b * mean_b)
-    return (top / ((mean_a * mean_a + mean_b * mean_b + 0.01**2) * (variances + 0.03**2))).flatten(1).mean(dim=1)
-
-# %% ../nbs/33_masking.ipynb #30562d90
-def similarity(
-    x: Tensor,  # Images (B, C, H, W) in [0, 1]
-    x_adv: Tensor,  # What an attack made of them, same shape
-) -> pd.DataFrame:  # One row per image: "SSIM", and "linf", the largest change in image units
-    "How far an attack went, for the eye and for the norm (JAT claim: close in one, far in the other)."
-    change = (x_adv - x).abs().flatten(1).amax(dim=1)
-    return pd.DataFrame({"SSIM": ssim(x, x_adv).tolist(), "linf": change.tolist()})

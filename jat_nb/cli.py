@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from .attacks import ATTACKS, Adversarial
 from .claims import judge_claims
 from .data import Budget, batches, default_budget, load, picture_files, read_picture
-from .evaluation import counted, image_generators
+from .evaluation import counted
 from .models import NormalizedModel, frozen, load_weights
 from .objectives import OBJECTIVES
 from .pictures import flow_to_rgb, show_attack
+from .randomness import image_generators
 from .records import Record, check_writable, processes, progress, read_jsonl, write_atomic, write_json
 from .recipes import RECIPES, ROWS, TIER, Setting, setting
 from .reports import html_report

@@ -17,7 +17,7 @@ from .data import Batch
 from .losses import (bilateral_labels, cross_entropy, most_confusing_target, random_target, smooth_labels,
                            soft_cross_entropy, uniform_labels)
 from .models import frozen
-from .warp import Randomness
+from .randomness import Randomness
 
 # %% ../nbs/21_objectives.ipynb #6c583b92
 def natural(
@@ -97,7 +97,7 @@ def jat(
     **label_options: float,  # Passed to `training_labels`, such as ratio=9.0
 ) -> Tensor:  # Scalar, nats
     "Joint adversarial training: targeted attack, softened labels (JAT Algorithm 3)."
-    x, y, generator = batch
+    x, y, generator = batch.x, batch.y, batch.generator
     needed = labels == "bilateral" or target == "most_confusing"
     logits = clean_logits(model, x if needed else x[:1])  # one image is enough to count the classes
     x_adv = attack(model, x, y, target=choose_target(target, logits, y, generator), generator=generator)

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import double_pass, fgsm, ggsm
-from .audit import autoattack, budget_surface, masking_report, random_flow, similarity, transfer
+from .audit import autoattack, budget_surface, masking_report, random_flow, transfer
 from .data import Budget
-from .evaluation import Evaluation, budget_curve, evaluate, ggsm_at, image_generators, jat_suite, pgd_at
+from .evaluation import Evaluation, budget_curve, evaluate, ggsm_at, jat_suite, pgd_at
 from .losses import cross_entropy, margin_loss
+from .pictures import similarity
+from .randomness import image_generators
 
 # %% ../nbs/35_suites.ipynb #224a1169
 @dataclass(frozen=True)

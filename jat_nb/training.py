@@ -26,11 +26,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .attacks import ATTACKS
 from .checkpoints import RESUME, claim, collapsed, load_state, publish, save_state
-from .data import Batch, ImageSet, batches
+from .data import Batch, ImageSet, batches, num_batches
 from .models import frozen
 from .objectives import OBJECTIVES
+from .randomness import BatchShare, seed_from
 from .records import environment, processes, progress, sum_over_processes
-from .warp import BatchShare
 
 # %% ../nbs/28_training.ipynb #1a60b0ed
 _ONE_STEP = {"steps": 1, "eps_pixel": 8 / 255, "step_pixel": 8 / 255, "eps_flow": 0.3, "step_flow": 0.3}
@@ -273,7 +273,7 @@ def accuracy(
     "Clean or attacked accuracy in eval mode."
     device = next(model.parameters()).device
     right = 0
-    for batch in batches(data, batch_size, generator=torch.Generator().manual_seed(seed), device=device):
+    for batch in batches(data, batch_size, seed=seed, device=device):
         x = batch.x
         if attack is not None:
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -327,7 +327,7 @@ def _batch(run: _Run, batch: Batch, objective: Callable[..., Tensor], attack: Ca
     lr = learning_rate(r, (epoch * per_epoch + i) / (r.epochs * per_epoch))
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    torch.manual_seed(r.seed + 1_000_003 * epoch + i)
+    torch.manual_seed(seed_from(r.seed, epoch, i, "model"))
     try:
         loss = train_step(run.model, batch, run.optimizer, objective, attack, r.amp,
                           clip_norm=r.clip_norm, accumulate=r.accumulate)
@@ -346,10 +346,9 @@ def _train_epoch(
 ) -> dict[str, Any] | None:
     "What is left of an epoch, a function of the weights, the recipe and its number; None if the time was up before its end."
     r, epoch, start = run.recipe, len(run.history), time.perf_counter() - run.seconds
-    per_epoch = math.ceil(len(train) / r.batch_size)
-    generator = torch.Generator().manual_seed(r.seed + 1_000_003 * epoch)
+    per_epoch, augment = num_batches(len(train), r.batch_size), ("crop_flip",) if r.augment else ()
     run.model.train()
-    for i, batch in enumerate(batches(train, r.batch_size, shuffle=True, augment=r.augment, generator=generator)):
+    for i, batch in enumerate(batches(train, r.batch_size, shuffle=True, augment=augment, seed=(r.seed, epoch))):
         if i < run.iteration:
             continue
         _batch(run, batch, objective, attack, per_epoch)
@@ -413,7 +412,7 @@ def _clock(seconds: float, device: torch.device) -> Callable[[], bool]:
 
 def _left(run: _Run, train: ImageSet) -> int:
     "Batches still to come."
-    return (run.recipe.epochs - len(run.history)) * math.ceil(len(train) / run.recipe.batch_size) - run.iteration
+    return (run.recipe.epochs - len(run.history)) * num_batches(len(train), run.recipe.batch_size) - run.iteration
 
 # %% ../nbs/28_training.ipynb #1c45b717
 def fit(

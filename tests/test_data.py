@@ -1,5 +1,6 @@
 "Data sets from disk in every layout, against what was put there; subsets, augmentation and batches as laws."
 import os
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch import nn
 from torch.testing import assert_close
 from torchvision import datasets
 from torchvision.transforms import functional as TF
 
-from jat_nb.data import (DATASETS, Batch, Budget, ImageSet, available, batches, default_budget, load,
-                         random_crop_flip)
+from jat_nb.data import (AUGMENTATIONS, DATASETS, Batch, Budget, ImageSet, available, batches, default_budget, load,
+                         num_batches, random_crop_flip)
 
 
 def toy(n: int = 40, classes: int = 4, channels: int = 3, side: int = 8, name: str = "toy", seed: int = 0) -> ImageSet:
@@ -234,26 +236,49 @@ def test_flip_rate_and_offsets_are_uniform():
     assert abs((place % 5 >= 3).float().mean() - 1 / 3) < 3 * (2 / 9 / 9000) ** 0.5  # mirrored, shift 0 or 1 inwards
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(1, 30), st.integers(1, 12), st.booleans(), st.booleans())
-def test_batches_visit_every_image_once(n, size, shuffle, augment):
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 12), st.booleans(), st.sampled_from([(), ("crop_flip",)]), st.integers(1, 3))
+def test_batches_visit_every_image_once(n, size, shuffle, augment, parts):
     data = toy(n, name="svhn", side=4)  # svhn is never augmented
-    seen = list(batches(data, size, shuffle=shuffle, augment=augment, generator=torch.Generator().manual_seed(1)))
-    assert [len(b.y) for b in seen] == [size] * (n // size) + [n % size] * (n % size > 0)
-    x, y = torch.cat([b.x for b in seen]), torch.cat([b.y for b in seen])
+    if min(n, size) < parts:
+        with pytest.raises(ValueError, match=f"{parts} parts"):
+            next(batches(data, size, parts=parts))
+        return
+    walks = [list(batches(data, size, shuffle=shuffle, augment=augment, seed=1, part=p, parts=parts)) for p in range(parts)]
+    whole = list(zip(*walks, strict=True))
+    lengths = [sum(len(b.y) for b in pieces) for pieces in whole]
+    assert len(whole) == num_batches(n, size, parts) and set(lengths[:-1]) <= {size} and sum(lengths) == n
+    assert all(max(len(b.y) for b in pieces) - min(len(b.y) for b in pieces) <= 1 for pieces in whole)
+    assert all(b.share == len(b.y) / k for pieces, k in zip(whole, lengths) for b in pieces)
+    x, y = torch.cat([b.x for w in whole for b in w]), torch.cat([b.y for w in whole for b in w])
     order = (x.view(n, -1)[:, 0] * 255).round().long()
     assert sorted(order.tolist()) == [*range(n)]
     assert torch.equal(x, data.x[order]) and torch.equal(y, data.labels[order])
     assert shuffle or order.tolist() == [*range(n)]
+    alone = torch.cat([b.x for b in batches(data, size, shuffle=shuffle, seed=1)])
+    assert torch.equal(alone, x), "the order is the same for any number of parts"
+
+
+@pytest.mark.parametrize("n, size, parts, lengths", [(17, 8, 1, [8, 9]), (18, 8, 1, [8, 8, 2]), (16, 8, 1, [8, 8]), (1, 8, 1, [1]),
+                                                     (19, 8, 2, [8, 11]), (20, 8, 2, [8, 8, 4]), (9, 4, 3, [4, 5]), (3, 1, 1, [1, 1, 1])])
+def test_a_last_batch_too_small_for_batch_norm_joins_the_one_before(n, size, parts, lengths):
+    walks = [list(batches(toy(n), size, part=p, parts=parts)) for p in range(parts)]
+    assert [sum(len(b.y) for b in pieces) for pieces in zip(*walks)] == lengths
+    assert num_batches(n, size, parts) == len(lengths)
+
+
+def test_batch_norm_survives_an_epoch_that_leaves_one_image_over():
+    layers = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 4), nn.BatchNorm1d(4)).train()
+    assert sum(len(layers(b.x)) for b in batches(toy(33), 16)) == 33
 
 
 def test_batches_repeat_and_ignore_their_consumer():
     data = toy()
 
     def epochs(greedy: bool, seed: int) -> list[torch.Tensor]:
-        g, out = torch.Generator().manual_seed(seed), []
-        for _ in range(2):
-            for batch in batches(data, 16, shuffle=True, augment=True, generator=g):
+        out = []
+        for epoch in range(2):
+            for batch in batches(data, 16, shuffle=True, augment=("crop_flip",), seed=(seed, epoch)):
                 assert isinstance(batch, Batch) and batch.x.dtype == torch.float32
                 if greedy:
                     torch.rand(7, generator=batch.generator)
@@ -266,12 +291,41 @@ def test_batches_repeat_and_ignore_their_consumer():
     assert not torch.equal(calm[0], epochs(False, 1)[0])
 
 
-def test_batches_without_generator_follow_the_global_seed():
-    draws = []
-    for _ in range(2):
-        torch.manual_seed(3)
-        draws.append(next(batches(toy(), 8, shuffle=True, augment=True)).x)
-    assert torch.equal(*draws)
+def test_no_two_batches_share_their_draws():
+    "Whatever the run, the epoch, the step and the part: seed 1, epoch 0 is not seed 0, epoch 1."
+    draws = {torch.rand(3, generator=b.generator).numpy().tobytes() for seed in range(4) for epoch in range(4)
+             for part in range(2) for b in batches(toy(), 8, seed=(seed, epoch), part=part, parts=2)}
+    assert len(draws) == 4 * 4 * 2 * 5
+    orders = {b.y.numpy().tobytes() for s in range(5) for e in range(5) for b in batches(toy(), 40, shuffle=True, seed=(s, e))}
+    assert len(orders) == 25
+
+
+def test_the_global_seed_plays_no_part():
+    seen = []
+    for state in (3, 4):
+        torch.manual_seed(state)
+        seen.append(next(batches(toy(), 8, shuffle=True, augment=("crop_flip",))).x)
+    assert torch.equal(*seen)
+    assert torch.equal(seen[0], next(batches(toy(), 8, shuffle=True, augment=("crop_flip",), seed=0)).x)
+
+
+def test_a_resumed_epoch_sees_the_batches_it_has_not_seen():
+    whole = [b.x for b in batches(toy(), 8, shuffle=True, augment=("crop_flip",), seed=(2, 1))]
+    assert all(map(torch.equal, whole[3:], (b.x for b in islice(batches(toy(), 8, shuffle=True, augment=("crop_flip",), seed=(2, 1)), 3, None))))
+
+
+def test_augmentations_by_name_in_order(monkeypatch):
+    invert = lambda x, name, generator: 255 - x
+    halve = lambda x, name, generator: x // 2
+    monkeypatch.setitem(AUGMENTATIONS, "invert", invert)
+    monkeypatch.setitem(AUGMENTATIONS, "halve", halve)
+    x = next(batches(toy(), 8, augment=("invert", "halve"))).x
+    assert torch.equal((x * 255).round().to(torch.uint8), (255 - toy().images[:8]) // 2)
+    for wrong, seen in ((("mirror",), "mirror"), ("crop_flip", "'crop_flip'"), (True, "True")):
+        with pytest.raises(ValueError, match=seen):
+            next(batches(toy(), 8, augment=wrong))
+    with pytest.raises(ValueError, match="part 2 of 2"):
+        next(batches(toy(), 8, part=2, parts=2))
 
 
 @pytest.mark.parametrize("name, may_flip, pad_px", [("digits", False, 2), ("mnist", False, 2), ("svhn", False, 0),
@@ -279,7 +333,7 @@ def test_batches_without_generator_follow_the_global_seed():
 def test_augmentation_policy(name, may_flip, pad_px):
     ramp = torch.arange(1, 33, dtype=torch.uint8).expand(400, 1, 32, 32)  # grows to the right
     data = ImageSet(name, ramp.contiguous(), torch.zeros(400).long(), ("a",))
-    x = next(batches(data, 400, augment=True, generator=torch.Generator().manual_seed(0))).x
+    x = next(batches(data, 400, augment=("crop_flip",))).x
     middle = x[:, 0, 16]
     flipped = middle[:, 20] < middle[:, 12]
     assert flipped.any() == may_flip

@@ -9,8 +9,9 @@ from torch.testing import assert_close
 
 from jat_nb.attacks import fgsm
 from jat_nb.data import default_budget, load
-from jat_nb.evaluation import evaluate, image_generators
+from jat_nb.evaluation import evaluate
 from jat_nb.models import pretrained
+from jat_nb.randomness import image_generators
 from jat_nb.suites import SUITES, Job, bits, run_suite, with_bits
 
 

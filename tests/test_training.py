@@ -313,7 +313,7 @@ def test_accumulation_changes_nothing_without_batch_norm(parts):
     for accumulate in (1, parts):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).train()
-        batch = next(iter(batches(images(20), 20, generator=torch.Generator().manual_seed(5))))
+        batch = next(iter(batches(images(20), 20, seed=5)))
         loss = train_step(model, batch, torch.optim.SGD(model.parameters(), lr=0.1), jat, partial(double_pass, steps=1),
                           accumulate=accumulate)
         ends.append((loss, nn.utils.parameters_to_vector(model.parameters()).detach()))
