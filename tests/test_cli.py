@@ -10,7 +10,7 @@ from PIL import Image
 
 import jat_nb
 from jat_nb import cli
-from jat_nb.cli import jat_attack, jat_eval, jat_report, jat_train, to_png
+from jat_nb.cli import jat_attack, jat_eval, jat_report, jat_train, run_folder, to_png
 from jat_nb.data import load
 from jat_nb.models import load_weights, pretrained
 from jat_nb.records import Record, read_jsonl
