@@ -44,6 +44,7 @@ class Paper:
     suites: Mapping[str, Any] = field(default_factory=dict)  # Suites of its own, by name
     claims: tuple[Any, ...] = ()  # What it says about its numbers
     synonyms: Mapping[str, str] = field(default_factory=dict)  # {column as printed: our column}
+    shown: tuple[str, ...] = ()  # Recipes that a figure with room for few lines shows first
 
     def __post_init__(self) -> None:
         foreign = [name for name in self.recipes if not name.startswith(f"{self.key}/")]
