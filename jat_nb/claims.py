@@ -22,8 +22,7 @@ from torch import Tensor
 
 from .catalogue import Paper, papers
 from .records import TIERS
-from .results import Run, Share, difference, home, printed_numbers, recipe_names, suite_of, survivors
-from .results import transfer_key
+from .results import Run, Share, difference, printed_numbers, recipe_names, survivors, transfer_key
 
 # %% ../nbs/37_claims.ipynb #c0ff9f93
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def verdict(
     if not findings: return "inconclusive", "nothing was measured"
     return "reproduced", f"closest of {len(findings)}: {min(findings, key=lambda f: f.margin).text}"
 
-# %% ../nbs/37_claims.ipynb #6c1e34ae
+# %% ../nbs/37_claims.ipynb #85c076f0
 def level(
     share: Share | None,  # An accuracy, or another share of images; None if it was not measured
     what: str,  # What it is
@@ -98,7 +97,7 @@ def compared(
     what = f"{common}{words[1]} {100 * one.value:.1f} - {words[2]} {100 * other.value:.1f}"
     return Finding(what, *(100 * v for v in difference(one, other)), **bounds)
 
-# %% ../nbs/37_claims.ipynb #2c7c9f84
+# %% ../nbs/37_claims.ipynb #3fdc7845
 Where = tuple[str, ...]  # recipe, column, and optionally suite and keys, as for `survivors`
 
 
@@ -152,7 +151,7 @@ class Evidence:
 
     def of(self, recipe: str, suite: str | None = None, data: str = "") -> list[Run]:
         "Finished runs of one recipe, those that a suite was run on."
-        key = (self.full(recipe), (self.tier, data or home(self.paper)))
+        key = (self.full(recipe), (self.tier, data or self.paper.home))
         runs = [run for run in self.runs if run.usable and (run.name, run.group) == key]
         return [run for run in runs if suite is None or suite in run.evaluations]
 
@@ -166,7 +165,7 @@ class Evidence:
 
     def suite(self, where: Where) -> str | None:
         "The suite that a place names, or the one that fills its column."
-        return where[2] if where[2:] else suite_of(self.full(where[0]), where[1])
+        return where[2] if where[2:] else self.paper.suite_of(where[1])
 
     def place(self, where: Where) -> Where:
         "A place with the recipe's full name and the recorded name of a source."
@@ -176,28 +175,28 @@ class Evidence:
 
     def names(self, check: Check) -> list[str]:
         "What a star stands for: the required recipes, and whatever else was judged."
-        data, suite = check.data or home(self.paper), self.suite(check.at[0])
+        data, suite = check.data or self.paper.home, self.suite(check.at[0])
         found = recipe_names(self.runs, data=data, tier=self.tier, paper=self.paper.key)
         more = [n for n in found if n not in self.required and self.of(n, suite, data)]
         return self.required + more
 
     def share(self, where: Where, data: str = "") -> Share | None:
         "One accuracy, all seeds together."
-        return survivors(self.runs, *self.place(where), data=data or home(self.paper), tier=self.tier)
+        return survivors(self.runs, *self.place(where), data=data or self.paper.home, tier=self.tier)
 
     def printed(self, where: Where, data: str = "") -> float:
         "The paper's number in percent; NaN where it has none."
         recipe, column, *rest = where
         source = self.full(rest[-1]) if "sources" in rest else ""
         if rest and not source and rest != [self.suite(where[:2])]: return math.nan
-        key = (self.full(recipe), column, data or home(self.paper), source)
+        key = (self.full(recipe), column, data or self.paper.home, source)
         return self._numbers.get(key, math.nan)
 
     def findings(self, claim: Claim) -> list[Finding]:
         "Every comparison of a claim, made."
         return [finding for check in claim.checks for finding in compare(self, check)]
 
-# %% ../nbs/37_claims.ipynb #79196fda
+# %% ../nbs/37_claims.ipynb #81e84d71
 def _words(e: Evidence, one: Where, other: Where, data: str) -> tuple[str, str, str]:
     "What two places have in common, and what tells them apart."
     mine, yours = (f"{w[1]} of {w[-1]}" if "sources" in w else w[1] for w in (one, other))
@@ -207,7 +206,7 @@ def _words(e: Evidence, one: Where, other: Where, data: str) -> tuple[str, str, 
         mine, yours = (f"{w[-1]} steps at {w[1]} px" if "flow_steps" in w else f"at {w[1]} px" for w in (one, other))
     elif one[0] != other[0]:
         mine, yours = names if one[1] == other[1] else (f"{n} {w[1]}" for n, w in zip(names, (one, other)))
-    return (common + f" on {data}" * (data not in ("", home(e.paper))), mine, yours)
+    return (common + f" on {data}" * (data not in ("", e.paper.home)), mine, yours)
 
 
 def _pair(e: Evidence, one: Where, other: Where, check: Check) -> Finding:
@@ -219,7 +218,7 @@ def _pair(e: Evidence, one: Where, other: Where, check: Check) -> Finding:
 
 def _level(e: Evidence, check: Check) -> Iterator[Finding]:
     for where in check.at:
-        share, elsewhere = e.share(where, check.data), check.data not in ("", home(e.paper))
+        share, elsewhere = e.share(where, check.data), check.data not in ("", e.paper.home)
         if share is None and check.options.get("if_measured"): continue
         what = f"{e.short(e.full(where[0]))}, {where[1]}" + f" on {check.data}" * elsewhere
         yield level(share, what, printed=e.printed(where, check.data), **check.bounds)
@@ -229,7 +228,7 @@ def _order(e: Evidence, check: Check) -> Iterator[Finding]:
     "Every place at least as high as the next: a gap, where there are two."
     for better, worse in zip(check.at, check.at[1:]): yield _pair(e, better, worse, check)
 
-# %% ../nbs/37_claims.ipynb #09885877
+# %% ../nbs/37_claims.ipynb #7e99ff03
 def _budgets(e: Evidence, check: Check) -> list[str]:
     "The budgets of a recorded curve as column names; else those that a required recipe must have."
     recipe, _, suite, *part = e.place(check.at[0])
@@ -256,7 +255,7 @@ def _given(e: Evidence, check: Check) -> Iterator[Finding]:
     what = f"{e.short(e.full(where[0]))} on {check.data}, {where[1].lower()} {100 * share.value:.1f}"
     yield Finding(f"{what}: too little learnt for a comparison")
 
-# %% ../nbs/37_claims.ipynb #9182962b
+# %% ../nbs/37_claims.ipynb #9656e6c8
 def _redrawn(shares: Sequence[Share], draws: int = 1000) -> Tensor:
     "Accuracies as they are and on redrawn images (1 + draws, networks)."
     g, n = torch.Generator().manual_seed(0), min(s.n for s in shares)
@@ -292,7 +291,7 @@ def _trend(e: Evidence, check: Check) -> Iterator[Finding]:
     low, high = (float(found[1:].quantile(q)) for q in (0.025, 0.975))
     yield Finding(what, float(found[0]), low, high, **check.bounds)
 
-# %% ../nbs/37_claims.ipynb #4bda2b64
+# %% ../nbs/37_claims.ipynb #b41676c3
 def _recorded(e: Evidence, check: Check) -> list[float]:
     "One number per image, from the first run that has them."
     recipe, name, suite, *part = e.place(check.at[0])
@@ -324,7 +323,7 @@ def _beyond(e: Evidence, check: Check) -> Iterator[Finding]:
     share = Share((statistics.fmean(above),), len(above)) if above else None
     yield level(share, f"{check.at[0][0]}, {check.options['what']}", **check.bounds)
 
-# %% ../nbs/37_claims.ipynb #062cfe34
+# %% ../nbs/37_claims.ipynb #e3ba34e3
 COMPARISONS: Mapping[str, Callable[[Evidence, Check], Iterator[Finding]]] = MappingProxyType({
     "level": _level, "gap": _order, "order": _order, "falls": _falls, "trend": _trend,
     "given": _given, "mean": _mean, "beyond": _beyond})  # kinds of comparison by name
