@@ -81,7 +81,7 @@ _BLACK_BOX = tuple(Row(5, f"one-step-Joint, source model {label}", "jat/one-step
                    for label, name in (("Undefended", "natural"), ("Siamese", "one-step-joint")))
 ROWS: tuple[Row, ...] = (*_MAIN, *_BLACK_BOX)  # every row of JAT's seven tables
 
-# %% ../../nbs/40_jat.ipynb #e1b98b93
+# %% ../../nbs/40_jat.ipynb #f35357fa
 COLUMNS: Mapping[str, str] = MappingProxyType(
     dict.fromkeys(("Clean", "FGSM", "PGD20", "PGD100"), "jat") | {"AutoAttack": "autoattack"}
     | dict.fromkeys(("Spatial", "Joint", "Joint PS"), "jat"))  # the suite that fills each column
@@ -89,7 +89,7 @@ SYNONYMS: Mapping[str, str] = MappingProxyType({
     "Pristine": "Clean", "Pixel (PGD20)": "PGD20", "Joint Spatial-Pixel": "Joint",
     "Joint Pixel-Spatial": "Joint PS"})  # columns that are printed under another name
 
-# %% ../../nbs/40_jat.ipynb #4826c139
+# %% ../../nbs/40_jat.ipynb #1526f8a5
 _FGSM = ("fgsm", {"eps": "eps_pixel"})
 _PGD = {"eps": "eps_pixel", "step": "0.25 eps_pixel", "steps": "steps"}
 _GGSM = {"eps": "eps_flow", "step": "0.5 eps_flow", "steps": "steps"}
@@ -107,7 +107,7 @@ _STRONGER = Suite({
     for what, more in (("", {}), (", cross-entropy", _LONG_ATTACK | {"loss": "cross_entropy"}),
                        (", margin", _LONG_ATTACK | {"loss": "margin"}))})
 
-# %% ../../nbs/40_jat.ipynb #9da79264
+# %% ../../nbs/40_jat.ipynb #37562a59
 def _energy(x: Tensor) -> list[float]:
     "Sum of squared differences between neighbouring pixels, per image."
     return (x.diff(dim=2).square().flatten(1).sum(1) + x.diff(dim=3).square().flatten(1).sum(1)).tolist()
@@ -135,7 +135,7 @@ def _check_rewarp(suite: Suite, answer: Mapping[str, Any]) -> None:
 
 REWARP = Kind(_rewarp, _check_rewarp)  # accumulate the flow, or warp the warped image again
 
-# %% ../../nbs/40_jat.ipynb #e593c552
+# %% ../../nbs/40_jat.ipynb #5cc1c804
 _MORE = 1.25  # a test budget a quarter beyond
 _LARGER = {
     "Random flow": ("random_flow", {"eps": "eps_flow"}), "Spatial": ("ggsm", _GGSM),
@@ -155,7 +155,7 @@ _BESIDE = {
 OWN_SUITES: Mapping[str, Suite] = MappingProxyType({
     "jat": _COLUMN_SUITE, "stronger": _STRONGER, "claims": Suite(_LARGER, also=_BESIDE)})
 
-# %% ../../nbs/40_jat.ipynb #57652d89
+# %% ../../nbs/40_jat.ipynb #9a684dac
 def jat_suite(
     *,
     eps_pixel: float,  # Pixel budget in image units
@@ -170,7 +170,7 @@ def jat_suite(
         raise ValueError(f"unknown attack {unknown[0]!r}: choose from {', '.join(suite)}")
     return {name: suite[name] for name in names or suite}
 
-# %% ../../nbs/40_jat.ipynb #d1afa81f
+# %% ../../nbs/40_jat.ipynb #4ef31f3c
 def _gap(one: Where, other: Where, **bounds: Any) -> Check:
     return Check("gap", (one, other), **bounds)
 
@@ -197,7 +197,7 @@ _ATTACK = (
                 for name in ("natural", "madry"))),
 )
 
-# %% ../../nbs/40_jat.ipynb #4f4fa717
+# %% ../../nbs/40_jat.ipynb #135e3718
 _SINGLES = [row.recipe for row in ROWS if row.table == 1 and row.recipe != "jat/one-step-joint"]
 
 _TRAINING = (
@@ -228,7 +228,7 @@ _TRAINING = (
           "91.1 > 85.7; 94.1 > 91.0; 92.1 > 76.4"),
 )
 
-# %% ../../nbs/40_jat.ipynb #f1d19887
+# %% ../../nbs/40_jat.ipynb #de7c2083
 def raw_fgsm(
     evidence: Evidence,  # The runs of one tier
     check: Check,  # The place of the raw verdicts, and of clean accuracy
@@ -263,7 +263,7 @@ _HOW = (
               _gap(("joint-ps", "Joint PS"), ("joint-ps", "Joint"), at_least=-1)), "53.1 > 48.5; 62.1 > 59.8"),
 )
 
-# %% ../../nbs/40_jat.ipynb #f65f8ba8
+# %% ../../nbs/40_jat.ipynb #ed96879e
 _GREYS, _PXS = (2, 4, 6, 8), (0.1, 0.2, 0.3)
 
 
@@ -288,7 +288,7 @@ _BUDGETS = (
           "at most 1.3; 10.8, 12.1, 11.3"),
 )
 
-# %% ../../nbs/40_jat.ipynb #e230a3af
+# %% ../../nbs/40_jat.ipynb #0e24c8e4
 def _made_on(source: str, column: str) -> Where:
     "The joint network under images made on another one."
     return ("one-step-joint", column, "transfer", "sources", source)
@@ -316,7 +316,7 @@ _BEYOND = (
                                     ("Joint", "Joint, pixel x 1.25"), ("Joint", "Joint, flow x 1.25")))),
 )
 
-# %% ../../nbs/40_jat.ipynb #a7f79509
+# %% ../../nbs/40_jat.ipynb #00fb5867
 def rewarped(
     evidence: Evidence,  # The runs of one tier
     check: Check,  # The place of the answer
