@@ -31,15 +31,38 @@ def _check_set(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> None
                          f"from {labels.min()} to {labels.max()}")
 
 # %% ../nbs/07_data.ipynb #ca271375
-def _deal(data: "ImageSet", n: int, seed: int) -> tuple[Tensor, Tensor]:
-    "Indices of all but n images, ascending, and of n images: shuffled, then dealt class by class."
+def _in_proportion(labels: Tensor, n: int) -> Tensor:
+    "Places of n labels, one after the other the first of the class that is furthest behind its share."
+    labels = labels.numpy()
+    counts = np.bincount(labels)
+    places = [np.append(np.flatnonzero(labels == k), len(labels)) for k in range(len(counts))]
+    given, chosen = np.zeros_like(counts), np.empty(n, np.int64)
+    first = np.array([p[0] for p in places])  # where each class goes on
+    for t in range(n):
+        behind = (t + 1) * counts - len(labels) * given
+        furthest = np.flatnonzero(behind == behind.max())
+        k = furthest[first[furthest].argmin()]
+        chosen[t] = first[k]
+        given[k] += 1
+        first[k] = places[k][given[k]]
+    return torch.from_numpy(chosen)
+
+# %% ../nbs/07_data.ipynb #fc041233
+def _deal(data: "ImageSet", n: int, seed: int, balanced: bool = False) -> tuple[Tensor, Tensor]:
+    "Indices of all but n images, ascending, and of n images: shuffled, then dealt."
     if not 0 <= n <= len(data):
         raise ValueError(f"cannot take {n} images out of the {len(data)} of {data.name!r}")
     shuffled = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-    hits = F.one_hot(data.labels.cpu()[shuffled], data.num_classes)  # (N, K)
-    rank = (hits.cumsum(0) * hits).sum(1)  # the how-manieth of its class, from 1
-    order = shuffled[rank.argsort(stable=True)].to(data.labels.device)
-    return order[n:].sort().values, order[:n]
+    labels = data.labels.cpu()[shuffled]
+    if balanced:
+        hits = F.one_hot(labels, data.num_classes)  # (N, K)
+        rank = (hits.cumsum(0) * hits).sum(1)  # the how-manieth of its class, from 1
+        chosen = shuffled[rank.argsort(stable=True)[:n]]
+    else:
+        chosen = shuffled[_in_proportion(labels, n)]
+    rest = torch.ones(len(data), dtype=torch.bool)
+    rest[chosen] = False
+    return rest.nonzero().flatten().to(data.labels.device), chosen.to(data.labels.device)
 
 # %% ../nbs/07_data.ipynb #ccf68376
 def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,18 +116,23 @@ class ImageSet:
         self,
         n: int,  # Images to hold out, at most all
         seed: int = 0,  # Which ones
-    ) -> tuple["ImageSet", "ImageSet"]:  # The rest in its old order; n held-out images, shuffled, class-balanced
+        *,
+        balanced: bool = False,  # As many of each class as the set allows, instead of the shares of the set
+    ) -> tuple["ImageSet", "ImageSet"]:  # The rest in its old order; n held-out images, shuffled
         "Hold images out, for validation."
-        rest, held = (replace(self, images=self.images[i], labels=self.labels[i]) for i in _deal(self, n, seed))
+        both = _deal(self, n, seed, balanced)
+        rest, held = (replace(self, images=self.images[i], labels=self.labels[i]) for i in both)
         return rest, held
 
     def subset(
         self,
         n: int,  # Images wanted, at most all
         seed: int = 0,  # Which ones; n images of one seed are the first n of any larger subset of that seed
-    ) -> "ImageSet":  # n images, shuffled, as many of each class as the set allows
-        "A small class-balanced set, the same on every machine."
-        return self.split(n, seed)[1]
+        *,
+        balanced: bool = False,  # As many of each class as the set allows, instead of the shares of the set
+    ) -> "ImageSet":  # n images, shuffled, classes in the shares of the whole set
+        "A few images for many, the same on every machine."
+        return self.split(n, seed, balanced=balanced)[1]
 
     def to(
         self,
@@ -241,6 +269,17 @@ def _official(name: str, split: str, root: Path, download: bool, size: int | Non
     classes = tuple(c.split(" - ")[0] for c in getattr(found, "classes", "0123456789"))
     return ImageSet(name, images.contiguous(), torch.as_tensor(np.asarray(labels), dtype=torch.int64), classes)
 
+# %% ../nbs/07_data.ipynb #cb2ae85d
+def _as_trained(data: ImageSet, classes: tuple[str, ...]) -> ImageSet:
+    "The same images, labels numbered by the class names of a run."
+    present = {data.classes[k] for k in data.labels.unique().tolist()}
+    unknown, missing = sorted(present - set(classes)), sorted(set(classes) - set(data.classes))
+    if unknown or missing:
+        raise ValueError(f"{data.name!r} does not hold the classes of the run; unknown: {', '.join(unknown) or 'none'}, "
+                         f"missing: {', '.join(missing) or 'none'}; name its folders as the run does")
+    number = torch.tensor([classes.index(c) if c in classes else -1 for c in data.classes])
+    return replace(data, labels=number[data.labels], classes=classes)
+
 # %% ../nbs/07_data.ipynb #4a7cda95
 def _roots(root: str | Path | None) -> list[Path]:
     if root is not None:
@@ -266,18 +305,8 @@ def available(
     "Whether a data set is at hand."
     return name == "digits" or _find(name, "train", root) is not None
 
-# %% ../nbs/07_data.ipynb #5fb311a8
-def load(
-    name: str,  # One of `DATASETS`, 'folder:PATH', or the name of a folder in `root`
-    split: str = "train",  # 'train' or 'test'
-    *,
-    root: str | Path | None = None,  # Where data sets lie; None: the folder in JAT_DATA, then ~/.cache/jat_nb
-    download: bool = False,  # Fetch a missing set through torchvision
-    size: int | None = None,  # Folders: bring the short side to this many pixels and cut out the centre
-) -> ImageSet:  # The whole split, as bytes on the CPU
-    "Load a data set by name."
-    if split not in ("train", "test"):
-        raise ValueError(f"expected split 'train' or 'test', got {split!r}")
+# %% ../nbs/07_data.ipynb #2c95aa31
+def _read_split(name: str, split: str, root: str | Path | None, download: bool, size: int | None) -> ImageSet:
     if name == "digits":
         return _digits(split)
     found, looked = _find(name, split, root), " and ".join(map(str, _roots(root)))
@@ -293,6 +322,22 @@ def load(
     if kind == "folder":
         return _folder(name, path, split, size)
     return _official(name, split, path, download, size)
+
+# %% ../nbs/07_data.ipynb #5fb311a8
+def load(
+    name: str,  # One of `DATASETS`, 'folder:PATH', or the name of a folder in `root`
+    split: str = "train",  # 'train' or 'test'
+    *,
+    root: str | Path | None = None,  # Where data sets lie; None: the folder in JAT_DATA, then ~/.cache/jat_nb
+    download: bool = False,  # Fetch a missing set through torchvision
+    size: int | None = None,  # Folders: bring the short side to this many pixels and cut out the centre
+    classes: Sequence[str] | None = None,  # Class names of a run, which number the labels; None: the set's own
+) -> ImageSet:  # The whole split, as bytes on the CPU
+    "Load a data set by name."
+    if split not in ("train", "test"):
+        raise ValueError(f"expected split 'train' or 'test', got {split!r}")
+    data = _read_split(name, split, root, download, size)
+    return data if classes is None else _as_trained(data, tuple(classes))
 
 # %% ../nbs/07_data.ipynb #f40762f5
 def random_crop_flip(
