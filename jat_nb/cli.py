@@ -37,7 +37,7 @@ from .results import read_runs
 from .suites import suites
 from .training import fit, train_step
 
-# %% ../nbs/50_cli.ipynb #ff9acb2f
+# %% ../nbs/50_cli.ipynb #cd1b0a89
 def _kind(anno: Any) -> dict[str, Any]:
     "How argparse reads words of a type."
     if anno is bool:
@@ -51,7 +51,7 @@ def _kind(anno: Any) -> dict[str, Any]:
         return {"nargs": "+", "action": "extend", "type": inner[0]}
     return _kind(inner[0]) if inner else {"type": anno}
 
-# %% ../nbs/50_cli.ipynb #bf9bf587
+# %% ../nbs/50_cli.ipynb #deaf0605
 class _Parser(ArgumentParser):
     "Complains in one line."
 
@@ -77,11 +77,11 @@ def _parser(work: Callable[..., int]) -> ArgumentParser:
                             required=p.default is Parameter.empty, **options)
     return parser
 
-# %% ../nbs/50_cli.ipynb #36c4e0c0
+# %% ../nbs/50_cli.ipynb #b4284f70
 _STATUS = "Exit status: 0 done, 2 refused, 3 time is over, call again, 130 interrupted."
 _FAILURES = (ValueError, OSError, FloatingPointError, ImportError, RuntimeError, AssertionError)
 
-# %% ../nbs/50_cli.ipynb #a65a953d
+# %% ../nbs/50_cli.ipynb #36c4e0c0
 def command(
     work: Callable[..., int],  # Documented function; its answer is the exit status
 ) -> Callable[..., int]:  # work(option=...), or command(words): words of a command line, None for the real one
@@ -104,26 +104,26 @@ def command(
 # %% ../nbs/50_cli.ipynb #5d8f1217
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where to compute if nothing is said
 
-# %% ../nbs/50_cli.ipynb #6860fa29
+# %% ../nbs/50_cli.ipynb #674ee27d
 def _check(**least: tuple[float | None, float]) -> None:
     "Refuse numbers below the least that makes sense: name=(value, least)."
     for name, (value, low) in least.items():
         if value is not None and not value >= low:
             raise ValueError(f"expected {name} >= {low:g}, got {value}")
 
-# %% ../nbs/50_cli.ipynb #6f33c502
+# %% ../nbs/50_cli.ipynb #9934ec78
 def _threads(threads: int | None) -> None:
     _check(threads=(threads, 1))
     if threads:
         torch.set_num_threads(threads)
 
-# %% ../nbs/50_cli.ipynb #681671f9
+# %% ../nbs/50_cli.ipynb #cdc3551a
 def _say(*words: Any) -> None:
     "Print, in the first process only."
     if processes().rank == 0:
         print(*words, flush=True)
 
-# %% ../nbs/50_cli.ipynb #33dc1a8a
+# %% ../nbs/50_cli.ipynb #f40e4b0e
 def run_folder(
     out: str | Path,  # Folder of several runs
     name: str,  # Full name of a recipe
@@ -165,7 +165,7 @@ def _measure(s: Setting, device: str) -> str:
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.startswith("cuda") else ""
     return f"{rate:,.0f} images/s{memory}, about {length / rate / 60:.1f} min for {_length(r)}"
 
-# %% ../nbs/50_cli.ipynb #d7dda3a0
+# %% ../nbs/50_cli.ipynb #eee882e3
 def _length(r: Recipe) -> str:
     return f"{r.iterations} iterations" if r.iterations else f"{r.epochs} epochs"
 
@@ -181,7 +181,7 @@ def _train_one(s: Setting, about: dict[str, Any], out: Path, device: str, deadli
     _say(f"{title}: {_summary(history, s.recipe, left)}, in {out}")
     return not left
 
-# %% ../nbs/50_cli.ipynb #3f0251dd
+# %% ../nbs/50_cli.ipynb #8338ffb4
 def _summary(history: list[dict[str, Any]], recipe: Recipe, left: str) -> str:
     "A finished or interrupted run in one line."
     if not history:
@@ -256,13 +256,13 @@ def _finished(runs: Sequence[str]) -> list[Path]:
         raise ValueError(f"no finished run in or below {', '.join(runs)}: train to the end before judging")
     return found
 
-# %% ../nbs/50_cli.ipynb #b2e712f3
+# %% ../nbs/50_cli.ipynb #12cc871d
 def _first_suite(run: Path) -> str:
     "What a run is asked if nothing is said: the first suite of its paper, else the first there is."
     paper = papers().get(str(run_facts(run)["about"].get("name")).split("/")[0])
     return next(iter(paper.suites if paper and paper.suites else suites()))
 
-# %% ../nbs/50_cli.ipynb #fb1f3f98
+# %% ../nbs/50_cli.ipynb #282fba39
 def _one_line(answer: dict[str, Any]) -> str:
     "What a suite answered, in a line."
     if "failed" in answer:  # the checks for masking
@@ -296,7 +296,7 @@ def jat_eval(
     for run, name in progress(jobs, description="judging", unit="suite"):
         name = name or _first_suite(run)
         sources = sources_for(run, name, source or [])
-        if name == "transfer" and source and not sources:
+        if "sources" in suites()[name].needs and source and not sources:
             _say(f"{run}, {name}: passed over, it has no source but itself")
             continue
         record, new = judge(run, name, n=n, weights=weights, steps=steps, sources=sources, seed=seed, fast=fast,
@@ -305,7 +305,7 @@ def jat_eval(
              else f"{run}, {name}: already there (--again repeats it)")
     return 0
 
-# %% ../nbs/50_cli.ipynb #9a8d7739
+# %% ../nbs/50_cli.ipynb #4eabb5bd
 def _finish_attack(out: Path, made: dict[str, Any], rows: list[dict[str, Any]]) -> int:
     "Write attack.json, and say what became of the pictures."
     if processes().rank == 0:
@@ -315,7 +315,7 @@ def _finish_attack(out: Path, made: dict[str, Any], rows: list[dict[str, Any]]) 
          + (f", {lost} lost it in rounding" if lost else "") + f"; see {out}/attack.json")
     return 0
 
-# %% ../nbs/50_cli.ipynb #d80e72b1
+# %% ../nbs/50_cli.ipynb #d562f729
 def _budget(data: str, eps_pixel: float | None, eps_flow: float | None) -> Budget:
     "The budget of a data set, or of one's own in levels and pixels."
     default = default_budget(data)
