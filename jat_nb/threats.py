@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .warp import (Randomness, affine_flow, generalized_sign, l2inf_norm, per_image, project_disc,
-                         random_disc, uniform, warp)
+from .randomness import Randomness, uniform
+from .warp import affine_flow, generalized_sign, l2inf_norm, per_image, project_disc, random_disc, warp
 
 # %% ../nbs/05_threats.ipynb #e01bcbdd
 class Threat(Protocol):

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from jat_nb.attacks import ATTACKS, double_pass, ggsm, joint_threats, pgd
-from jat_nb.evaluation import Check, check_attack
+from jat_nb.contract import Check, check_attack
 from jat_nb.models import frozen
 from jat_nb.threats import Flow, Pixel
-from jat_nb.warp import uniform, warp
+from jat_nb.randomness import uniform
+from jat_nb.warp import warp
 
 EPS = 8 / 255
 PIXEL, FLOW = ("fgsm", "pgd", "mi_fgsm"), ("ggsm",)

@@ -1,5 +1,6 @@
 "Data sets from disk in every layout, against what was put there; subsets, augmentation and batches as laws."
 import os
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch import nn
 from torch.testing import assert_close
 from torchvision import datasets
 from torchvision.transforms import functional as TF
 
-from jat_nb.data import (DATASETS, Batch, Budget, ImageSet, available, batches, default_budget, load,
-                         random_crop_flip)
+from jat_nb.data import (AUGMENTATIONS, DATASETS, Batch, Budget, ImageSet, available, batches, default_budget, load,
+                         num_batches, random_crop_flip)
 
 
 def toy(n: int = 40, classes: int = 4, channels: int = 3, side: int = 8, name: str = "toy", seed: int = 0) -> ImageSet:
@@ -38,17 +40,82 @@ pictures = np.random.RandomState(0).randint(0, 256, (6, 8, 8, 3), dtype=np.uint8
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 120), st.integers(1, 7), st.floats(0, 1), st.integers(0, 99))
-def test_subsets_are_balanced_nested_and_disjoint(n, classes, share, seed):
+@given(st.integers(1, 120), st.integers(1, 7), st.floats(0, 1), st.integers(0, 99), st.booleans())
+def test_subsets_are_nested_and_disjoint(n, classes, share, seed, balanced):
     data, k = toy(n, classes, side=4), int(share * n)
-    rest, held = data.split(k, seed)
+    rest, held = data.split(k, seed, balanced=balanced)
     assert len(held) == k and len(rest) == n - k
     assert keys(rest) | keys(held) == keys(data) and not keys(rest) & keys(held)
+    assert torch.equal(data.subset(k // 2, seed, balanced=balanced).images, held.images[:k // 2])
+    assert torch.equal(data.subset(k, seed, balanced=balanced).images, held.images)
     counts, most = held.labels.bincount(minlength=classes), data.labels.bincount(minlength=classes)
-    unused = counts < most  # a class that still has images was never behind by more than one
-    assert not unused.any() or counts.max() - counts[unused].min() <= 1
-    assert torch.equal(data.subset(k // 2, seed).images, held.images[:k // 2])
-    assert torch.equal(data.subset(k, seed).images, held.images)
+    if balanced:  # a class that still has images was never behind by more than one
+        unused = counts < most
+        assert not unused.any() or counts.max() - counts[unused].min() <= 1
+    else:
+        ahead = counts - k * most / n
+        assert ahead.max() < 1 and ahead.min() > -1.5
+
+
+def of(counts: list[int], seed: int = 0) -> ImageSet:
+    "A set with so many images of each class, in random order."
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
+    images = torch.arange(len(labels)).view(-1, 1, 1, 1).expand(-1, 1, 2, 2) % 256
+    return ImageSet("shares", images.byte().contiguous(), labels, tuple(map(str, range(len(counts)))))
+
+
+@pytest.mark.parametrize("counts, n, held", [([100, 5], 20, [19, 1]), ([60, 30, 10], 10, [6, 3, 1]), ([60, 30, 10], 50, [30, 15, 5]),
+                                             ([980, 20], 100, [98, 2]), ([7, 7, 7], 4, None), ([1, 1, 1, 997], 500, None)])
+def test_held_out_images_have_the_shares_of_the_set(counts, n, held):
+    for seed in range(5):
+        rest, few = of(counts, seed).split(n, seed)
+        seen = few.labels.bincount(minlength=len(counts))
+        assert held is None or seen.tolist() == held
+        assert (rest.labels.bincount(minlength=len(counts))[torch.tensor(counts) > 1] > 0).all(), "no class leaves training"
+        assert (seen - n * torch.tensor(counts) / sum(counts)).abs().max() < 1
+
+
+def test_balanced_subsets_must_be_asked_for():
+    data = of([100, 5])
+    assert data.subset(8).labels.bincount(minlength=2).tolist() == [8, 0]
+    assert data.subset(8, balanced=True).labels.bincount().tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_equal_classes_are_dealt_as_they_always_were(seed):
+    data = of([12] * 7, seed)
+    shuffled = torch.randperm(84, generator=torch.Generator().manual_seed(seed))
+    hits = torch.nn.functional.one_hot(data.labels[shuffled])
+    order = shuffled[(hits.cumsum(0) * hits).sum(1).argsort(stable=True)]
+    for n in (1, 7, 30, 84):
+        assert torch.equal(data.subset(n, seed).images, data.images[order[:n]])
+        assert torch.equal(data.subset(n, seed, balanced=True).images, data.images[order[:n]])
+
+
+def test_labels_follow_the_names_of_the_run(tmp_path):
+    for split in ("train", "test"):
+        for i, name in enumerate(("cow", "dog", "owl")):
+            put(tmp_path / "farm", split, name, pictures[2 * i:2 * i + 2])
+    trained = load("farm", root=tmp_path).classes
+    put(tmp_path / "farm", "train", "ant", pictures[:1])  # shifts every number that is taken from today's folder
+    today, run = load("farm", "test", root=tmp_path), load("farm", "test", root=tmp_path, classes=trained)
+    assert today.labels.tolist() == [1, 1, 2, 2, 3, 3]
+    assert run.labels.tolist() == [0, 0, 1, 1, 2, 2] and run.classes == trained == ("cow", "dog", "owl")
+    turned = load("farm", "test", root=tmp_path, classes=("owl", "cow", "dog"))
+    assert turned.labels.tolist() == [1, 1, 2, 2, 0, 0] and torch.equal(turned.images, run.images)
+    put(tmp_path / "farm", "test", "ant", pictures[:1])
+    with pytest.raises(ValueError, match="unknown: ant"):
+        load("farm", "test", root=tmp_path, classes=trained)
+    with pytest.raises(ValueError, match="missing: cat"):
+        load("farm", "test", root=tmp_path, classes=("ant", "cat", "cow", "dog", "owl"))
+
+
+def test_official_classes_are_checked_too():
+    digits = load("digits", "test", classes=tuple("9876543210"))
+    assert torch.equal(digits.labels, 9 - load("digits", "test").labels)
+    with pytest.raises(ValueError, match="missing: a"):
+        load("digits", "test", classes=("a", *"0123456789"))
 
 
 def test_moments_and_float_view():
@@ -234,26 +301,49 @@ def test_flip_rate_and_offsets_are_uniform():
     assert abs((place % 5 >= 3).float().mean() - 1 / 3) < 3 * (2 / 9 / 9000) ** 0.5  # mirrored, shift 0 or 1 inwards
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(1, 30), st.integers(1, 12), st.booleans(), st.booleans())
-def test_batches_visit_every_image_once(n, size, shuffle, augment):
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 12), st.booleans(), st.sampled_from([(), ("crop_flip",)]), st.integers(1, 3))
+def test_batches_visit_every_image_once(n, size, shuffle, augment, parts):
     data = toy(n, name="svhn", side=4)  # svhn is never augmented
-    seen = list(batches(data, size, shuffle=shuffle, augment=augment, generator=torch.Generator().manual_seed(1)))
-    assert [len(b.y) for b in seen] == [size] * (n // size) + [n % size] * (n % size > 0)
-    x, y = torch.cat([b.x for b in seen]), torch.cat([b.y for b in seen])
+    if min(n, size) < parts:
+        with pytest.raises(ValueError, match=f"{parts} parts"):
+            next(batches(data, size, parts=parts))
+        return
+    walks = [list(batches(data, size, shuffle=shuffle, augment=augment, seed=1, part=p, parts=parts)) for p in range(parts)]
+    whole = list(zip(*walks, strict=True))
+    lengths = [sum(len(b.y) for b in pieces) for pieces in whole]
+    assert len(whole) == num_batches(n, size, parts) and set(lengths[:-1]) <= {size} and sum(lengths) == n
+    assert all(max(len(b.y) for b in pieces) - min(len(b.y) for b in pieces) <= 1 for pieces in whole)
+    assert all(b.share == len(b.y) / k for pieces, k in zip(whole, lengths) for b in pieces)
+    x, y = torch.cat([b.x for w in whole for b in w]), torch.cat([b.y for w in whole for b in w])
     order = (x.view(n, -1)[:, 0] * 255).round().long()
     assert sorted(order.tolist()) == [*range(n)]
     assert torch.equal(x, data.x[order]) and torch.equal(y, data.labels[order])
     assert shuffle or order.tolist() == [*range(n)]
+    alone = torch.cat([b.x for b in batches(data, size, shuffle=shuffle, seed=1)])
+    assert torch.equal(alone, x), "the order is the same for any number of parts"
+
+
+@pytest.mark.parametrize("n, size, parts, lengths", [(17, 8, 1, [8, 9]), (18, 8, 1, [8, 8, 2]), (16, 8, 1, [8, 8]), (1, 8, 1, [1]),
+                                                     (19, 8, 2, [8, 11]), (20, 8, 2, [8, 8, 4]), (9, 4, 3, [4, 5]), (3, 1, 1, [1, 1, 1])])
+def test_a_last_batch_too_small_for_batch_norm_joins_the_one_before(n, size, parts, lengths):
+    walks = [list(batches(toy(n), size, part=p, parts=parts)) for p in range(parts)]
+    assert [sum(len(b.y) for b in pieces) for pieces in zip(*walks)] == lengths
+    assert num_batches(n, size, parts) == len(lengths)
+
+
+def test_batch_norm_survives_an_epoch_that_leaves_one_image_over():
+    layers = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 4), nn.BatchNorm1d(4)).train()
+    assert sum(len(layers(b.x)) for b in batches(toy(33), 16)) == 33
 
 
 def test_batches_repeat_and_ignore_their_consumer():
     data = toy()
 
     def epochs(greedy: bool, seed: int) -> list[torch.Tensor]:
-        g, out = torch.Generator().manual_seed(seed), []
-        for _ in range(2):
-            for batch in batches(data, 16, shuffle=True, augment=True, generator=g):
+        out = []
+        for epoch in range(2):
+            for batch in batches(data, 16, shuffle=True, augment=("crop_flip",), seed=(seed, epoch)):
                 assert isinstance(batch, Batch) and batch.x.dtype == torch.float32
                 if greedy:
                     torch.rand(7, generator=batch.generator)
@@ -266,12 +356,41 @@ def test_batches_repeat_and_ignore_their_consumer():
     assert not torch.equal(calm[0], epochs(False, 1)[0])
 
 
-def test_batches_without_generator_follow_the_global_seed():
-    draws = []
-    for _ in range(2):
-        torch.manual_seed(3)
-        draws.append(next(batches(toy(), 8, shuffle=True, augment=True)).x)
-    assert torch.equal(*draws)
+def test_no_two_batches_share_their_draws():
+    "Whatever the run, the epoch, the step and the part: seed 1, epoch 0 is not seed 0, epoch 1."
+    draws = {torch.rand(3, generator=b.generator).numpy().tobytes() for seed in range(4) for epoch in range(4)
+             for part in range(2) for b in batches(toy(), 8, seed=(seed, epoch), part=part, parts=2)}
+    assert len(draws) == 4 * 4 * 2 * 5
+    orders = {b.y.numpy().tobytes() for s in range(5) for e in range(5) for b in batches(toy(), 40, shuffle=True, seed=(s, e))}
+    assert len(orders) == 25
+
+
+def test_the_global_seed_plays_no_part():
+    seen = []
+    for state in (3, 4):
+        torch.manual_seed(state)
+        seen.append(next(batches(toy(), 8, shuffle=True, augment=("crop_flip",))).x)
+    assert torch.equal(*seen)
+    assert torch.equal(seen[0], next(batches(toy(), 8, shuffle=True, augment=("crop_flip",), seed=0)).x)
+
+
+def test_a_resumed_epoch_sees_the_batches_it_has_not_seen():
+    whole = [b.x for b in batches(toy(), 8, shuffle=True, augment=("crop_flip",), seed=(2, 1))]
+    assert all(map(torch.equal, whole[3:], (b.x for b in islice(batches(toy(), 8, shuffle=True, augment=("crop_flip",), seed=(2, 1)), 3, None))))
+
+
+def test_augmentations_by_name_in_order(monkeypatch):
+    invert = lambda x, name, generator: 255 - x
+    halve = lambda x, name, generator: x // 2
+    monkeypatch.setitem(AUGMENTATIONS, "invert", invert)
+    monkeypatch.setitem(AUGMENTATIONS, "halve", halve)
+    x = next(batches(toy(), 8, augment=("invert", "halve"))).x
+    assert torch.equal((x * 255).round().to(torch.uint8), (255 - toy().images[:8]) // 2)
+    for wrong, seen in ((("mirror",), "mirror"), ("crop_flip", "'crop_flip'"), (True, "True")):
+        with pytest.raises(ValueError, match=seen):
+            next(batches(toy(), 8, augment=wrong))
+    with pytest.raises(ValueError, match="part 2 of 2"):
+        next(batches(toy(), 8, part=2, parts=2))
 
 
 @pytest.mark.parametrize("name, may_flip, pad_px", [("digits", False, 2), ("mnist", False, 2), ("svhn", False, 0),
@@ -279,7 +398,7 @@ def test_batches_without_generator_follow_the_global_seed():
 def test_augmentation_policy(name, may_flip, pad_px):
     ramp = torch.arange(1, 33, dtype=torch.uint8).expand(400, 1, 32, 32)  # grows to the right
     data = ImageSet(name, ramp.contiguous(), torch.zeros(400).long(), ("a",))
-    x = next(batches(data, 400, augment=True, generator=torch.Generator().manual_seed(0))).x
+    x = next(batches(data, 400, augment=("crop_flip",))).x
     middle = x[:, 0, 16]
     flipped = middle[:, 20] < middle[:, 12]
     assert flipped.any() == may_flip

@@ -11,8 +11,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from jat_nb.attacks import fgsm, pgd
-from jat_nb.evaluation import (Evaluation, budget_curve, evaluate, ggsm_at, image_generators, jat_suite, pgd_at,
-                               wilson_interval)
+from jat_nb.evaluation import Evaluation, budget_curve, evaluate, ggsm_at, pgd_at, wilson_interval
+from jat_nb.papers.jat import jat_suite
 
 
 @pytest.fixture(scope="module")
@@ -175,9 +175,3 @@ def test_suite_scales_its_steps():
     assert list(suite) == ["Clean", "FGSM", "PGD20", "Spatial", "Joint", "Joint PS"]
     assert suite["Joint PS"].keywords["order"] == "pixel-spatial"
     assert suite["Joint"].keywords["step_pixel"] == pytest.approx(2 / 255) and suite["Joint"].keywords["step_flow"] == 0.15
-
-
-def test_image_generators_depend_on_all_three():
-    draw = lambda *a: torch.rand(3, generator=image_generators(*a)[0])
-    reference = draw(0, [5])
-    assert torch.equal(reference, draw(0, [5])) and not any(torch.equal(reference, draw(*a)) for a in ((1, [5]), (0, [6]), (0, [5], 1)))

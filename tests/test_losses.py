@@ -11,7 +11,7 @@ from scipy.special import log_softmax, rel_entr, softmax
 from scipy.stats import chisquare
 from torch.testing import assert_close
 
-from jat_nb.losses import (bilateral_labels, cross_entropy, dlr_loss, kl_divergence, margin_loss,
+from jat_nb.losses import (LOSSES, bilateral_labels, correct, cross_entropy, dlr_loss, kl_divergence, margin_loss,
                            most_confusing_target, random_target, smooth_labels, soft_cross_entropy,
                            targeted_dlr_loss, uniform_labels)
 
@@ -199,3 +199,38 @@ def test_bad_options():
     with pytest.raises(ValueError, match="one shape"): soft_cross_entropy(z, y)
     with pytest.raises(ValueError, match="sum to 1"): soft_cross_entropy(z, torch.ones_like(z))
     with pytest.raises(ValueError, match="one shape"): kl_divergence(z, z[:2])
+
+
+@given(cases, st.sampled_from([math.nan, math.inf, -math.inf]), st.integers(0, 10**6))
+@settings(max_examples=40, deadline=None)
+def test_one_logit_that_is_no_number_makes_the_answer_wrong(data, broken, at):
+    logits, y = data
+    clean = correct(logits, y)
+    assert clean.dtype == torch.bool and torch.equal(clean, logits.argmax(1) == y)
+    row, column = at % len(logits), at % logits.shape[1]
+    logits[row, column] = broken
+    expected = clean.clone()
+    expected[row] = False
+    assert torch.equal(correct(logits, y), expected)
+
+
+def test_not_a_number_is_wrong_for_every_class_and_format():
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        logits = torch.full((3, 3), math.nan, dtype=dtype)
+        assert not correct(logits, torch.arange(3)).any(), "argmax of NaN is class 0"
+        assert not correct(torch.full((3, 3), math.inf, dtype=dtype), torch.arange(3)).any()
+
+
+def test_verdict_refuses_what_losses_refuse():
+    with pytest.raises(ValueError, match="logits of shape"):
+        correct(torch.zeros(3), torch.zeros(3).long())
+    with pytest.raises(ValueError, match="int64"):
+        correct(torch.zeros(3, 2), torch.zeros(3))
+
+
+def test_losses_by_name_agree_with_the_verdict():
+    logits, y = case(3)
+    assert list(LOSSES) == ["cross_entropy", "margin", "dlr"]
+    for name in ("margin", "dlr"):
+        assert torch.equal(LOSSES[name](logits, y) <= 0, correct(logits, y))
+    assert LOSSES["cross_entropy"] is cross_entropy and LOSSES["margin"] is margin_loss and LOSSES["dlr"] is dlr_loss

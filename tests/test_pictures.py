@@ -8,9 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import hsv_to_rgb
+from scipy.ndimage import gaussian_filter
 from torch.testing import assert_close
 
 from jat_nb import pictures as pic
+from jat_nb.pictures import similarity, ssim
 
 
 def drawn(ax):
@@ -126,3 +128,69 @@ def test_pyplot_is_left_alone():
     pic.show_images(torch.rand(1, 1, 4, 4))
     pic.show_attack(torch.rand(1, 1, 4, 4), torch.rand(1, 1, 4, 4))
     assert plt.get_fignums() == before
+
+
+# -- similarity
+
+def naive_ssim(a, b, size=11, sigma=1.5):
+    "Window by window, channel by channel, as in the paper."
+    r = np.arange(size) - size // 2
+    window = np.exp(-(r[:, None] ** 2 + r[None] ** 2) / (2 * sigma**2))
+    window /= window.sum()
+    values = []
+    for u, v in zip(a, b):
+        for i in range(u.shape[0] - size + 1):
+            for j in range(u.shape[1] - size + 1):
+                p, q = u[i:i + size, j:j + size], v[i:i + size, j:j + size]
+                mp, mq = (window * p).sum(), (window * q).sum()
+                vp, vq = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum()
+                cov = (window * (p - mp) * (q - mq)).sum()
+                values.append((2 * mp * mq + 1e-4) * (2 * cov + 9e-4) / ((mp**2 + mq**2 + 1e-4) * (vp + vq + 9e-4)))
+    return np.mean(values)
+
+
+@pytest.mark.parametrize("shape, size", [((3, 14, 17), 11), ((1, 11, 11), 11), ((1, 8, 8), 7), ((2, 3, 20), 3)])
+def test_ssim_against_a_naive_loop(shape, size):
+    x = torch.rand(2, *shape)
+    noisy = (x + 0.2 * torch.randn_like(x)).clamp(0, 1)
+    expected = [naive_ssim(a, b, size) for a, b in zip(x.double().numpy(), noisy.double().numpy())]
+    assert_close(ssim(x, noisy), torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+
+
+def test_ssim_against_scipy():
+    x = torch.rand(1, 1, 32, 32)
+    y = (0.7 * x + 0.1 + 0.1 * torch.rand_like(x)).clamp(0, 1)
+    a, b = (v[0, 0].double().numpy() for v in (x, y))
+    blur = lambda v: gaussian_filter(v, 1.5, truncate=3.5)[5:-5, 5:-5]
+    ma, mb = blur(a), blur(b)
+    va, vb, cov = blur(a * a) - ma**2, blur(b * b) - mb**2, blur(a * b) - ma * mb
+    expected = ((2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4))).mean()
+    assert float(ssim(x, y)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_ssim_laws():
+    x, y = torch.rand(3, 3, 20, 13), torch.rand(3, 3, 20, 13)
+    assert torch.equal(ssim(x, x), torch.ones(3, dtype=torch.float64))
+    assert_close(ssim(x, y), ssim(y, x))
+    assert (ssim(x, y) < 1).all() and (ssim(x, y) > -1).all()
+    flat = torch.full((1, 1, 16, 16), 0.5)
+    assert_close(ssim(flat, flat * 0 + 0.25), torch.tensor([(2 * 0.125 + 1e-4) / (0.3125 + 1e-4)], dtype=torch.float64))
+    with pytest.raises(ValueError, match="images of one shape"):
+        ssim(x, y[:2])
+    with pytest.raises(ValueError, match="divide bytes"):
+        ssim(x, 255 * y)
+
+
+def test_similarity():
+    x = torch.rand(2, 1, 12, 12) * 0.5
+    found = similarity(x, x + torch.tensor([0.0, 0.25]).view(2, 1, 1, 1))
+    assert found["SSIM"][0] == 1 and found["SSIM"][1] < 1
+    assert found["linf"].tolist() == pytest.approx([0, 0.25], abs=1e-6)
+
+
+def test_bytes_are_no_images():
+    x = torch.rand(2, 1, 12, 12)
+    for wrong in ((x * 255).byte(), x - 0.5, x.masked_fill(x > 0.9, torch.nan)):
+        with pytest.raises(ValueError, match="divide bytes"):
+            similarity(x, wrong)
+    assert len(similarity(x[:0], x[:0])) == 0
