@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from .losses import cross_entropy
 from .models import frozen
+from .randomness import Randomness
 from .threats import Flow, Pixel, Threat, apply_chain, check_images, check_labels, contains_chain
-from .warp import Randomness
 
 # %% ../nbs/10_attacks.ipynb #1d56c017
 Loss = Callable[[Tensor, Tensor], Tensor]  # (logits (B, K), labels (B,)) -> (B,); larger is worse for the model
