@@ -70,7 +70,7 @@ def _put_back(module: nn.Module, training: bool, buffers: Mapping[str, Tensor | 
     for name, buffer in buffers.items():
         module._buffers[name] = buffer
 
-# %% ../nbs/08_models.ipynb #ea1704f4
+# %% ../nbs/08_models.ipynb #e6653bd6
 @contextmanager
 def frozen(
     model: nn.Module | Callable[[Tensor], Tensor],  # To be attacked; a plain function passes through
@@ -96,7 +96,7 @@ def frozen(
         for p, want in zip(params, wants):
             p.requires_grad_(want)
 
-# %% ../nbs/08_models.ipynb #0ae05a4a
+# %% ../nbs/08_models.ipynb #fed728df
 def _inside(model: nn.Module) -> str:
     "Under which name a wrapper of PyTorch keeps its module; empty for a module that is no wrapper."
     if "_orig_mod" in model._modules:  # torch.compile
@@ -113,7 +113,7 @@ def unwrap(
         model = model._modules[_inside(model)]
     return model
 
-# %% ../nbs/08_models.ipynb #9d0b822a
+# %% ../nbs/08_models.ipynb #9dcb555a
 def plain_state(
     model: nn.Module,  # Module, perhaps wrapped, or with wrapped parts
 ) -> dict[str, Tensor]:  # Parameters and buffers, under the names they have without wrappers
@@ -141,7 +141,7 @@ def _check_name(name: Any) -> None:
         near = get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
         raise ValueError(f"unknown model {name!r}; the nearest names are {near}, timm.list_models() has all")
 
-# %% ../nbs/08_models.ipynb #8692c6f0
+# %% ../nbs/08_models.ipynb #f26a0864
 def create(
     name: str,  # Name in timm's registry: `resnet50`, or of chapter 9 `wrn_16_2_cifar`, `small_cnn_mnist`, ...
     *,
@@ -164,7 +164,7 @@ def create(
     metadata = dict(name=name, num_classes=num_classes, in_chans=in_chans, mean=[*mean], std=[*std], options=options)
     return NormalizedModel(model, mean, std, metadata)
 
-# %% ../nbs/08_models.ipynb #e598198e
+# %% ../nbs/08_models.ipynb #ba07f30d
 def tensor_hash(
     tensors: Mapping[str, Tensor],  # Named tensors of any type, shape and device
     text: str = "",  # Digested along, such as a file's header
@@ -177,7 +177,7 @@ def tensor_hash(
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
-# %% ../nbs/08_models.ipynb #936193ac
+# %% ../nbs/08_models.ipynb #e0cd30a7
 def write_tensors(
     path: str | Path,  # File to write, *.safetensors; replaced in one step or not at all
     tensors: Mapping[str, Tensor],  # Named tensors on any device
@@ -192,7 +192,7 @@ def write_tensors(
     except OSError as error:
         raise ValueError(f"cannot write {path} ({error.strerror}): make room or choose another folder") from error
 
-# %% ../nbs/08_models.ipynb #1f8d1e4d
+# %% ../nbs/08_models.ipynb #dea93c00
 def read_tensors(
     path: str | Path,  # File written by `write_tensors`
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:  # Tensors on the CPU, and the header
@@ -210,7 +210,7 @@ def read_tensors(
         raise ValueError(f"{path} is damaged: its bits are not those that were written; restore or make it again")
     return tensors, header
 
-# %% ../nbs/08_models.ipynb #7b0c95ff
+# %% ../nbs/08_models.ipynb #a0ffe9cc
 _FORM = ("num_classes", "in_chans", "mean", "std")
 _OPTIONS = {"norm", "drop_rate", "drop_path_rate", "drop_block_rate", "proj_drop_rate", "attn_drop_rate",
             "global_pool", "img_size", "patch_size", "zero_init_last"}  # what a file may say of a network's form
@@ -234,7 +234,7 @@ def _call(header: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     _check_name(header["name"])
     return header["name"], {k: header[k] for k in _FORM} | options
 
-# %% ../nbs/08_models.ipynb #be7e6297
+# %% ../nbs/08_models.ipynb #2f04e13f
 def _shapes(header: Mapping[str, Any]) -> dict[str, torch.Size]:
     "Names and shapes of all tensors of the network that a header describes; nothing is computed or drawn."
     name, options = _call(header)
@@ -245,7 +245,7 @@ def _shapes(header: Mapping[str, Any]) -> dict[str, torch.Size]:
         raise ValueError(f"timm cannot build {name} with {options} ({error})") from error
     return {k: v.shape for k, v in network.state_dict().items()}
 
-# %% ../nbs/08_models.ipynb #a5ca5c5a
+# %% ../nbs/08_models.ipynb #fd7cea26
 def _check_tensors(name: str, expected: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> None:
     found = {k: v.shape for k, v in state.items()}
     odd = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
@@ -253,7 +253,7 @@ def _check_tensors(name: str, expected: Mapping[str, torch.Size], state: Mapping
         raise ValueError(f"create({name!r}, ...) has other tensors than this model ({len(odd)} differ, such as "
                          f"{odd[0]}): change networks by options of create, or register a builder with timm")
 
-# %% ../nbs/08_models.ipynb #00abcc43
+# %% ../nbs/08_models.ipynb #7cea8b52
 def check_rebuildable(
     model: nn.Module,  # Made by `create`, `load_weights` or `pretrained`; perhaps wrapped
 ) -> None:  # Nothing: it raises ValueError for a model that no file could bring back
@@ -270,7 +270,7 @@ def _halved(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     short = lambda k, v: v.is_floating_point() and v.ndim > 1 and k not in ("mean", "std")
     return {k: v.half() if short(k, v) else v for k, v in state.items()}
 
-# %% ../nbs/08_models.ipynb #6771ae6c
+# %% ../nbs/08_models.ipynb #8a8a1133
 def save_weights(
     model: nn.Module,  # Made by `create`, `load_weights` or `pretrained`; perhaps wrapped
     path: str | Path,  # File to write, *.safetensors; replaced in one step or not at all
@@ -287,12 +287,12 @@ def save_weights(
         raise ValueError("refusing to save weights that are not finite" + (", or above 65504 in half" if half else ""))
     return write_tensors(path, state, {**inside.metadata, **(metadata or {}), **own})
 
-# %% ../nbs/08_models.ipynb #b91419a4
+# %% ../nbs/08_models.ipynb #15adb09b
 def _without_wrappers(key: str) -> str:
     "The name of a tensor without the parts that torch.compile and DDP put into it."
     return ".".join(part for part in key.split(".") if part not in ("_orig_mod", "module"))
 
-# %% ../nbs/08_models.ipynb #454a271f
+# %% ../nbs/08_models.ipynb #b91419a4
 def load_weights(
     path: str | Path,  # File written by `save_weights`
 ) -> NormalizedModel:  # On the CPU, float32, in eval mode; `.metadata` holds the header
