@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import double_pass, fgsm, ggsm
-from .autoattack import autoattack
+from .autoattack import autoattack_at
 from .data import Budget
 from .evaluation import (Evaluation, budget_curve, clean, evaluate, ggsm_at, jat_suite, joint_at, pgd_at,
                                raw_accuracy)
@@ -73,8 +73,9 @@ def _jat(job: Job) -> dict[str, Any]:
 
 # %% ../nbs/35_suites.ipynb #0290857f
 def _autoattack(job: Job) -> dict[str, Any]:
-    suite = {"Clean": clean, "AutoAttack": partial(autoattack, eps=job.budget.eps_pixel)}
-    return with_bits(evaluate(job.model, job.x, job.y, suite, **job.options))
+    attack = autoattack_at(job.budget.eps_pixel)
+    found = evaluate(job.model, job.x, job.y, {"Clean": clean, "AutoAttack": attack}, **job.options)
+    return with_bits(found) | {"block": attack.block}
 
 # %% ../nbs/35_suites.ipynb #17b2952d
 def _curve(job: Job, attack_at: Callable[[float], Callable[..., Tensor]], budgets: list[float], steps: int
