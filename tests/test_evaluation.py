@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from jat_nb.attacks import fgsm, pgd
-from jat_nb.evaluation import (Evaluation, budget_curve, clean, evaluate, ggsm_at, jat_suite, joint_at, pgd_at,
+from jat_nb.evaluation import (Evaluation, budget_curve, clean, evaluate, ggsm_at, joint_at, pgd_at,
                                raw_accuracy, wilson_interval)
 
 
@@ -63,7 +63,7 @@ def test_linear_model_matches_the_closed_form(eps):
 
 @pytest.mark.parametrize("batch_size", [1, 7, 40])
 def test_batch_size_changes_nothing(case, batch_size):
-    suite = jat_suite(eps_pixel=0.03, eps_flow=0.3, steps=2)
+    suite = {"PGD": pgd_at(0.03, 2), "Spatial": ggsm_at(0.3, 2), "Joint": joint_at(0.03, 0.3, 2)}
     reference = evaluate(*case, suite, batch_size=16)
     assert torch.equal(evaluate(*case, suite, batch_size=batch_size).correct, reference.correct)
 
@@ -151,8 +151,6 @@ def test_bad_input_is_refused(case):
     for suite, batch_size in (({}, 8), ({"Union": pgd}, 8), ({"PGD": pgd}, 0)):
         with pytest.raises(ValueError, match="none named 'Union'"):
             evaluate(model, x, y, suite, batch_size=batch_size)
-    with pytest.raises(ValueError, match="choose from Clean"):
-        jat_suite(eps_pixel=0.1, eps_flow=0.3, names=["AutoAttack"])
     with pytest.raises(ValueError, match="increasing"):
         budget_curve(model, x, y, pgd_at, [0.1, 0.1])
 
@@ -168,13 +166,6 @@ def test_curve_starts_at_the_clean_accuracy_and_is_exact_at_zero(case):
     model, x, y = case
     curve = budget_curve(model, x, y, partial(ggsm_at, steps=2), [0, 0.5, 2], batch_size=9)
     assert curve.names == ("0.0", "0.5", "2.0") and curve.accuracy[0] == 35 / 40
-
-
-def test_suite_scales_its_steps():
-    suite = jat_suite(eps_pixel=8 / 255, eps_flow=0.3)
-    assert list(suite) == ["Clean", "FGSM", "PGD20", "Spatial", "Joint", "Joint PS"]
-    assert suite["Joint PS"].keywords["order"] == "pixel-spatial"
-    assert suite["Joint"].keywords["step_pixel"] == pytest.approx(2 / 255) and suite["Joint"].keywords["step_flow"] == 0.15
 
 
 # -- an attack that could not see (F15)
