@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 from fastcore.docments import docments
 
-from . import __version__
+import jat_nb
 from .catalogue import Setting, papers, recipes, setting
 from .claims import judge_claims
 from .data import Budget, batches, default_budget
@@ -37,7 +37,7 @@ from .results import read_runs
 from .suites import suites
 from .training import fit, train_step
 
-# %% ../nbs/50_cli.ipynb #cd1b0a89
+# %% ../nbs/50_cli.ipynb #fbba480d
 def _kind(anno: Any) -> dict[str, Any]:
     "How argparse reads words of a type."
     if anno is bool:
@@ -51,7 +51,7 @@ def _kind(anno: Any) -> dict[str, Any]:
         return {"nargs": "+", "action": "extend", "type": inner[0]}
     return _kind(inner[0]) if inner else {"type": anno}
 
-# %% ../nbs/50_cli.ipynb #deaf0605
+# %% ../nbs/50_cli.ipynb #a312fe8f
 class _Parser(ArgumentParser):
     "Complains in one line."
 
@@ -62,7 +62,7 @@ class _Parser(ArgumentParser):
 def _parser(work: Callable[..., int]) -> ArgumentParser:
     "The command line of a documented function."
     parser = _Parser(work.__name__, description=work.__doc__, epilog=_STATUS)
-    parser.add_argument("--version", action="version", version=f"jat_nb {__version__}")
+    parser.add_argument("--version", action="version", version=f"jat_nb {jat_nb.__version__}")
     kinds, comments = signature(work).parameters, docments(work, returns=False)
     for name, p in kinds.items():
         options, text = _kind(p.annotation), (comments[name] or "").replace("%", "%%")
@@ -77,7 +77,7 @@ def _parser(work: Callable[..., int]) -> ArgumentParser:
                             required=p.default is Parameter.empty, **options)
     return parser
 
-# %% ../nbs/50_cli.ipynb #b4284f70
+# %% ../nbs/50_cli.ipynb #736bedc1
 _STATUS = "Exit status: 0 done, 2 refused, 3 time is over, call again, 130 interrupted."
 _FAILURES = (ValueError, OSError, FloatingPointError, ImportError, RuntimeError, AssertionError)
 
@@ -104,26 +104,26 @@ def command(
 # %% ../nbs/50_cli.ipynb #5d8f1217
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where to compute if nothing is said
 
-# %% ../nbs/50_cli.ipynb #674ee27d
+# %% ../nbs/50_cli.ipynb #243db4d4
 def _check(**least: tuple[float | None, float]) -> None:
     "Refuse numbers below the least that makes sense: name=(value, least)."
     for name, (value, low) in least.items():
         if value is not None and not value >= low:
             raise ValueError(f"expected {name} >= {low:g}, got {value}")
 
-# %% ../nbs/50_cli.ipynb #9934ec78
+# %% ../nbs/50_cli.ipynb #1c5247d4
 def _threads(threads: int | None) -> None:
     _check(threads=(threads, 1))
     if threads:
         torch.set_num_threads(threads)
 
-# %% ../nbs/50_cli.ipynb #cdc3551a
+# %% ../nbs/50_cli.ipynb #69b30816
 def _say(*words: Any) -> None:
     "Print, in the first process only."
     if processes().rank == 0:
         print(*words, flush=True)
 
-# %% ../nbs/50_cli.ipynb #f40e4b0e
+# %% ../nbs/50_cli.ipynb #c3d08015
 def run_folder(
     out: str | Path,  # Folder of several runs
     name: str,  # Full name of a recipe
@@ -165,7 +165,7 @@ def _measure(s: Setting, device: str) -> str:
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.startswith("cuda") else ""
     return f"{rate:,.0f} images/s{memory}, about {length / rate / 60:.1f} min for {_length(r)}"
 
-# %% ../nbs/50_cli.ipynb #eee882e3
+# %% ../nbs/50_cli.ipynb #ce22076b
 def _length(r: Recipe) -> str:
     return f"{r.iterations} iterations" if r.iterations else f"{r.epochs} epochs"
 
@@ -181,7 +181,7 @@ def _train_one(s: Setting, about: dict[str, Any], out: Path, device: str, deadli
     _say(f"{title}: {_summary(history, s.recipe, left)}, in {out}")
     return not left
 
-# %% ../nbs/50_cli.ipynb #8338ffb4
+# %% ../nbs/50_cli.ipynb #4945e503
 def _summary(history: list[dict[str, Any]], recipe: Recipe, left: str) -> str:
     "A finished or interrupted run in one line."
     if not history:
@@ -256,13 +256,13 @@ def _finished(runs: Sequence[str]) -> list[Path]:
         raise ValueError(f"no finished run in or below {', '.join(runs)}: train to the end before judging")
     return found
 
-# %% ../nbs/50_cli.ipynb #12cc871d
+# %% ../nbs/50_cli.ipynb #48cf7d2e
 def _first_suite(run: Path) -> str:
     "What a run is asked if nothing is said: the first suite of its paper, else the first there is."
     paper = papers().get(str(run_facts(run)["about"].get("name")).split("/")[0])
     return next(iter(paper.suites if paper and paper.suites else suites()))
 
-# %% ../nbs/50_cli.ipynb #282fba39
+# %% ../nbs/50_cli.ipynb #f1be62bb
 def _one_line(answer: dict[str, Any]) -> str:
     "What a suite answered, in a line."
     if "failed" in answer:  # the checks for masking
@@ -305,7 +305,7 @@ def jat_eval(
              else f"{run}, {name}: already there (--again repeats it)")
     return 0
 
-# %% ../nbs/50_cli.ipynb #4eabb5bd
+# %% ../nbs/50_cli.ipynb #66051445
 def _finish_attack(out: Path, made: dict[str, Any], rows: list[dict[str, Any]]) -> int:
     "Write attack.json, and say what became of the pictures."
     if processes().rank == 0:
@@ -315,7 +315,7 @@ def _finish_attack(out: Path, made: dict[str, Any], rows: list[dict[str, Any]]) 
          + (f", {lost} lost it in rounding" if lost else "") + f"; see {out}/attack.json")
     return 0
 
-# %% ../nbs/50_cli.ipynb #d562f729
+# %% ../nbs/50_cli.ipynb #2e415632
 def _budget(data: str, eps_pixel: float | None, eps_flow: float | None) -> Budget:
     "The budget of a data set, or of one's own in levels and pixels."
     default = default_budget(data)

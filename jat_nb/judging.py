@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['find_runs', 'run_facts', 'unfinished', 'open_run', 'sources_for', 'judge']
 
-# %% ../nbs/39_judging.ipynb #a445acc3
+# %% ../nbs/39_judging.ipynb #d2eed838
 import hashlib
 import json
 import time
@@ -23,7 +23,7 @@ from .processes import from_first, processes
 from .records import Record, check_writable, read_jsonl
 from .suites import Job, run_suite, suites
 
-# %% ../nbs/39_judging.ipynb #e6099f24
+# %% ../nbs/39_judging.ipynb #6b3264b5
 def find_runs(
     paths: Iterable[str | Path],  # Folders of runs, or folders that hold them at any depth
 ) -> list[Path]:  # Folders of runs
@@ -36,7 +36,7 @@ def find_runs(
         found += below
     return found
 
-# %% ../nbs/39_judging.ipynb #aabc5bf9
+# %% ../nbs/39_judging.ipynb #88bd0ad2
 def run_facts(
     run: str | Path,  # Folder of a run
 ) -> dict[str, Any]:  # "recipe", "about" and "model", as written when the training began
@@ -52,7 +52,7 @@ def run_facts(
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: train the network with jat_train")
     return facts
 
-# %% ../nbs/39_judging.ipynb #5bee8f3b
+# %% ../nbs/39_judging.ipynb #dab5d24c
 def unfinished(
     run: str | Path,  # Folder of a run
 ) -> str:  # "3 of 8 epochs"; "" if the run has reached its end
@@ -62,7 +62,7 @@ def unfinished(
     done = sum(row["iterations"] for row in log) if unit == "iterations" else len(log)
     return "" if done >= recipe[unit] else f"{done} of {recipe[unit]} {unit}"
 
-# %% ../nbs/39_judging.ipynb #ceab67e2
+# %% ../nbs/39_judging.ipynb #d9442447
 def open_run(
     run: str | Path,  # Folder of a run
     weights: str = "last",  # "last" or "best": which epoch
@@ -73,15 +73,15 @@ def open_run(
         raise ValueError(f"expected weights 'last' or 'best', got {weights!r}")
     return run_facts(run), load_weights(Path(run) / f"{weights}.safetensors").to(device)
 
-# %% ../nbs/39_judging.ipynb #5fa97c9a
+# %% ../nbs/39_judging.ipynb #2318f638
 def _hash(run: Path, weights: str) -> str:
     return hashlib.sha256((run / f"{weights}.safetensors").read_bytes()).hexdigest()[:16]
 
-# %% ../nbs/39_judging.ipynb #d701e3dd
+# %% ../nbs/39_judging.ipynb #fb68fac9
 def _but_for_seed(run: Path) -> dict[str, Any]:
     return {name: value for name, value in run_facts(run)["about"].items() if name != "seed"}
 
-# %% ../nbs/39_judging.ipynb #ec17d085
+# %% ../nbs/39_judging.ipynb #dc1e386c
 def sources_for(
     run: str | Path,  # Folder of the run that is judged
     suite: str,  # Key of `suites()`
@@ -98,7 +98,7 @@ def sources_for(
                          "records tell them apart by name")
     return others
 
-# %% ../nbs/39_judging.ipynb #ea434f85
+# %% ../nbs/39_judging.ipynb #67f9b346
 def _test_set(about: dict[str, Any]) -> tuple[ImageSet, dict[str, Any]]:
     "The test images by the classes of a run, and what tells them from others."
     whole = load(about["data"], "test", classes=about.get("classes"))
@@ -108,10 +108,10 @@ def _test_set(about: dict[str, Any]) -> tuple[ImageSet, dict[str, Any]]:
         digest.update(part.contiguous().numpy().tobytes())
     return whole, {"sha256": digest.hexdigest()[:16], "images": len(whole), "classes": list(whole.classes)}
 
-# %% ../nbs/39_judging.ipynb #ff319276
+# %% ../nbs/39_judging.ipynb #0adc7b1a
 _FREE = ("run", "n", "batch_size")  # parts of a configuration that may differ
 
-# %% ../nbs/39_judging.ipynb #b3538e56
+# %% ../nbs/39_judging.ipynb #35717920
 def _answered(path: Path, config: dict[str, Any], seed: int) -> Record | None:
     "The record on disk, if it answers this question."
     try:
@@ -122,7 +122,7 @@ def _answered(path: Path, config: dict[str, Any], seed: int) -> Record | None:
     same = fixed[0] == fixed[1] and old.seed == seed
     return old if same and old.config["n"] >= config["n"] else None
 
-# %% ../nbs/39_judging.ipynb #377508ec
+# %% ../nbs/39_judging.ipynb #2191f6ec
 def judge(
     run: str | Path,  # Folder of a finished run; the answer goes there as eval-SUITE.json
     suite: str,  # Name of a suite
