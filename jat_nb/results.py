@@ -34,11 +34,13 @@ def published(
     table: int,  # Number of the table in the paper
 ) -> pd.DataFrame:  # paper, table, dataset, model_or_method, setting, metric, value; value is text in SRT's Table 7
     "The numbers of one table as printed."
-    known = sorted(f.name for f in (files("jat_nb") / "published").iterdir() if f.name.endswith(".csv"))
+    mine = papers().get(paper.lower())
+    folder = Path(mine.tables) if mine and mine.tables else files("jat_nb") / "published"
+    known = sorted(f.name for f in folder.iterdir() if f.name.endswith(".csv"))
     if (name := f"{paper.lower()}_table{table}.csv") not in known:
         have = ", ".join(k.removesuffix(".csv").replace("_table", " ") for k in known)
         raise ValueError(f"no table {table} of {paper!r}: there are {have}")
-    with (files("jat_nb") / "published" / name).open(encoding="utf-8") as file:
+    with (folder / name).open(encoding="utf-8") as file:
         frame = pd.read_csv(file, dtype=str, keep_default_na=False)
     numbers = pd.to_numeric(frame["value"], errors="coerce")
     return frame if numbers.isna().any() else frame.assign(value=numbers)
