@@ -53,7 +53,7 @@ class Job:
         "What the options of an attack may refer to."
         return {"eps_pixel": self.budget.eps_pixel, "eps_flow": self.budget.eps_flow, "steps": self.steps}
 
-# %% ../nbs/35_suites.ipynb #8f9b9f27
+# %% ../nbs/35_suites.ipynb #56ffe6da
 Spec = tuple[str, Mapping[str, Any]]  # name of an attack and its options
 
 
@@ -67,7 +67,7 @@ def quantity(
     number = float(found[1] or 1) * given[found[2]]
     return max(1, int(number)) if found[2] == "steps" else number
 
-# %% ../nbs/35_suites.ipynb #5382408f
+# %% ../nbs/35_suites.ipynb #7d6e1c7f
 _OTHERS: Mapping[str, Callable[..., Attack]] = MappingProxyType({
     "clean": lambda: clean, "random_pixels": random_pixels, "random_flow": random_flow,
     "autoattack": lambda eps: partial(autoattack, eps=eps)})
@@ -113,7 +113,7 @@ def with_bits(
     "An evaluation as JSON-able data, down to the single image."
     return evaluation.record() | {"correct": {k: bits(row) for k, row in zip(evaluation.names, evaluation.correct)}}
 
-# %% ../nbs/35_suites.ipynb #8a4d0d3c
+# %% ../nbs/35_suites.ipynb #d7333664
 @dataclass(frozen=True)
 class Suite:
     "Questions to a network, as data."
@@ -272,7 +272,7 @@ SUITES: Mapping[str, Suite] = MappingProxyType({
     "masking": Suite(kind="masking", options={"steps": ("steps", "5 steps")}),
 })  # suites that serve every paper
 
-# %% ../nbs/35_suites.ipynb #fcbff614
+# %% ../nbs/35_suites.ipynb #34b2d408
 def suites() -> dict[str, Suite]:  # The general ones first, then each paper's
     "Every suite by name."
     found = dict(SUITES)
@@ -309,7 +309,7 @@ def run_suite(
             raise ValueError(f"the suite {name!r} needs {need} and the job has none: give it {need}")
     return _answer(asked, job)
 
-# %% ../nbs/35_suites.ipynb #cd815e42
+# %% ../nbs/35_suites.ipynb #69d25508
 def check_answer(
     suite: str | Suite,  # Key of `suites()`; an unknown one may hold anything but a bad table
     answer: Mapping[str, Any],  # As `run_suite` gave it
