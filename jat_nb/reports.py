@@ -195,7 +195,7 @@ QUESTIONS = {
     "linearity": "Do the gradients at an image and at a point beside it agree?",
 }  # what each sign of masking asks
 
-
+# %% ../nbs/38_reports.ipynb #0b97d411
 def masking_checks(
     run: Run,  # One run, with whatever suites it has
 ) -> dict[str, dict[str, Any]]:  # By name of the check: "held" (None: not run) and "seen", name to number
@@ -234,7 +234,7 @@ def _bars(runs: Sequence[Run]) -> list[str]:
     usual = [column for column in ("PGD20", "PGD100", "AutoAttack") if column in known]
     return usual or [column for column in known if column not in ("Clean", "Union")][:3]
 
-
+# %% ../nbs/38_reports.ipynb #b8637326
 def _drawings(runs: Sequence[Run], **group: str) -> str:
     "The figures of one group, and a small one per training."
     suites = {suite for run in runs if run.usable for suite in run.evaluations}
@@ -251,7 +251,7 @@ def _paper(run: Run) -> str:
     "The key of a run's paper; empty for a paper that nobody knows."
     return run.paper if run.paper in papers() else ""
 
-
+# %% ../nbs/38_reports.ipynb #7395ac33
 def _group(runs: Sequence[Run], key: str, tier: str, data: str) -> str:
     "What is known of the runs of one paper at one tier on one data set."
     order = {name: i for i, name in enumerate(recipes())}
@@ -341,7 +341,7 @@ def _section(runs: Sequence[Run], key: str, claims: pd.DataFrame | None) -> tupl
         links[f"{key}-claims"] = f"{title}claims"
     return links, parts
 
-
+# %% ../nbs/38_reports.ipynb #d6fcc89c
 def html_report(
     runs: Sequence[Run],  # As read
     path: str | Path,  # *.html, created or replaced in one step

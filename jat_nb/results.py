@@ -205,10 +205,10 @@ def _evaluation(path: Path, facts: Mapping[str, Any], log: Sequence[Mapping[str,
     check_answer(suite, record.metrics)
     return _named(record) if suite == "masking" else record
 
-
+# %% ../nbs/36_results.ipynb #2a709090
 _LETTERS = dict(zip("abcdef", ("more effort", "unbounded", "noise", "transfer", "autoattack", "linearity")))
 
-
+# %% ../nbs/36_results.ipynb #7f81ce09
 def _named(record: Record) -> Record:
     "The signs of masking by name; 0.2 gave them letters."
     name = lambda check: _LETTERS.get(check, check)
@@ -216,7 +216,7 @@ def _named(record: Record) -> Record:
     failed = [name(check) for check in record.metrics.get("failed", [])]
     return replace(record, metrics=record.metrics | {"rows": rows, "failed": failed})
 
-
+# %% ../nbs/36_results.ipynb #8cbe4944
 def _unfinished(recipe: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> str:
     "How far an unfinished run came; a recipe counts epochs or iterations."
     wanted = recipe.get("iterations")
@@ -225,11 +225,11 @@ def _unfinished(recipe: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> 
     done = sum(row.get("iterations", 0) for row in log)
     return f"{done} of {wanted} iterations" * (done != wanted)
 
-
+# %% ../nbs/36_results.ipynb #465f07d0
 def _log(path: Path) -> list[dict[str, Any]]:
     return [{"loss": float(row["loss"]), "epoch": int(row["epoch"])} | row for row in read_jsonl(path)]
 
-
+# %% ../nbs/36_results.ipynb #2d268836
 def _read_run(path: Path, folder: str) -> Run:
     problems: list[str] = []
     facts = _attempt(problems, lambda p: dict(json.loads(p.read_text(encoding="utf-8"))), path / "run.json", {})
@@ -314,7 +314,7 @@ def _printed(paper: Paper, number: int) -> dict[str, dict[str, float]]:
         rows.setdefault(";".join(trained) or line.model_or_method, {})[column] = line.value
     return rows
 
-
+# %% ../nbs/36_results.ipynb #0ab01286
 def printed_numbers(
     paper: Paper,  # Whose tables
 ) -> dict[tuple[str, ...], float]:  # Percent by (recipe, column, data set, source or "")
@@ -342,7 +342,7 @@ def transfer_key(
         if source in trained.get(key, {f"{paper}/{key.rpartition('-s')[0]}"}): return key
     return source.rpartition("/")[2]
 
-
+# %% ../nbs/36_results.ipynb #984d5d09
 def _ours(runs: Sequence[Run], row: Row | None, column: str, **where: str) -> Share | None:
     if row is None: return None
     if not row.source: return survivors(runs, row.recipe, column, **where)
@@ -364,7 +364,7 @@ def _lines(paper: Paper, number: int, runs: Sequence[Run], data: str | None, tie
                 yield (label, column, tier, printed, ours, 100 * low, 100 * high, ours - printed,
                        len(share.seeds) if share else 0, share.n if share else 0)
 
-
+# %% ../nbs/36_results.ipynb #0e57f4a0
 def paper_table(
     paper: str,  # Key of `papers()`
     number: int,  # Number of the table there
@@ -412,7 +412,7 @@ def recipe_names(
     found = {run.name for run in runs if run.usable and run.group == (tier, data) and paper in (None, run.paper)}
     return sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
 
-
+# %% ../nbs/36_results.ipynb #afa561af
 def overview(
     runs: Sequence[Run],  # As read
     *,
@@ -429,7 +429,7 @@ def overview(
     rows = {name: row for name, row in rows.items() if set(row.values()) != {"-"}}
     return pd.DataFrame.from_dict(rows, orient="index", columns=list(columns))
 
-
+# %% ../nbs/36_results.ipynb #2558a264
 def _columns(run: Run) -> list[str]:
     "The columns of a run's paper; of a run of no paper those of its records."
     paper = papers().get(run.paper)
