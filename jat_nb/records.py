@@ -136,7 +136,8 @@ def _device(device: torch.device | str | None) -> str:
 # %% ../nbs/06_records.ipynb #e3f0067f
 def _git(folder: str | Path, *words: str) -> str:
     "Answer of a git command about a folder; empty when there is none."
-    free = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}  # a hook may name another repository
+    # inside a git hook the environment names another repository
+    free = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
     try:
         answer = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True,
                                 timeout=20, env={**free, "GIT_OPTIONAL_LOCKS": "0"})
@@ -146,7 +147,7 @@ def _git(folder: str | Path, *words: str) -> str:
 
 
 def _commit(folder: str | Path | None) -> str | None:
-    "Commit checked out in `folder`, or of this package, with -dirty when files differ; None outside git."
+    "Commit of `folder`, or of this package, with -dirty when files differ; None outside git."
     if folder is None:
         folder = Path(jat_nb.__file__).resolve().parent
         top = _git(folder, "rev-parse", "--show-toplevel")
@@ -156,12 +157,13 @@ def _commit(folder: str | Path | None) -> str | None:
 
 # %% ../nbs/06_records.ipynb #e3548d78
 def environment(
-    device: torch.device | str | None = None,  # Where the run computes; None: the GPU if there is one
-    folder: str | Path | None = None,  # A folder of the work tree whose commit counts; None: the package's own
+    device: torch.device | str | None = None,  # Where the run computes; None: a GPU if there is one
+    folder: str | Path | None = None,  # Work tree whose commit counts; None: the package's own
 ) -> dict[str, Any]:  # versions {package: text}, device, threads, commit (None outside git)
     "What a run stands on: no names of machines or people, no paths."
-    versions = {"python": platform.python_version(), "cuda": torch.version.cuda if torch.cuda.is_available() else None}
-    versions |= {p: _version(p) for p in _PACKAGES}
+    versions = {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES}
+    if torch.cuda.is_available():
+        versions["cuda"] = torch.version.cuda
     return {"versions": {k: v for k, v in versions.items() if v}, "device": _device(device),
             "threads": torch.get_num_threads(), "commit": _commit(folder)}
 
