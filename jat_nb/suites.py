@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import ATTACKS
-from .autoattack import autoattack
+from .autoattack import autoattack_at
 from .catalogue import papers
 from .data import Budget
 from .evaluation import Attack, Evaluation, budget_curve, clean, evaluate, raw_accuracy
@@ -71,9 +71,9 @@ def quantity(
 # %% ../nbs/35_suites.ipynb #7d6e1c7f
 _OTHERS: Mapping[str, Callable[..., Attack]] = MappingProxyType({
     "clean": lambda: clean, "random_pixels": random_pixels, "random_flow": random_flow,
-    "autoattack": lambda eps: partial(autoattack, eps=eps)})
+    "autoattack": autoattack_at})
 
-# %% ../nbs/35_suites.ipynb #0fae218c
+# %% ../nbs/35_suites.ipynb #19893f23
 def attack_from(
     spec: Spec,  # Name of an attack and its options
     given: Mapping[str, float],  # Quantities by name, such as `Job.quantities`
@@ -87,7 +87,7 @@ def attack_from(
     if "loss" in options: options["loss"] = LOSSES[options["loss"]]
     return partial(ATTACKS[name], **options)
 
-# %% ../nbs/35_suites.ipynb #50583b23
+# %% ../nbs/35_suites.ipynb #fc7b8b45
 def attacks_from(
     columns: Mapping[str, Spec | Sequence[Spec]],  # Column name to a spec, or to several
     given: Mapping[str, float],  # Quantities by name, such as `Job.quantities`
@@ -126,12 +126,12 @@ class Suite:
     kind: str = "table"  # key of KINDS, or "module:function"
     also: Mapping[str, "Suite"] = field(default_factory=dict)  # further questions, by key of answer
 
-# %% ../nbs/35_suites.ipynb #f350593c
+# %% ../nbs/35_suites.ipynb #3f251f18
 def _table(suite: Suite, job: Job) -> dict[str, Any]:
     attacks = attacks_from(suite.columns, job.quantities)
     return with_bits(evaluate(job.model, job.x, job.y, attacks, **job.options))
 
-# %% ../nbs/35_suites.ipynb #ead35750
+# %% ../nbs/35_suites.ipynb #7177b890
 def _check_table(suite: Suite, answer: Mapping[str, Any]) -> None:
     "Verdicts must be as many as images and add up to the accuracies of a table, or of a curve."
     n, verdicts = answer["n"], answer.get("correct", {})
@@ -156,7 +156,7 @@ def _curve(job: Job, spec: Spec, budgets: list[float], steps: int) -> dict[str, 
             "low": low.tolist(), "high": high.tolist(), "n": found.n,
             "correct": [bits(row) for row in found.correct]}
 
-# %% ../nbs/35_suites.ipynb #5e2c19e3
+# %% ../nbs/35_suites.ipynb #a82e7492
 def _curves(suite: Suite, job: Job) -> dict[str, Any]:
     "A curve for each budget, and one for each number of steps where the suite counts steps."
     given, found = suite.options, {}
@@ -171,7 +171,7 @@ def _curves(suite: Suite, job: Job) -> dict[str, Any]:
         if kind in given["counts"]: found[f"{kind}_steps"] = curves
     return found
 
-# %% ../nbs/35_suites.ipynb #e5da7a9a
+# %% ../nbs/35_suites.ipynb #8a715c39
 def _check_curves(suite: Suite, answer: Mapping[str, Any]) -> None:
     for kind in suite.columns:
         _check_table(suite, answer[kind])
@@ -196,18 +196,18 @@ def _transfer(suite: Suite, job: Job) -> dict[str, Any]:
     made_on = lambda source: transfer(source, job.model, job.x, job.y, attacks, **job.options)
     return {"sources": {name: with_bits(made_on(source)) for name, source in job.sources.items()}}
 
-# %% ../nbs/35_suites.ipynb #5c1b4c04
+# %% ../nbs/35_suites.ipynb #c2175650
 def _masking(suite: Suite, job: Job) -> dict[str, Any]:
     b, twin = job.budget, next(iter(job.sources.values()), None)
     steps = tuple(quantity(s, job.quantities) for s in suite.options["steps"])
     return masking_report(job.model, job.x, job.y, eps_pixel=b.eps_pixel, eps_flow=b.eps_flow,
                           siamese=twin, steps=steps, **job.options).record()
 
-# %% ../nbs/35_suites.ipynb #875db29f
+# %% ../nbs/35_suites.ipynb #d0c60f0c
 def _check_transfer(suite: Suite, answer: Mapping[str, Any]) -> None:
     for table in answer["sources"].values(): _check_table(suite, table)
 
-# %% ../nbs/35_suites.ipynb #89caf3a1
+# %% ../nbs/35_suites.ipynb #2ed19e2d
 def _check_masking(suite: Suite, answer: Mapping[str, Any]) -> None:
     for row in answer["rows"]: row["check"], row["held"], dict(row["seen"])
 
@@ -220,17 +220,17 @@ def as_they_are(
     found = evaluate(job.model, images, job.y, {"as they are": clean}, batch_size=job.batch_size)
     return bits(found.correct[0])
 
-# %% ../nbs/35_suites.ipynb #451628ad
+# %% ../nbs/35_suites.ipynb #136c7ea4
 def _raw(suite: Suite, job: Job) -> dict[str, str]:
     attacks = attacks_from(suite.columns, job.quantities)
     return with_bits(raw_accuracy(job.model, job.x, job.y, attacks, **job.options))["correct"]
 
-# %% ../nbs/35_suites.ipynb #4cf95ca2
+# %% ../nbs/35_suites.ipynb #13e7fbbe
 def _check_raw(suite: Suite, answer: Mapping[str, Any]) -> None:
     if not all(isinstance(text, str) and not set(text) - set("01") for text in answer.values()):
         raise ValueError("a raw verdict is a text of 0 and 1")
 
-# %% ../nbs/35_suites.ipynb #630b192b
+# %% ../nbs/35_suites.ipynb #346d10b4
 def _similarity(suite: Suite, job: Job) -> dict[str, list[float]]:
     [attack], found = attacks_from(suite.columns, job.quantities).values(), []
     for rows in torch.arange(len(job.y)).split(job.batch_size):
@@ -238,7 +238,7 @@ def _similarity(suite: Suite, job: Job) -> dict[str, list[float]]:
         found.append(attack(job.model, job.x[rows], job.y[rows], generator=own))
     return similarity(job.x, torch.cat(found)).to_dict("list")
 
-# %% ../nbs/35_suites.ipynb #eaa95522
+# %% ../nbs/35_suites.ipynb #b9215626
 def _check_similarity(suite: Suite, answer: Mapping[str, Any]) -> None:
     [float(v) for values in answer.values() for v in values]
 
@@ -256,7 +256,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType({
     "surface": Kind(_surface, _check_surface), "transfer": Kind(_transfer, _check_transfer),
     "masking": Kind(_masking, _check_masking)})  # kinds of question by name
 
-# %% ../nbs/35_suites.ipynb #b0998427
+# %% ../nbs/35_suites.ipynb #d9ee041d
 _PIXEL = {"eps": "eps_pixel", "step": "0.25 eps_pixel", "steps": "steps"}
 _FLOW = {"eps": "eps_flow", "step": "0.5 eps_flow", "steps": "steps"}
 _JOINT = {"eps_pixel": "eps_pixel", "step_pixel": "0.25 eps_pixel", "eps_flow": "eps_flow",
@@ -264,7 +264,8 @@ _JOINT = {"eps_pixel": "eps_pixel", "step_pixel": "0.25 eps_pixel", "eps_flow": 
 _GROWING = {"eps": "budget", "steps": "steps"}
 
 SUITES: Mapping[str, Suite] = MappingProxyType({
-    "autoattack": Suite({"Clean": ("clean", {}), "AutoAttack": ("autoattack", {"eps": "eps_pixel"})}),
+    "autoattack": Suite({"Clean": ("clean", {}),
+                         "AutoAttack": ("autoattack", {"eps": "eps_pixel", "block": 100})}),
     "curves": Suite({"pixel": ("pgd", _GROWING | {"step": "0.25 budget"}),
                      "flow": ("ggsm", _GROWING | {"step": "0.5 budget"})}, kind="curves",
                     options={"points": 11, "parts": {"pixel": 4, "flow": 3},
@@ -291,14 +292,14 @@ def suites() -> dict[str, Suite]:  # The general ones first, then each paper's
 def _kind(suite: Suite) -> Kind:
     return pkgutil.resolve_name(suite.kind) if ":" in suite.kind else KINDS[suite.kind]
 
-# %% ../nbs/35_suites.ipynb #015fb943
+# %% ../nbs/35_suites.ipynb #1fabcf86
 def _answer(suite: Suite, job: Job) -> dict[str, Any]:
     "The answer of a suite and of those beside it."
     if (n := suite.options.get("n")) is not None: job = replace(job, x=job.x[:n], y=job.y[:n])
     beside = {key: _answer(part, job) for key, part in suite.also.items()}
     return _kind(suite).ask(suite, job) | beside
 
-# %% ../nbs/35_suites.ipynb #4191373d
+# %% ../nbs/35_suites.ipynb #303cc6a8
 def run_suite(
     suite: str | Suite,  # Key of `suites()`, or questions of your own
     job: Job,  # The network, the images, the budget
