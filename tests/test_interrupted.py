@@ -13,7 +13,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from jat_nb.data import ImageSet
-from jat_nb.evaluation import evaluate, jat_suite
+from jat_nb.evaluation import evaluate
+from jat_nb.papers.jat import jat_suite
 from jat_nb.records import read_jsonl
 from jat_nb.recipes import Recipe
 from jat_nb.training import fit
