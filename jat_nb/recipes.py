@@ -75,14 +75,14 @@ class Recipe:
         "Read a recipe back."
         return cls(**_of_today({**missing, **written}, [f.name for f in fields(cls)]))
 
-# %% ../nbs/25_recipes.ipynb #656cacc3
+# %% ../nbs/25_recipes.ipynb #df0be79b
 def _tupled(value: Any, kind: Any) -> Any:
     "Lists, as JSON has them, become tuples where an annotation asks for tuples."
     if get_origin(kind) is tuple and isinstance(value, list):
         return tuple(_tupled(v, get_args(kind)[0]) for v in value)
     return value
 
-# %% ../nbs/25_recipes.ipynb #198ac26a
+# %% ../nbs/25_recipes.ipynb #2c8c6e58
 def _settle(r: Recipe) -> None:
     "Copy every field, check its kind, then check the recipe as a whole."
     for f in fields(r):
@@ -96,7 +96,7 @@ def _settle(r: Recipe) -> None:
         object.__setattr__(r, f.name, value)
     _check_recipe(r)
 
-# %% ../nbs/25_recipes.ipynb #27052cdb
+# %% ../nbs/25_recipes.ipynb #8f6b38b3
 def _of_today(values: dict[str, Any], known: Sequence[str]) -> dict[str, Any]:
     "The fields of this version; 0.2 wrote a single attack, and augmentation as yes or no."
     if "attack" in values:
@@ -126,7 +126,7 @@ def _fits(value: Any, kind: Any) -> bool:
         return kind is bool
     return isinstance(value, (int, float) if kind is float else origin or kind)
 
-# %% ../nbs/25_recipes.ipynb #022ae016
+# %% ../nbs/25_recipes.ipynb #d7283e4b
 def _said(kind: Any) -> str:
     "An annotation in words."
     if get_origin(kind) in (Union, UnionType):
@@ -137,7 +137,7 @@ def _said(kind: Any) -> str:
         return "None"
     return str(kind) if get_args(kind) else getattr(kind, "__name__", str(kind))
 
-# %% ../nbs/25_recipes.ipynb #47418743
+# %% ../nbs/25_recipes.ipynb #bb5bdba8
 def _check_kind(what: str, value: Any, kind: Any) -> None:
     if not _fits(value, kind):
         raise ValueError(f"expected {what} to be {_said(kind)}, got {value!r}")
@@ -150,7 +150,7 @@ def _check_name(what: str, name: Any, known: Sequence[str] | Mapping[str, Any]) 
     if not isinstance(name, str) or name not in known:
         raise ValueError(f"unknown {what} {name!r}: choose one of {', '.join(known)}")
 
-# %% ../nbs/25_recipes.ipynb #c47f715b
+# %% ../nbs/25_recipes.ipynb #f6e63a65
 def _check_options(what: str, name: str, known: Mapping[str, Callable], options: Mapping[str, Any],
                    hidden: Sequence[str] = ()) -> None:
     "Refuse an unknown function, a keyword it does not take, or a value of another kind."
@@ -182,7 +182,7 @@ def _check_attacks(r: Recipe) -> None:
             _check_kind(f"the options of {name!r}", options, dict)
             _check_options("attack", name, ATTACKS, options, hidden=_OF_THE_CALL)
 
-# %% ../nbs/25_recipes.ipynb #eab7bc4e
+# %% ../nbs/25_recipes.ipynb #36de4509
 def _check_numbers(r: Recipe) -> None:
     "Numbers in their ranges."
     for name in ("batch_size", "probe_images", "accumulate"):
@@ -196,7 +196,7 @@ def _check_numbers(r: Recipe) -> None:
     if not (0 < r.drop <= 1 and 0 < r.warmup < 1):
         raise ValueError(f"expected 0 < drop <= 1 and 0 < warmup < 1, got {r.drop} and {r.warmup}")
 
-# %% ../nbs/25_recipes.ipynb #b3abef54
+# %% ../nbs/25_recipes.ipynb #a7c65759
 def _unit(r: Recipe) -> str:
     "What the length, the milestones and the knots of a recipe are counted in."
     return "epochs" if r.iterations is None else "iterations"
@@ -240,7 +240,7 @@ def _one_cycle(r: Recipe, t: float) -> float:
     part = t / r.warmup if climbing else (t - r.warmup) / (1 - r.warmup)
     return end + (start - end) * (1 + math.cos(math.pi * part)) / 2
 
-# %% ../nbs/25_recipes.ipynb #4b06cc08
+# %% ../nbs/25_recipes.ipynb #5a8c1b6a
 def _piecewise(r: Recipe, t: float) -> float:
     places = [place / _length(r) for place, _ in r.knots]
     factors = [factor for _, factor in r.knots]
@@ -250,7 +250,7 @@ def _piecewise(r: Recipe, t: float) -> float:
     (start, end), (low, high) = places[passed - 1:passed + 1], factors[passed - 1:passed + 1]
     return low + (high - low) * (t - start) / (end - start)
 
-# %% ../nbs/25_recipes.ipynb #8116c912
+# %% ../nbs/25_recipes.ipynb #ab86fdcc
 _SCHEDULES: Mapping[str, Callable[[Recipe, float], float]] = {
     "multistep": lambda r, t: r.drop ** sum(t >= m / _length(r) for m in r.milestones),
     "onecycle": _one_cycle,
@@ -289,7 +289,7 @@ class Bound(NamedTuple):
     attacks: dict[str, Callable[..., Tensor]]  # By role: attack(model, x, y, target=, generator=)
     probe: Callable[..., Tensor]  # probe(model, x, y, generator=) -> images
 
-# %% ../nbs/25_recipes.ipynb #1b4b737a
+# %% ../nbs/25_recipes.ipynb #00ff1039
 def _attack(name: str, options: Mapping[str, Any]) -> Callable[..., Tensor]:
     "An attack with its options; the loss is looked up by its name."
     loss = {"loss": LOSSES[options["loss"]]} if "loss" in options else {}
@@ -304,7 +304,7 @@ def _chain(attacks: Sequence[Callable[..., Tensor]]) -> Callable[..., Tensor]:
         return x
     return attacks[0] if len(attacks) == 1 else chained
 
-# %% ../nbs/25_recipes.ipynb #cf69ab43
+# %% ../nbs/25_recipes.ipynb #f56ab06b
 def bind(
     recipe: Recipe,  # Names of functions, and their options
 ) -> Bound:  # The functions
