@@ -50,7 +50,7 @@ def _wilson(share: Share) -> tuple[float, float]:
     low, high = wilson_interval(min(share.value * share.n, share.n), share.n)
     return float(low), float(high)
 
-
+# %% ../nbs/34_differences.ipynb #63ba7e74
 def _seed_error(groups: Iterable[Sequence[float]]) -> float:
     "Half-width that the choice of seeds adds to a mean, or to a difference of two; one seed says nothing about it."
     return _Z * math.sqrt(sum(statistics.variance(g) / len(g) for g in groups if len(g) > 1))
