@@ -62,7 +62,8 @@ def recipes(
     probe = dict(steps=5, eps_pixel=budget.eps_pixel, step_pixel=budget.step_pixel,
                  eps_flow=budget.eps_flow, step_flow=budget.step_flow)
     common = dict(data=settings.data, model=settings.model, epochs=settings.epochs, batch_size=settings.batch_size,
-                  seed=settings.seed, schedule="onecycle", nesterov=True, weight_decay=5e-4, amp=True, channels_last=True, probe_options=probe)
+                  seed=settings.seed, schedule="onecycle", nesterov=True, weight_decay=5e-4,
+                  amp=True, channels_last=True, probe_options=probe)
     one_step = dict(eps_pixel=budget.eps_pixel, step_pixel=budget.eps_pixel,
                     eps_flow=budget.eps_flow, step_flow=budget.eps_flow, steps=1)
     return {"Natural": replace(published("jat/natural"), **common),
