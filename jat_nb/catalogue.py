@@ -45,6 +45,7 @@ class Paper:
     claims: tuple[Any, ...] = ()  # What it says about its numbers
     synonyms: Mapping[str, str] = field(default_factory=dict)  # {column as printed: our column}
     shown: tuple[str, ...] = ()  # Recipes that a figure with room for few lines shows first
+    tables: str = ""  # Folder of its published tables, key_tableN.csv; "": the package's own
 
     def __post_init__(self) -> None:
         foreign = [name for name in self.recipes if not name.startswith(f"{self.key}/")]
