@@ -30,12 +30,12 @@ from .data import Batch, available, default_budget, load
 from .evaluation import Attack, evaluate, pgd_at
 from .losses import cross_entropy, dlr_loss, margin_loss
 from .models import create, frozen, pretrained
-from .objectives import OBJECTIVES
-from .recipes import RECIPES
+from .catalogue import recipe as published, recipes
+from .recipes import Recipe, bind, make_optimizer
 from .records import progress
 from .results import Share, difference
 from .timing import Rounds, interleave, slope, spread
-from .training import Recipe, make_optimizer, train_step
+from .training import train_step
 
 # %% ../nbs/52_bench.ipynb #de0d69f7
 _SHAPES = {"double_pass": (2, "alternating"), "cascade": (2, "sequential")}  # others: one gradient a step
@@ -56,8 +56,8 @@ def step_cost(
     recipe: Recipe,  # Its objective and attack are read
 ) -> int:  # Cost of one update in forward passes; natural training costs 3
     "Model passes of one training step, forward 1, backward to the image 1, to image and weights 2 (Eq. 1)."
-    options, steps = recipe.objective_options, recipe.attack_options.get("steps", 1)
-    attack = floor_passes(recipe.attack, steps) if recipe.attack else 0
+    options, attacks = recipe.objective_options, [pair for chain in recipe.attacks.values() for pair in chain]
+    attack = sum(floor_passes(name, keywords.get("steps", 1)) for name, keywords in attacks)
     soft = options.get("labels", "bilateral") == "bilateral" or options.get("target") == "most_confusing"
     return 3 + 2 * attack + (recipe.objective == "jat" and soft)
 
@@ -179,19 +179,18 @@ def measure_memory(p: Plan) -> dict[str, Any]:  # sizes in; raw bytes, findings;
 def measure_training(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, images per second, findings
     "Time of one update by each recipe over that of a natural one."
     model, x, y = _stage(p, p.train_model)
-    batch, recipes = Batch(x, y, torch.Generator(p.device)), {name: RECIPES[f"jat/{name}"] for name in p.recipes}
+    batch, trained = Batch(x, y, torch.Generator(p.device)), {name: published(f"jat/{name}") for name in p.recipes}
 
     def step(r: Recipe) -> Callable[[int], float]:
-        attack = partial(ATTACKS[r.attack], **r.attack_options) if r.attack else None
-        objective = partial(OBJECTIVES[r.objective], **r.objective_options)
+        bound = bind(r)
         optimizer = make_optimizer(model.train(), replace(r, lr=1e-5))
-        return lambda i: train_step(model, batch, optimizer, objective, attack, amp=True)
+        return lambda i: train_step(model, batch, optimizer, bound.objective, bound.attacks, amp=True)
 
-    steps = {name: step(r) for name, r in recipes.items()}
+    steps = {name: step(r) for name, r in trained.items()}
     interleave({name: steps[name] for name in ("natural", "one-step-joint")}, 1)
     timed = _timed(p, steps, p.rounds, "training")
     return {"seconds": timed.values, "images_per_second": {k: p.batch / timed.median(k) for k in steps},
-            "predicted": {k: step_cost(r) / 3 for k, r in recipes.items()},
+            "predicted": {k: step_cost(r) / 3 for k, r in trained.items()},
             "findings": {f"{k} / natural": timed.ratio(k, "natural") for k in steps if k != "natural"}}
 
 # %% ../nbs/52_bench.ipynb #478d2812

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .recipes import ROWS
+from .catalogue import papers
 from .records import TIERS
 from .results import Run, Share, difference, recipe_names, survivors
 
@@ -98,7 +98,7 @@ class Evidence:
 
     def names(self, data: str = "cifar10") -> list[str]:
         "The recipes of Table 1, and whatever else was judged."
-        first = [row.recipe.split("/")[-1] for row in ROWS if row.table == 1]
+        first = [row.recipe.split("/")[-1] for paper in papers().values() for row in paper.rows if row.table == 1]
         found = recipe_names(self.runs, data=data, tier=self.tier)
         return first + [n for n in found if n not in first and self.of(n, "jat", data)]
 

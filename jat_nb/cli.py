@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,15 @@ from .claims import judge_claims
 from .data import Budget, batches, default_budget, load, picture_files, read_picture
 from .evaluation import counted
 from .models import NormalizedModel, frozen, load_weights
-from .objectives import OBJECTIVES
 from .pictures import flow_to_rgb, show_attack
 from .randomness import image_generators
 from .records import Record, check_writable, processes, progress, read_jsonl, write_atomic, write_json
-from .recipes import RECIPES, ROWS, TIER, Setting, setting
+from .catalogue import TIER, Setting, papers, recipes, setting
+from .recipes import Recipe, bind, make_optimizer
 from .reports import html_report
 from .results import read_runs
 from .suites import SUITES, Job, run_suite
-from .training import Recipe, fit, make_optimizer, train_step
+from .training import fit, train_step
 
 # %% ../nbs/50_cli.ipynb #36c4e0c0
 _FAILURES = (ValueError, OSError, FloatingPointError, ImportError, RuntimeError, AssertionError)
@@ -111,14 +110,13 @@ def _measure(s: Setting, device: str) -> str:
     r, model = s.recipe, copy.deepcopy(s.model).to(device).train()
     layout = torch.channels_last if r.channels_last else torch.preserve_format
     model.to(memory_format=layout)
-    attack = partial(ATTACKS[r.attack], **r.attack_options) if r.attack else None
-    objective, optimizer = partial(OBJECTIVES[r.objective], **r.objective_options), make_optimizer(model, r)
+    bound, optimizer = bind(r), make_optimizer(model, r)
     batch = next(iter(batches(s.train, r.batch_size, device=device)))
     batch = batch._replace(x=batch.x.contiguous(memory_format=layout)) if r.channels_last else batch
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        train_step(model, batch, optimizer, objective, attack, r.amp, accumulate=r.accumulate)
+        train_step(model, batch, optimizer, bound.objective, bound.attacks, r.amp, accumulate=r.accumulate)
         seconds.append(time.perf_counter() - start)
     rate, total = len(batch.y) / min(seconds), len(s.train) * r.epochs
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.startswith("cuda") else ""
@@ -155,10 +153,11 @@ def _summary(history: list[dict[str, Any]], recipe: Recipe) -> str:
 def _listing() -> str:
     "The recipes, what they train with, and the rows of the paper that they fill."
     lines = []
-    for name, r in RECIPES.items():
-        rows = "; ".join(f"table {row.table} {row.label!r}" for row in ROWS if row.recipe == name)
-        steps = r.attack_options.get("steps", 0)
-        how = f"{r.attack}, {steps} step{'s' * (steps > 1)}" if r.attack else "clean images"
+    filled = [row for paper in papers().values() for row in paper.rows]
+    for name, r in recipes().items():
+        rows = "; ".join(f"table {row.table} {row.label!r}" for row in filled if row.recipe == name)
+        used = [(attack, options.get("steps", 1)) for chain in r.attacks.values() for attack, options in chain]
+        how = ", then ".join(f"{attack}, {n} step{'s' * (n > 1)}" for attack, n in used) or "clean images"
         lines.append(f"{name:<24}{how:<22}{rows}")
     return "\n".join(lines)
 
@@ -169,7 +168,7 @@ def _train(args: argparse.Namespace) -> int:
         return 0
     if not args.recipe or not args.out:
         raise ValueError("pass --recipe NAME and --out FOLDER, or --list to see the recipes")
-    for name in (n for n in args.recipe if n not in RECIPES):
+    for name in (n for n in args.recipe if n not in recipes()):
         raise ValueError(f"unknown recipe {name!r}: jat_train --list shows all")
     deadline = time.perf_counter() + args.time_budget
     jobs = [(name, seed) for seed in args.seed or [0] for name in args.recipe]

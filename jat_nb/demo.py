@@ -29,8 +29,9 @@ from .evaluation import Evaluation, budget_curve, evaluate, ggsm_at, jat_suite, 
 from .models import NormalizedModel, create
 from .pictures import plot_curves, show_attack
 from .records import Record, check_writable, read_jsonl, write_atomic
-from .recipes import RECIPES
-from .training import Recipe, fit
+from .catalogue import recipe as published
+from .recipes import Recipe
+from .training import fit
 
 # %% ../nbs/51_demo.ipynb #b86a3827
 @dataclass(frozen=True)
@@ -60,12 +61,13 @@ def recipes(
     "The two recipes of the demo: the paper's, with this data set's budget and this many epochs."
     probe = dict(steps=5, eps_pixel=budget.eps_pixel, step_pixel=budget.step_pixel,
                  eps_flow=budget.eps_flow, step_flow=budget.step_flow)
-    common = dict(epochs=settings.epochs, batch_size=settings.batch_size, seed=settings.seed, schedule="onecycle",
+    common = dict(data=settings.data, model=settings.model, epochs=settings.epochs, batch_size=settings.batch_size, seed=settings.seed, schedule="onecycle",
                   nesterov=True, weight_decay=5e-4, amp=True, channels_last=True, probe_options=probe)
     one_step = dict(eps_pixel=budget.eps_pixel, step_pixel=budget.eps_pixel,
                     eps_flow=budget.eps_flow, step_flow=budget.eps_flow, steps=1)
-    return {"Natural": replace(RECIPES["jat/natural"], **common),
-            "Joint": replace(RECIPES["jat/one-step-joint"], **common, attack_options=one_step)}
+    return {"Natural": replace(published("jat/natural"), **common),
+            "Joint": replace(published("jat/one-step-joint"), **common,
+                             attacks={"attack": [["double_pass", one_step]]})}
 
 # %% ../nbs/51_demo.ipynb #3429e56a
 def _train_one(

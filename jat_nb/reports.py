@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .pictures import PALETTE, _Figure, plot_curves
-from .recipes import RECIPES, ROWS, TIER, adapt
+from .catalogue import adapt, papers, recipe, recipes
 from .records import TIERS, write_atomic
 from .results import (Run, Share, overview, paper_table, read_runs, recipe_names, side_by_side,
                             survivors)
@@ -111,12 +111,12 @@ def budget_curves(
 def _commands(run: Run) -> list[str]:
     "The command lines that train and judge this run again."
     about, folder = run.about, f"runs/{run.folder}"
-    plan = asdict(adapt(RECIPES[about["name"]], about["data"], about["tier"])) | {"seed": about["seed"]}
-    changed = [f"{k}={json.dumps(v)}" for k, v in run.recipe.items() if json.dumps(plan.get(k)) != json.dumps(v)]
+    plan = asdict(adapt(recipe(about["name"]), about["data"], about["tier"])) | {"seed": about["seed"]}
+    changed = [f"{k}={json.dumps(v)}" for k, v in run.recipe.items()
+               if k not in ("data", "model") and json.dumps(plan.get(k)) != json.dumps(v)]
     words = ["jat_train", "--recipe", about["name"]]
     for key in ("data", "tier", "seed"): words += [f"--{key}", about[key]]
-    usual = TIER[about["tier"]].model
-    if about.get("model", usual) != usual: words += ["--model", about["model"]]
+    if about.get("model", plan["model"]) != plan["model"]: words += ["--model", about["model"]]
     lines = [[*words, *(["--set", *changed] if changed else []), "--out", folder]]
     for suite, record in run.evaluations.items():
         c = record.config
@@ -234,7 +234,7 @@ def _drawings(runs: Sequence[Run], **group: str) -> str:
 # %% ../nbs/38_reports.ipynb #0ad9370b
 def _group(runs: Sequence[Run], tier: str, data: str) -> str:
     "What is known of the runs of one tier on one data set."
-    order = {name: i for i, name in enumerate(RECIPES)}
+    order = {name: i for i, name in enumerate(recipes())}
     mine = sorted((run for run in runs if run.group == (tier, data) and run.log),
                   key=lambda run: (order.get(run.about["name"], len(order)), run.folder))
     names = [run.name for run in mine if run.usable]
@@ -280,7 +280,7 @@ def _beside(runs: Sequence[Run]) -> str:
     used = {(r.about.get("data"), str(r.about.get("variant"))) for r in runs if r.usable}
     words = "<p class=note>Ours on {} pixels, not the published ones.</p>"
     note = {row.table: "".join(words.format(html.escape(v)) for data, v in sorted(used) if data == row.data and v != "official")
-            for row in ROWS}
+            for known in papers().values() for row in known.rows}
     filled = [f"<h3>Table {k}</h3>{note[k]}" + _table(side_by_side(table).rename_axis([None, None]))
               for k, table in tables if table["ours"].notna().any()]
     return ("<h2 id=paper>Beside the paper</h2><p>Zhang and Wang, Joint Adversarial Training, 2019. PGD100, AutoAttack "

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from .checkpoints import best_row
 from .evaluation import wilson_interval
-from .recipes import RECIPES, ROWS
+from .catalogue import papers, recipes
 from .records import TIERS, Record, read_jsonl
-from .training import Recipe
+from .recipes import Recipe
 
 # %% ../nbs/36_results.ipynb #7ea48763
 def published(
@@ -220,6 +220,12 @@ def _log(path: Path) -> list[dict[str, Any]]:
     return [{"loss": float(row["loss"]), "epoch": int(row["epoch"])} | row for row in read_jsonl(path)]
 
 
+def _today(recipe: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+    "A run's recipe with the fields of this version; 0.2 kept network and data set beside it."
+    known = {k: about[k] for k in ("model", "data") if about.get(k)}
+    return json.loads(json.dumps(asdict(Recipe.from_dict(recipe, **known)))) if recipe else {}
+
+
 def _read_run(path: Path, folder: str) -> Run:
     problems: list[str] = []
     facts = _attempt(problems, lambda p: dict(json.loads(p.read_text(encoding="utf-8"))), path / "run.json", {})
@@ -227,6 +233,7 @@ def _read_run(path: Path, folder: str) -> Run:
     about, recipe, machine = (kept.get(k, {}) for k in ("about", "recipe", "environment"))
     if missing := {"name", "tier", "data", "seed"} - set(about):
         problems.append(f"about lacks {', '.join(sorted(missing))}")
+    recipe = _attempt(problems, lambda p: _today(recipe, about), path / "run.json", recipe)
     log = _attempt(problems, _log, path / "log.jsonl", [])
     if len(log) != recipe.get("epochs"): problems.append(f"{len(log)} of {recipe.get('epochs')} epochs")
     if about.get("tier", "") not in ("", *TIERS): problems.append(f"unknown tier {about['tier']!r}")
@@ -238,8 +245,7 @@ def _read_run(path: Path, folder: str) -> Run:
 # %% ../nbs/36_results.ipynb #97adacac
 def _setting(run: Run) -> dict[str, Any]:
     "All that seeds of one recipe must share."
-    recipe = json.loads(json.dumps(asdict(Recipe()))) | run.recipe  # fields that came later had these values
-    return {**{k: v for k, v in recipe.items() if k != "seed"}, **{k: run.about.get(k) for k in ("model", "variant")}}
+    return {**{k: v for k, v in run.recipe.items() if k != "seed"}, **{k: run.about.get(k) for k in ("model", "variant")}}
 
 
 def _agreeing(run: Run, first: dict[Any, Any]) -> Run:
@@ -326,11 +332,12 @@ def paper_table(
     data: str | None = None,  # Data set of ours; None: the table's own
 ) -> pd.DataFrame:  # row, column, tier, paper, ours, low, high, gap (percent), seeds, n
     "One table of the paper with ours beside every number."
-    recipes, runs = {row.label: row for row in ROWS if row.table == number}, [run.as_published for run in runs]
+    rows = {row.label: row for paper in papers().values() for row in paper.rows if row.table == number}
+    runs = [run.as_published for run in runs]
     tiers = sorted({run.group[0] for run in runs if run.usable}, key=TIERS.index) or [""]
     lines = []
     for label, numbers in _printed(number).items():
-        row = recipes[label.split(", source")[0]]
+        row = rows[label.split(", source")[0]]
         for tier in tiers:
             for column in [*numbers] if number == 5 else _COLUMNS:
                 share = _ours(runs, row.recipe.split("/")[-1], label, column, data=data or row.data, tier=tier)
@@ -367,7 +374,7 @@ def recipe_names(
     tier: str = "cpu",  # Tier
 ) -> list[str]:  # Without "jat/", in the order of the paper
     "Recipes that have a finished run."
-    order = [name.split("/")[-1] for name in RECIPES]
+    order = [name.split("/")[-1] for name in recipes()]
     found = {run.name for run in runs if run.usable and run.group == (tier, data)}
     return sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
 

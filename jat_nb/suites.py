@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import double_pass, fgsm, ggsm
-from .audit import autoattack, budget_surface, masking_report, random_flow, transfer
+from .autoattack import autoattack
 from .data import Budget
-from .evaluation import Evaluation, budget_curve, evaluate, ggsm_at, jat_suite, pgd_at
+from .evaluation import (Evaluation, budget_curve, clean, evaluate, ggsm_at, jat_suite, joint_at, pgd_at,
+                               raw_accuracy)
 from .losses import cross_entropy, margin_loss
+from .masking import budget_surface, masking_report, random_flow, transfer
 from .pictures import similarity
 from .randomness import image_generators
 
@@ -71,7 +73,7 @@ def _jat(job: Job) -> dict[str, Any]:
 
 # %% ../nbs/35_suites.ipynb #0290857f
 def _autoattack(job: Job) -> dict[str, Any]:
-    suite = {"Clean": lambda model, x, y, **_: x, "AutoAttack": partial(autoattack, eps=job.budget.eps_pixel)}
+    suite = {"Clean": clean, "AutoAttack": partial(autoattack, eps=job.budget.eps_pixel)}
     return with_bits(evaluate(job.model, job.x, job.y, suite, **job.options))
 
 # %% ../nbs/35_suites.ipynb #17b2952d
@@ -120,23 +122,14 @@ def _masking(job: Job) -> dict[str, Any]:
                           steps=(job.steps, 5 * job.steps), **job.options).record()
 
 # %% ../nbs/35_suites.ipynb #eeaeea2e
-def _raw(job: Job, attack: Callable[..., Tensor]) -> str:
-    "Which attacked images are classified correctly, whatever became of the clean ones."
-    x_adv = torch.cat([attack(job.model, job.x[part], job.y[part], generator=image_generators(job.seed, part.tolist()))
-                       for part in torch.arange(len(job.y)).split(job.batch_size)])
-    return bits(evaluate(job.model, x_adv, job.y, {"as it is": lambda model, x, y, **_: x}, **job.options).correct[0])
-
-
 def _larger(job: Job) -> dict[str, Callable[..., Tensor]]:
     "The attacks at their budgets and a quarter beyond."
     b, k = job.budget, 1.25
-    joint = lambda pixel, flow: partial(double_pass, eps_pixel=pixel, step_pixel=pixel / 4, eps_flow=flow,
-                                        step_flow=flow / 2, steps=job.steps)
     return {"Random flow": random_flow(b.eps_flow), "Spatial": ggsm_at(b.eps_flow, job.steps),
             "Spatial x 1.25": ggsm_at(k * b.eps_flow, job.steps), f"PGD{job.steps}": pgd_at(b.eps_pixel, job.steps),
-            f"PGD{job.steps} x 1.25": pgd_at(k * b.eps_pixel, job.steps), "Joint": joint(b.eps_pixel, b.eps_flow),
-            "Joint, pixel x 1.25": joint(k * b.eps_pixel, b.eps_flow),
-            "Joint, flow x 1.25": joint(b.eps_pixel, k * b.eps_flow)}
+            f"PGD{job.steps} x 1.25": pgd_at(k * b.eps_pixel, job.steps), "Joint": joint_at(b.eps_pixel, b.eps_flow, job.steps),
+            "Joint, pixel x 1.25": joint_at(k * b.eps_pixel, b.eps_flow, job.steps),
+            "Joint, flow x 1.25": joint_at(b.eps_pixel, k * b.eps_flow, job.steps)}
 
 # %% ../nbs/35_suites.ipynb #ab5d3aa3
 def _energy(x: Tensor) -> list[float]:
@@ -162,9 +155,9 @@ def _claims(job: Job) -> dict[str, Any]:
     few = replace(job, x=job.x[:100], y=job.y[:100])
     spatial = ggsm_at(job.budget.eps_flow, job.steps)
     likeness = similarity(few.x, spatial(few.model, few.x, few.y, generator=image_generators(job.seed, range(len(few.y)))))
-    raw = {"FGSM": _raw(job, partial(fgsm, eps=job.budget.eps_pixel))}
+    raw = raw_accuracy(job.model, job.x, job.y, {"FGSM": partial(fgsm, eps=job.budget.eps_pixel)}, **job.options)
     return with_bits(evaluate(job.model, job.x, job.y, _larger(job), **job.options)) | {
-        "raw": raw, "similarity": likeness.to_dict("list"), "rewarp": _rewarp(few)}
+        "raw": {"FGSM": bits(raw.correct[0])}, "similarity": likeness.to_dict("list"), "rewarp": _rewarp(few)}
 
 # %% ../nbs/35_suites.ipynb #45236d5e
 def _stronger(job: Job) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from jat_nb.bench import MEASUREMENTS, PLANS, Plan, floor_passes, half_budget, p
 from jat_nb.bench_report import run, targets
 from jat_nb.evaluation import evaluate, pgd_at
 from jat_nb.models import create
-from jat_nb.recipes import RECIPES
+from jat_nb.catalogue import recipe as published
 from jat_nb.records import Record
 from jat_nb.timing import Rounds, interleave, slope, spread
 
@@ -90,8 +90,8 @@ def test_committed_records(path):
     assert record.tier != "cpu" or record.threads == 1
     table = targets(record.metrics)
     assert set(table["verdict"].str.split(",").str[0]) <= {"met", "missed"} and len(table) >= 12
-    for recipe, predicted in record.metrics["training"]["predicted"].items():
-        assert predicted == step_cost(RECIPES[f"jat/{recipe}"]) / 3
+    for name, predicted in record.metrics["training"]["predicted"].items():
+        assert predicted == step_cost(published(f"jat/{name}")) / 3
     for attack, passes in record.metrics["floor"]["passes"].items():
         assert passes == floor_passes(attack, record.config["steps"])
 

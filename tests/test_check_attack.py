@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from jat_nb.attacks import ATTACKS, double_pass, ggsm, joint_threats, pgd
-from jat_nb.evaluation import Check, check_attack
+from jat_nb.contract import Check, check_attack
 from jat_nb.models import frozen
 from jat_nb.threats import Flow, Pixel
 from jat_nb.randomness import uniform

@@ -165,7 +165,7 @@ def test_rounding_is_checked_on_what_is_written():
     (jat_eval, "{x}", "no run.json"), (jat_eval, "{empty}", "lacks data"),
     (jat_train, "--recipe jat/natural --data digits --tier smoke --set amp=maybe --out {x}", "expected amp to be bool"),
     (jat_train, "--recipe jat/natural --data digits --tier smoke --set milestones=5 --out {x}", "expected milestones"),
-    (jat_train, "--recipe jat/natural --data digits --tier smoke --set attack_options=5 --out {x}", "expected attack_options"),
+    (jat_train, "--recipe jat/natural --data digits --tier smoke --set attacks=5 --out {x}", "expected attacks"),
     (jat_train, "--recipe jat/natural --data digits --tier smoke --set lr=true --out {x}", "expected lr to be float"),
     (jat_train, "--recipe jat/natural --data digits --tier smoke --model vit_tiny_patch16_224 --out {x}", "doesn't match model"),
     (jat_report, "{empty} --out {empty}", "takes the file to write"),
@@ -213,7 +213,7 @@ def test_svhn_in_its_own_format(tmp_path, monkeypatch):
     run = tmp_path / "run"
     assert jat_train(f"--recipe jat/one-step-joint --data svhn --tier smoke --threads 1 --set epochs=1 --out {run}".split()) == 0
     facts = json.loads((run / "run.json").read_text())
-    assert facts["recipe"]["lr"] == 0.01 and facts["recipe"]["attack_options"]["eps_pixel"] == 8 / 255
+    assert facts["recipe"]["lr"] == 0.01 and facts["recipe"]["attacks"]["attack"][0][1]["eps_pixel"] == 8 / 255
     assert jat_eval(f"{run} --suite jat --n 8 --steps 1 --threads 1".split()) == 0
     assert Record.load(run / "eval-jat.json").metrics["n"] == 8
 

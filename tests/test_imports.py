@@ -20,13 +20,14 @@ def imported(source: str) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse("\n".join(lines))):
         if isinstance(node, ast.ImportFrom):
-            names = [node.module or ""] if node.level == 0 else ["jat_nb." + (node.module or "")]
+            names = [node.module or ""] if node.level == 0 else ["jat_nb." + (node.module or "")]  # two dots in papers/
             names += [f"{n}.{a.name}" for n in names if n.rstrip(".") == "jat_nb" for a in node.names]
         elif isinstance(node, ast.Import):
             names = [a.name for a in node.names]
         else:
             continue
-        found |= {n.split(".")[1] for n in names if n.startswith("jat_nb.") and n != "jat_nb."}
+        modules = [n.removeprefix("jat_nb.") for n in names if n.startswith("jat_nb.") and n != "jat_nb."]
+        found |= {".".join(m.split(".")[:2]) if m.startswith("papers.") else m.split(".")[0] for m in modules}
     return found
 
 
@@ -41,13 +42,14 @@ def test_a_chapter_uses_only_earlier_chapters(path):
 
 @pytest.mark.parametrize("module", sorted(RANK))
 def test_a_module_imports_only_earlier_modules(module):
-    used = imported((ROOT / "jat_nb" / f"{module}.py").read_text(encoding="utf-8"))
+    used = imported((ROOT / "jat_nb" / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
     late = {m for m in used - {module} if not RANK[m] < RANK[module]}
     assert not late, f"jat_nb.{module} imports later modules: {late}"
 
 
 def test_every_module_has_its_chapter():
-    modules = {p.stem for p in (ROOT / "jat_nb").glob("*.py")} - {"__init__", "_modidx"}
+    files = [p.relative_to(ROOT / "jat_nb") for p in (ROOT / "jat_nb").rglob("*.py") if not p.stem.startswith("_")]
+    modules = {".".join(p.with_suffix("").parts) for p in files}
     assert modules == set(RANK)
 
 
@@ -60,5 +62,5 @@ def test_attacks_are_light():
 
 def test_only_pareto_may_import_cvxpy():
     importing = re.compile(r"^\s*(import|from) cvxpy", re.M)
-    users = {p.stem for p in (ROOT / "jat_nb").glob("*.py") if importing.search(p.read_text(encoding="utf-8"))}
+    users = {p.stem for p in (ROOT / "jat_nb").rglob("*.py") if importing.search(p.read_text(encoding="utf-8"))}
     assert users <= {"pareto"}

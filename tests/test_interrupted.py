@@ -15,10 +15,13 @@ from torch.testing import assert_close
 from jat_nb.data import ImageSet
 from jat_nb.evaluation import evaluate, jat_suite
 from jat_nb.records import read_jsonl
-from jat_nb.training import Recipe, fit
+from jat_nb.recipes import Recipe
+from jat_nb.training import fit
 
-RECIPE = Recipe(epochs=30, batch_size=16, milestones=(12, 20), ema=0.9, clip_norm=5.0, probe="pgd",
-                probe_options={"steps": 1}, probe_images=10)
+JOINT = dict(objective="jat", attacks={"attack": [["double_pass", {
+    "steps": 1, "eps_pixel": 8 / 255, "step_pixel": 8 / 255, "eps_flow": 0.3, "step_flow": 0.3}]]})
+PROBED = dict(probe="pgd", probe_options={"steps": 1}, probe_images=10)
+RECIPE = Recipe(**JOINT, **PROBED, epochs=30, batch_size=16, milestones=(12, 20), ema=0.9, clip_norm=5.0)
 
 
 def images(n=48, seed=0):
@@ -91,7 +94,7 @@ assert processes().count == 2
 if processes().rank == 0:
     torch.save({{"weights": model.state_dict(), "loss": [r["loss"] for r in history], "bits": bits, "passes": passes}}, {out!r} + "/ends.pt")
 """
-SHARED = Recipe(epochs=3, batch_size=15, milestones=(2,), probe="pgd", probe_options={"steps": 1}, probe_images=10)
+SHARED = Recipe(**JOINT, **PROBED, epochs=3, batch_size=15, milestones=(2,))
 
 
 def evaluated(model):

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from jat_nb.attacks import cascade, double_pass, ggsm, one_pass, pgd
 from jat_nb.data import Batch
 from jat_nb.losses import bilateral_labels
-from jat_nb.objectives import (OBJECTIVES, adversarial, choose_target, clean_logits, jat, natural, training_labels)
+from jat_nb.objectives import (OBJECTIVES, adversarial, choose_target, clean_logits, jat, natural, roles, training_labels)
 
 ONE_STEP = partial(double_pass, steps=1, step_pixel=8 / 255, step_flow=0.3)
 
@@ -85,7 +85,7 @@ def test_modes_and_gradients(attack, training):
     modes = [m.training for m in model.modules()]
     before = copy.deepcopy(model.state_dict())
     for objective in (natural, adversarial, jat):
-        loss = objective(model, batch, attack)
+        loss = objective(model, batch, *[attack] * len(roles(objective)))
         assert [m.training for m in model.modules()] == modes
         assert all(p.grad is None and p.requires_grad for p in model.parameters())
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -131,7 +131,7 @@ def test_passes(options, passes):
 def test_any_shape(num_classes, channels):
     model, batch = small_model(num_classes, channels), batch_of(6, num_classes, channels)
     for objective in OBJECTIVES.values():
-        assert objective(model, batch, ONE_STEP).isfinite()
+        assert objective(model, batch, **dict.fromkeys(roles(objective), ONE_STEP)).isfinite()
 
 
 def test_bfloat16_autocast_trains_every_weight():
@@ -150,3 +150,12 @@ def test_refusals():
     with pytest.raises(ValueError, match="take the options"): training_labels("hard", torch.zeros(12, 5), batch.y, eps_y=0.1)
     with pytest.raises(ValueError, match="choose 'random'"): choose_target("", torch.zeros(12, 5), batch.y)
     with pytest.raises(ValueError, match="in 0..4"): natural(model, batch._replace(y=batch.y + 5))
+
+
+def test_roles_stand_in_the_signature():
+    def pair(model, batch, near, far, *, weight=0.5, **options): return batch.x.sum()
+
+    assert [roles(f) for f in (natural, adversarial, jat, pair)] == [(), ("attack",), ("attack",), ("near", "far")]
+    assert roles(partial(pair, weight=0.1)) == ("near", "far") and roles(partial(jat, target=None)) == ("attack",)
+    assert roles(lambda model, batch: 0) == ()
+    with pytest.raises(TypeError): natural(small_model(), batch_of(), idle)

@@ -10,7 +10,8 @@ import jat_nb
 from jat_nb.attacks import ATTACKS, double_pass
 from jat_nb.models import create
 
-MODULES = sorted(p.stem for p in (ROOT / "jat_nb").glob("*.py") if not p.stem.startswith("_"))
+MODULES = sorted(".".join(p.relative_to(ROOT / "jat_nb").with_suffix("").parts)
+                 for p in (ROOT / "jat_nb").rglob("*.py") if not p.stem.startswith("_"))
 PROMISED = {
     "warp": "warp affine_flow rigid_flow l2inf_norm generalized_sign project_disc random_disc",
     "losses": "correct cross_entropy soft_cross_entropy kl_divergence margin_loss dlr_loss targeted_dlr_loss random_target "
@@ -22,18 +23,22 @@ PROMISED = {
     "records": "Record write_json append_jsonl write_atomic environment progress",
     "pictures": "show_images show_attack flow_to_rgb quiver budget_strip ssim similarity",
     "attacks": "Adversarial ascend fgsm pgd mi_fgsm ggsm one_pass cascade double_pass",
-    "objectives": "natural adversarial jat OBJECTIVES",
-    "training": "Recipe fit",
-    "recipes": "RECIPES ROWS TIER adapt setting",
+    "objectives": "natural adversarial jat roles OBJECTIVES",
+    "recipes": "Recipe Bound bind learning_rate make_optimizer",
     "processes": "Processes processes own_device total from_first on_first agree distribute bare copy_buffers report_lost",
+    "training": "fit",
+    "catalogue": "Row Paper Tier TIER Setting papers register recipe recipes adapt setting",
+    "papers.jat": "PAPER RECIPES ROWS",
     "checkpoints": "save_state load_state claim publish best_row collapsed",
-    "audit": "random_pixels random_flow transfer steps_curve budget_surface autoattack local_linearity masking_report",
+    "contract": "Check check_attack",
+    "autoattack": "autoattack",
+    "masking": "random_pixels random_flow transfer steps_curve budget_surface local_linearity masking_report",
     "suites": "SUITES Job run_suite with_bits bits",
     "timing": "Rounds spread interleave slope",
     "bench": "MEASUREMENTS PLANS Plan bare_passes floor_passes step_cost in_mode paired_difference half_budget",
     "bench_report": "run targets main",
     "cli": "jat_train jat_eval jat_attack jat_report to_png",
-    "evaluation": "counted wilson_interval Evaluation evaluate jat_suite budget_curve check_attack",
+    "evaluation": "counted wilson_interval Evaluation evaluate budget_curve clean pgd_at ggsm_at joint_at raw_accuracy",
 }
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from jat_nb.claims import CLAIMS, Evidence, Finding, judge_claims, verdict
-from jat_nb.recipes import RECIPES, ROWS, adapt
+from jat_nb.catalogue import adapt
+from jat_nb.papers.jat import RECIPES, ROWS
 from jat_nb.records import Record, append_jsonl, write_json
 from jat_nb.reports import attack_bars, budget_curves, html_report, training_curve
 from jat_nb.results import (Run, Share, difference, overview, paper_table, published, read_runs, recipe_names,

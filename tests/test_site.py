@@ -90,8 +90,9 @@ def test_the_site_is_small_and_holds_only_pages() -> None:
 def test_every_public_name_has_an_entry_and_an_anchor(book: Book) -> None:
     chapters = {chapter.module: links.Page(DOCS / chapter.page).anchors for chapter in book.chapters if chapter.module}
     api = links.Page(DOCS / "api.html").anchors
-    wanted = {f"{PACKAGE}.{module.stem}.{name}": chapters[module.stem]
-              for module in sorted((ROOT / PACKAGE).glob("*.py")) for name in public_names(module)}
+    files = {".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts): path for path in (ROOT / PACKAGE).rglob("*.py")}
+    wanted = {f"{PACKAGE}.{module}.{name}": chapters[module]
+              for module, path in sorted(files.items()) for name in public_names(path)}
     assert not [name for name in wanted if name not in api], "no entry in api.html"
     assert not [name for name, anchors in wanted.items() if name not in anchors], "no anchor in its chapter"
 

@@ -23,8 +23,9 @@ def copy(tmp_path: Path) -> Path:
 def test_package_is_what_the_notebooks_export(tmp_path):
     there = copy(tmp_path)
     tool("nbdev_export", cwd=there)
-    stale = [p.name for p in sorted((ROOT / "jat_nb").glob("*.py")) if not filecmp.cmp(p, there / "jat_nb" / p.name, False)]
-    extra = {p.name for p in (there / "jat_nb").glob("*.py")} - {p.name for p in (ROOT / "jat_nb").glob("*.py")}
+    ours, fresh = ({str(p.relative_to(root)) for p in (root / "jat_nb").rglob("*.py")} for root in (ROOT, there))
+    stale = [name for name in sorted(ours) if not filecmp.cmp(ROOT / name, there / name, False)]
+    extra = fresh - ours
     assert not stale and not extra, f"run `make export`: {stale} {sorted(extra)}"
 
 

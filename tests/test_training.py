@@ -8,8 +8,6 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
@@ -19,10 +17,14 @@ from jat_nb.checkpoints import best_row, collapsed, load_state, save_state
 from jat_nb.models import create, load_weights
 from jat_nb.objectives import OBJECTIVES, jat, natural
 from jat_nb.records import read_jsonl
-from jat_nb.training import Recipe, accuracy, fit, learning_rate, make_optimizer, split_batch, train_step
+from jat_nb.recipes import Recipe, bind, make_optimizer
+from jat_nb.training import accuracy, fit, split_batch, train_step
 
 TINY = dict(epochs=3, batch_size=16, milestones=(2,), probe="pgd", probe_options={"steps": 1}, probe_images=10)
-NATURAL = Recipe(objective="natural", attack=None, attack_options={}, **TINY)
+NATURAL = Recipe(**TINY)
+ONE_STEP = {"steps": 1, "step_pixel": 8 / 255, "step_flow": 0.3}
+ATTACKED = {"attack": [["double_pass", ONE_STEP]]}
+JOINT = Recipe(objective="jat", attacks=ATTACKED, **TINY)
 
 
 def images(n=40, seed=0, side=8):
@@ -45,92 +47,19 @@ def equal(a, b):
 def killer(objective, at):
     calls = itertools.count(1)
 
-    def killed(model, batch, attack):
+    def killed(model, batch, **attacks):
         if next(calls) == at:
             raise KeyboardInterrupt
-        return objective(model, batch, attack)
+        return objective(model, batch, **attacks)
     return killed
-
-
-# Recipes
-
-@pytest.mark.parametrize("options, message", [
-    (dict(objective="trade"), "unknown objective 'trade'"), (dict(attack="pdg"), "unknown attack 'pdg'"),
-    (dict(probe="none"), "unknown probe"), (dict(attack_options={"eps": 1}), "takes eps_pixel"),
-    (dict(objective="adversarial", objective_options={"target": "random"}), "takes no options"),
-    (dict(attack=None), "attack=None"), (dict(objective="natural"), "attack=None"),
-    (dict(epochs=0), "epochs"), (dict(epochs=10), "milestones"), (dict(batch_size=2.5), "batch_size"),
-    (dict(optimizer="adam"), "unknown optimizer"), (dict(schedule="step"), "unknown schedule"), (dict(lr=0.0), "lr > 0"),
-    (dict(lr=math.nan), "lr > 0"), (dict(momentum=1.0), "momentum < 1"), (dict(warmup=0), "warmup"),
-    (dict(ema=1.0), "ema < 1"), (dict(clip_norm=-1.0), "clip_norm"), (dict(accumulate=0), "accumulate"),
-    (dict(attack_options={"eps_pixel": torch.ones(1)}), "JSON"), (dict(attack_options={"eps_pixel": math.inf}), "JSON"),
-])
-def test_refused_recipes(options, message):
-    with pytest.raises(ValueError, match=message):
-        Recipe(**options)
-
-
-def test_recipes_share_nothing():
-    options = {"steps": 1}
-    a = Recipe(attack_options=options)
-    options["steps"] = 9
-    assert a.attack_options == {"steps": 1} and Recipe().attack_options is not Recipe().attack_options
-
-
-# Schedules
-
-SCHEDULES = st.sampled_from(["multistep", "onecycle", "cosine", "constant"])
-
-
-@given(SCHEDULES, st.floats(0, 1), st.floats(1e-4, 10))
-@settings(max_examples=80, deadline=None)
-def test_learning_rate_is_positive_and_scales_with_its_peak(schedule, t, lr):
-    r = replace(Recipe(), schedule=schedule, lr=lr)
-    assert -1e-12 <= learning_rate(r, t) <= lr * (1 + 1e-9)
-    assert math.isclose(learning_rate(replace(r, lr=2 * lr), t), 2 * learning_rate(r, t), abs_tol=1e-12)
-
-
-def test_knots():
-    r = replace(Recipe(), lr=1.0)
-    assert_close([learning_rate(r, e / 300) for e in (0, 99, 100, 149, 150, 300)], [1.0, 1.0, 0.1, 0.1, 0.01, 0.01])
-    r = replace(r, schedule="onecycle", warmup=0.25)
-    assert_close([learning_rate(r, t) for t in (0, 0.25, 1)], [1 / 25, 1.0, 1 / 250_000])
-    assert_close([learning_rate(replace(r, schedule="cosine"), t) for t in (0, 0.5, 1)], [1.0, 0.5, 0.0])
-    with pytest.raises(ValueError, match="0, 1"): learning_rate(r, -0.1)
-
-
-@pytest.mark.parametrize("steps, warmup", [(40, 0.3), (100, 0.25), (7, 0.5)])
-def test_one_cycle_is_pytorchs(steps, warmup):
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps + 1,
-                                                    pct_start=(warmup * steps + 1) / (steps + 1))
-    r = replace(Recipe(), schedule="onecycle", warmup=warmup)
-    for i in range(steps):
-        assert_close(learning_rate(r, i / steps), optimizer.param_groups[0]["lr"], rtol=1e-9, atol=1e-12)
-        optimizer.step()
-        scheduler.step()
 
 
 # Steps
 
-@pytest.mark.parametrize("nesterov", [False, True])
-def test_sgd_by_hand(nesterov):
-    layer = nn.Linear(1, 1, bias=False)
-    optimizer = make_optimizer(layer, replace(Recipe(), nesterov=nesterov, weight_decay=0.1))
-    theta, v = layer.weight.item(), 0.0
-    for g in (1.0, -2.0, 0.5):
-        layer.weight.grad = torch.tensor([[g]])
-        optimizer.step()
-        d = g + 0.1 * theta
-        v = 0.9 * v + d
-        theta -= 0.1 * (d + 0.9 * v if nesterov else v)
-    assert math.isclose(layer.weight.item(), theta, rel_tol=1e-5)
-
-
 def test_a_loss_that_is_not_finite_never_reaches_the_weights():
     model, data = net().train(), images()
     before = {k: v.clone() for k, v in model.named_parameters()}
-    broken = lambda model, batch, attack: natural(model, batch) * math.inf
+    broken = lambda model, batch, **attacks: natural(model, batch) * math.inf
     with pytest.raises(FloatingPointError, match="inf"):
         train_step(model, next(iter(batches(data, 8))), make_optimizer(model, NATURAL), broken)
     assert all(torch.equal(v, before[k]) for k, v in model.named_parameters())
@@ -139,11 +68,11 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights():
 
 
 @pytest.mark.parametrize("options", [{}, {"amp": True}, {"channels_last": True}, {"optimizer": "adamw", "lr": 0.01},
-                                     {"augment": False, "schedule": "onecycle"}])
+                                     {"augment": (), "schedule": "onecycle"}])
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
 def test_every_objective_trains(objective, options):
-    attack = {"natural": dict(attack=None, attack_options={})}.get(objective, {})
-    recipe = Recipe(objective=objective, **attack, **{**TINY, **options, "epochs": 4})
+    attacks = {} if objective == "natural" else ATTACKED
+    recipe = Recipe(objective=objective, attacks=attacks, **{**TINY, **options, "epochs": 4})
     model, data = net(), images(64)
     history = fit(model, data, recipe, validation=images(20, seed=1))
     assert [r["epoch"] for r in history] == [1, 2, 3, 4] and all(math.isfinite(r["loss"]) for r in history)
@@ -157,9 +86,10 @@ def test_callables_override_names():
     def attack(model, x, y, *, target=None, generator=None):
         seen.append(len(x))
         return x
-    fit(net(), images(16), Recipe(objective="adversarial", attack="pgd", attack_options={"steps": 7}, **TINY), attack=attack)
+    madry = Recipe(objective="adversarial", attacks={"attack": [["pgd", {"steps": 7}]]}, **TINY)
+    fit(net(), images(16), madry, attacks={"attack": attack})
     assert seen == [16] * 3
-    fit(net(), images(16), NATURAL, validation=images(6), probe=attack, objective=lambda m, b, a: natural(m, b))
+    fit(net(), images(16), NATURAL, validation=images(6), probe=attack, objective=lambda m, b: natural(m, b))
     assert seen[3:] == [6] * 3
 
 
@@ -193,13 +123,13 @@ def test_best_is_the_later_of_equals():
 @pytest.mark.parametrize("optimizer, lr", [("sgd", 0.1), ("adamw", 0.01)])
 @pytest.mark.parametrize("at", [2, 4, 6, 9])
 def test_a_killed_run_ends_bit_identical(tmp_path, objective, optimizer, lr, at):
-    recipe = replace(NATURAL if objective == "natural" else Recipe(**TINY), optimizer=optimizer, lr=lr)
+    recipe = replace(NATURAL if objective == "natural" else JOINT, optimizer=optimizer, lr=lr)
     data, held = images(), images(20, seed=1)
     whole, resumed = net(), net(seed=7 if at > 3 else 0)
     expected = fit(whole, data, recipe, validation=held, out=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         fit(net(), data, recipe, validation=held, out=tmp_path / "run",
-            objective=killer(partial(OBJECTIVES[objective], **recipe.objective_options), at))
+            objective=killer(bind(recipe).objective, at))
     torch.manual_seed(99)  # what ran before in the process does not matter
     history = fit(resumed, data, recipe, validation=held, out=tmp_path / "run")
     assert equal(whole, resumed)
@@ -258,7 +188,7 @@ def test_the_folder_is_checked_before_any_work(tmp_path):
     blocked.write_text("here lies a file")
     calls = []
     with pytest.raises(ValueError, match="choose another folder"):
-        fit(net(), images(), NATURAL, out=blocked / "run", objective=lambda *a: calls.append(a))
+        fit(net(), images(), NATURAL, out=blocked / "run", objective=lambda *a, **k: calls.append(a))
     assert not calls
 
 
@@ -314,8 +244,8 @@ def test_accumulation_changes_nothing_without_batch_norm(parts):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).train()
         batch = next(iter(batches(images(20), 20, seed=5)))
-        loss = train_step(model, batch, torch.optim.SGD(model.parameters(), lr=0.1), jat, partial(double_pass, steps=1),
-                          accumulate=accumulate)
+        loss = train_step(model, batch, torch.optim.SGD(model.parameters(), lr=0.1), jat,
+                          {"attack": partial(double_pass, steps=1)}, accumulate=accumulate)
         ends.append((loss, nn.utils.parameters_to_vector(model.parameters()).detach()))
     assert_close(ends[0][0], ends[1][0], rtol=1e-5, atol=1e-6)
     assert_close(ends[0][1], ends[1][1], rtol=1e-3, atol=1e-4)
@@ -325,13 +255,13 @@ def test_clipping_by_hand():
     layer = nn.Linear(1, 1, bias=False)
     layer.weight.data.fill_(1.0)
     batch = Batch(torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.int64), torch.Generator())
-    train_step(layer, batch, torch.optim.SGD(layer.parameters(), lr=1.0), lambda m, b, a: 50 * m.weight.sum(), clip_norm=0.25)
+    train_step(layer, batch, torch.optim.SGD(layer.parameters(), lr=1.0), lambda m, b: 50 * m.weight.sum(), clip_norm=0.25)
     assert math.isclose(layer.weight.item(), 0.75, rel_tol=1e-5)
 
 
 def test_averages_by_hand_and_through_a_kill(tmp_path):
     recipe, seen = replace(NATURAL, ema=0.8), []
-    watch = lambda m, b, a: (seen.append([p.detach().clone() for p in m.parameters()]), natural(m, b))[1]
+    watch = lambda m, b: (seen.append([p.detach().clone() for p in m.parameters()]), natural(m, b))[1]
     whole = net()
     fit(whole, images(), recipe, validation=images(20, 1), out=tmp_path / "whole", objective=watch)
     last = net()

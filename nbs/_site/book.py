@@ -166,8 +166,9 @@ class Book:
         short = full.removeprefix(f"{PACKAGE}.")
         if full != short and any(short == c.module for c in self.chapters):
             return f"api.html#{full}"
-        first, _, rest = short.partition(".")
-        qualified = [c for c in self.names.get(rest, []) if c.module == first]
+        owner = next((c for c in self.chapters if c.module and short.startswith(f"{c.module}.")), None)
+        rest = short.removeprefix(f"{owner.module}.") if owner else ""
+        qualified = [c for c in self.names.get(rest, []) if c is owner]
         found = self.names.get(short, [])
         own = [c for c in found if c.module == module]
         for name, chapters in ((rest, qualified), (short, own), (short, found)):
