@@ -162,6 +162,11 @@ def _assemble(threats: Sequence[Threat], x: Tensor, params: Sequence[Tensor]) ->
     return together
 
 
+def _local(model: nn.Module) -> nn.Module:
+    "The module inside DistributedDataParallel, whose own forward talks to other processes."
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
 def _check_call(x: Tensor, y: Tensor, threats: Sequence[Threat], target: Tensor | None, restarts: int) -> None:
     check_images(x)
     check_labels(y, x)
@@ -198,6 +203,7 @@ def ascend(
     """
     _check_call(x, y, threats, target, restarts)
     phases = plan(len(threats), steps, schedule)
+    model = _local(model)
     with torch.inference_mode(False), torch.no_grad(), frozen(model):
         x, y, target = (v if v is None else v.detach().clone() for v in (x, y, target))
         objective, kept = _Objective(model, y, target, loss), None
@@ -432,6 +438,7 @@ def cascade(
     if not independent:
         return ascend(model, x, y, threats, schedule="sequential", return_info=return_info, **options)
     parts = [ascend(model, x, y, [threat], return_info=True, **options) for threat in threats]
+    model = _local(model)
     with torch.inference_mode(False), torch.no_grad(), frozen(model):
         objective = _Objective(model, y, target, loss)
         objective.n_forward = sum(part.n_forward for part in parts)

@@ -44,6 +44,7 @@ class Paper:
     suites: Mapping[str, Any] = field(default_factory=dict)  # Suites of its own, by name
     claims: tuple[Any, ...] = ()  # What it says about its numbers
     synonyms: Mapping[str, str] = field(default_factory=dict)  # {column as printed: our column}
+    shown: tuple[str, ...] = ()  # Recipes that a figure with room for few lines shows first
 
     def __post_init__(self) -> None:
         foreign = [name for name in self.recipes if not name.startswith(f"{self.key}/")]
@@ -53,6 +54,15 @@ class Paper:
         if named - set(self.recipes):
             raise ValueError(f"rows of the paper {self.key!r} name recipes it does not have: "
                              f"{', '.join(sorted(named - set(self.recipes)))}")
+
+    @property
+    def home(self) -> str:
+        "The data set of the first row; without rows that of the first recipe."
+        return self.rows[0].data if self.rows else next(iter(self.recipes.values())).data
+
+    def suite_of(self, column: str) -> str | None:
+        "The suite that fills a column; the first one for a column of none, such as a union of all."
+        return self.columns.get(column, next(iter(self.columns.values()), None))
 
 # %% ../nbs/29_catalogue.ipynb #bbf67c90
 _REGISTERED: dict[str, Paper] = {}

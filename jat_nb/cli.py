@@ -35,7 +35,7 @@ from .catalogue import TIER, Setting, papers, recipes, setting
 from .recipes import Recipe, bind, make_optimizer
 from .reports import html_report
 from .results import read_runs
-from .suites import SUITES, Job, run_suite
+from .suites import Job, run_suite, suites
 from .training import fit, train_step
 
 # %% ../nbs/50_cli.ipynb #36c4e0c0
@@ -306,7 +306,7 @@ def jat_eval(
     parser = _parser("jat_eval", jat_eval.__doc__)
     add = parser.add_argument
     add("runs", nargs="+", help="folders of runs, or folders that hold them")
-    add("--suite", nargs="+", action="extend", choices=list(SUITES), help="which questions (default: jat)")
+    add("--suite", nargs="+", action="extend", choices=list(suites()), help="which questions (default: jat)")
     add("--n", type=_at_least(1), default=1000, help="test images; fewer are the first of more")
     add("--weights", choices=["last", "best"], default="last", help="which epoch")
     add("--steps", type=_at_least(1), default=20, help="steps of the iterated attacks")

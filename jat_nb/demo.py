@@ -25,8 +25,9 @@ from torch import nn
 
 from .attacks import double_pass
 from .data import DATASETS, Budget, ImageSet, default_budget, load
-from .evaluation import Evaluation, budget_curve, evaluate, ggsm_at, jat_suite, pgd_at
+from .evaluation import Evaluation, budget_curve, evaluate, ggsm_at, pgd_at
 from .models import NormalizedModel, create
+from .papers.jat import jat_suite
 from .pictures import plot_curves, show_attack
 from .records import Record, check_writable, read_jsonl, write_atomic
 from .catalogue import recipe as published

@@ -80,7 +80,7 @@ def targeted_dlr_loss(
     return gain / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2).clamp(min=1e-12)
 
 # %% ../nbs/04_losses.ipynb #aff1b23c
-LOSSES = {"cross_entropy": cross_entropy, "margin": margin_loss, "dlr": dlr_loss}  # what an attack may climb
+LOSSES = {"cross_entropy": cross_entropy, "margin": margin_loss, "dlr": dlr_loss}
 
 # %% ../nbs/04_losses.ipynb #ca3dd7e7
 def correct(

@@ -168,18 +168,19 @@ def show_attack(
 # %% ../nbs/01_pictures.ipynb #99a32c63
 def _check_pair(x: Tensor, x_adv: Tensor) -> None:
     if x.ndim != 4 or x.shape != x_adv.shape:
-        raise ValueError(f"expected two sets of images of one shape (B, C, H, W), got {tuple(x.shape)} "
-                         f"and {tuple(x_adv.shape)}")
+        raise ValueError("expected two sets of images of one shape (B, C, H, W), got "
+                         f"{tuple(x.shape)} and {tuple(x_adv.shape)}")
     for images in (x, x_adv):
         if not images.is_floating_point() or not ((images >= -1e-6) & (images <= 1 + 1e-6)).all():
-            raise ValueError(f"expected floats in [0, 1], got {images.dtype} in [{images.min():.3g}, {images.max():.3g}]: "
-                             "divide bytes by 255, undo any normalisation")
+            seen = f"{images.dtype} from {images.min():.3g} to {images.max():.3g}"
+            raise ValueError(f"expected floats in [0, 1], got {seen}: divide bytes by 255")
 
 def _smooth(v: Tensor, window: Tensor) -> Tensor:
-    "Weighted mean in every window inside the image; shifted copies, so that equal images give equal bits."
+    "Weighted mean in every window inside the image."
     for dim in (-2, -1):
         size = v.shape[dim] - len(window) + 1
-        v = sum(weight * v.narrow(dim, k, size) for k, weight in enumerate(window.tolist()))
+        shifted = (weight * v.narrow(dim, k, size) for k, weight in enumerate(window.tolist()))
+        v = sum(shifted)  # not a convolution: equal images give equal bits
     return v
 
 # %% ../nbs/01_pictures.ipynb #c6694e11
@@ -187,7 +188,7 @@ def ssim(
     x: Tensor,  # Images (B, C, H, W) in [0, 1]
     x_adv: Tensor,  # The images to compare them with, same shape
 ) -> Tensor:  # Structural similarity (B,), float64; 1 exactly for equal images
-    "Structural similarity with Wang's window, cut to the largest odd side that fits a smaller image."
+    "Structural similarity; the window shrinks to the largest odd side that fits a small image."
     _check_pair(x, x_adv)
     half = min(5, (min(x.shape[2:]) - 1) // 2)
     window = (-torch.arange(-half, half + 1, dtype=torch.float64).square() / (2 * 1.5**2)).exp()
@@ -195,14 +196,15 @@ def ssim(
     mean_a, mean_b, aa, bb, ab = (_smooth(v, window) for v in (a, b, a * a, b * b, a * b))
     top = (2 * (mean_a * mean_b) + 0.01**2) * (2 * (ab - mean_a * mean_b) + 0.03**2)
     variances = (aa - mean_a * mean_a) + (bb - mean_b * mean_b)
-    return (top / ((mean_a * mean_a + mean_b * mean_b + 0.01**2) * (variances + 0.03**2))).flatten(1).mean(dim=1)
+    bottom = (mean_a * mean_a + mean_b * mean_b + 0.01**2) * (variances + 0.03**2)
+    return (top / bottom).flatten(1).mean(dim=1)  # Eq. 2
 
 # %% ../nbs/01_pictures.ipynb #0ab447e5
 def similarity(
     x: Tensor,  # Images (B, C, H, W) in [0, 1]
     x_adv: Tensor,  # What an attack made of them, same shape
 ) -> pd.DataFrame:  # One row per image: "SSIM", and "linf", the largest change in image units
-    "How far an attack went, for the eye and for the norm (JAT claim: close in one, far in the other)."
+    "How far an attack went, for the eye and for the norm."
     change = (x_adv - x).abs().flatten(1).amax(dim=1)
     return pd.DataFrame({"SSIM": ssim(x, x_adv).tolist(), "linf": change.tolist()})
 

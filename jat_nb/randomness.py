@@ -20,7 +20,7 @@ def seed_from(
     "The seed of a draw, from its name."
     name = "/".join(map(str, parts))
     if name.count("/") != max(0, len(parts) - 1):
-        raise ValueError(f"the parts of a seed are joined by '/' and may not hold one, got {parts!r}: replace it")
+        raise ValueError(f"expected parts without '/', which joins them, got {parts!r}: replace it")
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big")
 
 # %% ../nbs/02_randomness.ipynb #fbbfdf07
@@ -46,16 +46,19 @@ Randomness = torch.Generator | BatchShare | Sequence[torch.Generator] | None
 
 def uniform(
     like: Tensor,  # Tensor that gives shape (B, ...), dtype and device
-    generator: Randomness = None,  # One for the batch, or a sequence of one per image; None: the global state
+    generator: Randomness = None,  # One for the batch, or one per image; None: the global state
 ) -> Tensor:  # Independent draws from [0, 1), shape of `like`
-    "Uniform numbers; with one generator per image, an image draws the same whatever batch it is in."
+    "Uniform numbers; with one generator per image, the same for an image in any batch."
     if isinstance(generator, BatchShare):
         whole = uniform(like.new_empty((generator.total, *like.shape[1:])), generator.generator)
         return whole[generator.start:generator.start + len(like)]
     if isinstance(generator, Sequence):
         if len(generator) != len(like):
-            raise ValueError(f"expected one generator per image, got {len(generator)} for a batch of {len(like)}")
-        rows = [torch.rand(like.shape[1:], generator=g, dtype=like.dtype, device=g.device) for g in generator]
-        return torch.stack(rows).to(like.device) if rows else torch.empty_like(like)
+            raise ValueError(f"expected one generator per image, got {len(generator)} for a batch "
+                             f"of {len(like)}: image_generators(seed, indices) makes them")
+        own = [torch.rand(like.shape[1:], generator=g, dtype=like.dtype, device=g.device)
+               for g in generator]
+        return torch.stack(own).to(like.device) if own else torch.empty_like(like)
     device = like.device if generator is None else generator.device
-    return torch.rand(like.shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
+    draws = torch.rand(like.shape, generator=generator, dtype=like.dtype, device=device)
+    return draws.to(like.device)

@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+import jat_nb
+
 # %% ../nbs/06_records.ipynb #3c135a7d
 def check_writable(
     folder: str | Path,  # Where results shall go; created if missing
@@ -132,24 +134,36 @@ def _device(device: torch.device | str | None) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 # %% ../nbs/06_records.ipynb #e3f0067f
-def _commit(folder: str | Path) -> str | None:
-    "Commit checked out in `folder`, with -dirty when files differ from it; None outside git."
-    ask = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+def _git(folder: str | Path, *words: str) -> str:
+    "Answer of a git command about a folder; empty when there is none."
+    # inside a git hook the environment names another repository
+    free = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
     try:
-        answer = subprocess.run(ask, capture_output=True, text=True, timeout=20,
-                                env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"})
+        answer = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True,
+                                timeout=20, env={**free, "GIT_OPTIONAL_LOCKS": "0"})
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() or None
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""
+
+
+def _commit(folder: str | Path | None) -> str | None:
+    "Commit of `folder`, or of this package, with -dirty when files differ; None outside git."
+    if folder is None:
+        folder = Path(jat_nb.__file__).resolve().parent
+        top = _git(folder, "rev-parse", "--show-toplevel")
+        if not top or Path(top).resolve() != folder.parent or not _git(folder, "ls-files", "."):
+            return None  # installed, or a copy in a repository of another project
+    return _git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
 
 # %% ../nbs/06_records.ipynb #e3548d78
 def environment(
-    device: torch.device | str | None = None,  # Where the run computes; None: the GPU if there is one
-    folder: str | Path = ".",  # Any folder of the work tree whose commit counts
+    device: torch.device | str | None = None,  # Where the run computes; None: a GPU if there is one
+    folder: str | Path | None = None,  # Work tree whose commit counts; None: the package's own
 ) -> dict[str, Any]:  # versions {package: text}, device, threads, commit (None outside git)
     "What a run stands on: no names of machines or people, no paths."
-    versions = {"python": platform.python_version(), "cuda": torch.version.cuda if torch.cuda.is_available() else None}
-    versions |= {p: _version(p) for p in _PACKAGES}
+    versions = {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES}
+    if torch.cuda.is_available():
+        versions["cuda"] = torch.version.cuda
     return {"versions": {k: v for k, v in versions.items() if v}, "device": _device(device),
             "threads": torch.get_num_threads(), "commit": _commit(folder)}
 

@@ -13,7 +13,7 @@ import math
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .pictures import PALETTE, _Figure, plot_curves
-from .catalogue import adapt, papers, recipe, recipes
+from .catalogue import Paper, adapt, papers, recipe, recipes
 from .records import TIERS, write_atomic
-from .results import (Run, Share, overview, paper_table, read_runs, recipe_names, side_by_side,
+from .recipes import Recipe
+from .results import (Run, Share, _columns, overview, paper_table, recipe_names, side_by_side,
                             survivors)
 
 # %% ../nbs/38_reports.ipynb #c174e648
+def _labels(names: Sequence[str]) -> list[str]:
+    "Names of recipes without their paper, where they are all of one."
+    one = len({name.partition("/")[0] for name in names}) == 1
+    return [name.rpartition("/")[2] if one else name for name in names]
+
+
 def _on_equal_images(runs: Sequence[Run], columns: Sequence[str], **group: str) -> dict[str, dict[str, Share]]:
     "Accuracies {recipe: {column: share}}, each recipe on the first images that all of its attacks saw."
     rows = {name: {c: survivors(runs, name, c, **group) for c in columns} for name in recipe_names(runs, **group)}
@@ -54,9 +61,10 @@ def attack_bars(
         values = [100 * share.value for _, share in rows]
         errors = [[abs(100 * share.interval[end] - v) for (_, share), v in zip(rows, values)] for end in (0, 1)]
         where = [i + (k + 0.5) * height - 0.4 for i, _ in rows]
-        if rows: ax.barh(where, values, 0.9 * height, xerr=errors, color=color, label=column,
-                         error_kw={"ecolor": "0.5", "lw": 1, "capsize": 2})
-    ax.set(yticks=range(len(table)), yticklabels=table, ylim=(max(len(table), 1) - 0.5, -0.5))
+        if rows:
+            ax.barh(where, values, 0.9 * height, xerr=errors, color=color, label=column,
+                    error_kw={"ecolor": "0.5", "lw": 1, "capsize": 2})
+    ax.set(yticks=range(len(table)), yticklabels=_labels(list(table)), ylim=(max(len(table), 1) - 0.5, -0.5))
     ax.set(xlabel="accuracy (%)", xlim=(0, None))
     if table: figure.legend(loc="outside upper center", ncols=len(columns), frameon=False, fontsize=8)
     ax.spines[["top", "right"]].set_visible(False)
@@ -79,13 +87,10 @@ def training_curve(
     return figure
 
 # %% ../nbs/38_reports.ipynb #f80b348d
-_FIGURE_3 = ("natural", "madry", "one-step-pixel", "one-step-spatial", "one-step-joint")
-
-
 def budget_curves(
     runs: Sequence[Run],  # As read
     kind: str = "pixel",  # "pixel" or "flow"
-    names: Sequence[str] | None = None,  # Recipes, at most 6; None: those of JAT's Figure 3, then others
+    names: Sequence[str] | None = None,  # Recipes by full name, at most 6; None: those that their papers show first
     *,
     data: str = "cifar10",  # Data set
     tier: str = "cpu",  # Tier
@@ -93,8 +98,8 @@ def budget_curves(
 ) -> Figure:  # Accuracy against the budget, in 1/255 or px
     "Accuracy of several recipes against one budget."
     unit, trained_at, shares, budgets = {"pixel": 255, "flow": 1}[kind], None, {}, []
-    found = recipe_names(runs, data=data, tier=tier)
-    for name in names or sorted(found, key=lambda name: name not in _FIGURE_3):
+    found, shown = recipe_names(runs, data=data, tier=tier), {n for p in papers().values() for n in p.shown}
+    for name in names or sorted(found, key=lambda name: name not in shown):
         chosen = [r for r in runs if r.usable and (r.name, *r.group) == (name, tier, data) and r.metrics("curves")]
         if not chosen or len(shares) == len(PALETTE): continue
         record = chosen[0].evaluations["curves"]
@@ -102,6 +107,7 @@ def budget_curves(
         keys = [f"{b:.6g}" for b in budgets]
         shares[name] = [survivors(chosen, name, k, "curves", kind, data=data, tier=tier) for k in keys]
     if not shares: raise ValueError(f"no curves of {data}, {tier}: run `jat_eval FOLDER --suite curves` first")
+    shares = dict(zip(_labels(list(shares)), shares.values()))
     values = {name: torch.tensor([s.value for s in row]) for name, row in shares.items()}
     ends = {name: tuple(torch.tensor([s.interval[end] for s in row]) for end in (0, 1)) for name, row in shares.items()}
     return plot_curves([unit * b for b in budgets], values, intervals=ends, trained_at=trained_at and unit * trained_at,
@@ -111,19 +117,20 @@ def budget_curves(
 def _commands(run: Run) -> list[str]:
     "The command lines that train and judge this run again."
     about, folder = run.about, f"runs/{run.folder}"
-    plan = asdict(adapt(recipe(about["name"]), about["data"], about["tier"])) | {"seed": about["seed"]}
-    changed = [f"{k}={json.dumps(v)}" for k, v in run.recipe.items()
-               if k not in ("data", "model") and json.dumps(plan.get(k)) != json.dumps(v)]
+    plan = asdict(replace(adapt(recipe(about["name"]), about["data"], about["tier"]), seed=about["seed"]))
+    made = asdict(Recipe.from_dict(run.recipe, **{k: about.get(k, plan[k]) for k in ("model", "data")}))
+    changed = [f"{k}={json.dumps(v)}" for k, v in made.items() if json.dumps(plan[k]) != json.dumps(v)]
     words = ["jat_train", "--recipe", about["name"]]
     for key in ("data", "tier", "seed"): words += [f"--{key}", about[key]]
-    if about.get("model", plan["model"]) != plan["model"]: words += ["--model", about["model"]]
+    if made["model"] != plan["model"]: words += ["--model", made["model"]]
+    changed = [text for text in changed if not text.startswith(("model=", "data=", "seed="))]
     lines = [[*words, *(["--set", *changed] if changed else []), "--out", folder]]
     for suite, record in run.evaluations.items():
         c = record.config
         sources = [f"runs/{s}" for s in c.get("sources") or ()]
         lines.append(["jat_eval", folder, "--suite", suite, "--n", c.get("n", 1000), "--steps", c.get("steps", 20),
                       "--weights", c.get("weights", "last"), "--seed", record.seed,
-                      *(["--source", *sources] if sources else []), *(["--amp"] if c.get("amp") else [])])
+                      *(["--source", *sources] if sources else []), *(f"--{k}" for k in ("amp", "fast") if c.get(k))])
     return [shlex.join(map(str, line)) for line in lines]
 
 # %% ../nbs/38_reports.ipynb #992e4ded
@@ -180,25 +187,25 @@ def _table(frame: pd.DataFrame, caption: str = "") -> str:
 
 # %% ../nbs/38_reports.ipynb #7f072342
 QUESTIONS = {
-    "a": "Does accuracy fall, or stay, as the attack takes more steps and more starts?",
-    "b": "Does nothing survive a budget eight times as large?",
-    "c": "Does random noise of the same size do less than the attack?",
-    "d": "Do attacks made on a twin from another seed do less than attacks on the network itself?",
-    "e": "Does AutoAttack find at most five points more than the longest PGD?",
-    "f": "Do the gradients at an image and at a point beside it agree?",
-}  # what each check of the audit asks
+    "more effort": "Does accuracy fall, or stay, as the attack takes more steps and more starts?",
+    "unbounded": "Does nothing survive a budget eight times as large?",
+    "noise": "Does random noise of the same size do less than the attack?",
+    "transfer": "Do attacks made on a twin from another seed do less than attacks on the network itself?",
+    "autoattack": "Does AutoAttack find at most five points more than the longest PGD?",
+    "linearity": "Do the gradients at an image and at a point beside it agree?",
+}  # what each sign of masking asks
 
 
 def masking_checks(
     run: Run,  # One run, with whatever suites it has
-) -> dict[str, dict[str, Any]]:  # By letter: "held" (None: not run) and "seen", name to number
-    "The six checks for masked gradients, check (e) from the suites if the audit left it out."
+) -> dict[str, dict[str, Any]]:  # By name of the check: "held" (None: not run) and "seen", name to number
+    "The six signs of masked gradients; AutoAttack's from its own suite if the check left it out."
     rows = {row["check"]: row for row in run.metrics("masking").get("rows", [])}
     longest, auto = run.share("PGD100"), run.share("AutoAttack", "autoattack")
-    if rows.get("e", {}).get("held") is None and longest and auto:
+    if rows.get("autoattack", {}).get("held") is None and longest and auto:
         pgd = longest.first(auto.n).value
         seen = {"AutoAttack": auto.value, "PGD100": pgd, "n": auto.n} | ({"kept": auto.value / pgd} if pgd else {})
-        rows["e"] = {"held": -1 / auto.n <= pgd - auto.value <= 0.05, "seen": seen}
+        rows["autoattack"] = {"held": -1 / auto.n <= pgd - auto.value <= max(0.05, 1 / auto.n), "seen": seen}
     return {check: rows.get(check, {"held": None, "seen": {}}) for check in QUESTIONS}
 
 # %% ../nbs/38_reports.ipynb #974aa55f
@@ -214,17 +221,25 @@ def _masking(runs: Sequence[Run]) -> str:
             seen = "<br>".join(f"{html.escape(k)} {v:.3g}" for k, v in row["seen"].items() if v is not None)
             cells += "<td><span class={}>{}</span><small>{}</small></td>".format(*words[row["held"]], seen)
         lines.append(f"<tr><th>{html.escape(_title(run))}</th>{cells}</tr>")
-    questions = "".join(f"<li>{html.escape(question)}</li>" for question in QUESTIONS.values())
+    questions = "".join(f"<li><b>{check}</b>: {html.escape(asked)}</li>" for check, asked in QUESTIONS.items())
     head = "".join(f"<th>{check}</th>" for check in ("", *QUESTIONS))
-    return (f"<ol type=a>{questions}</ol><div class=wide><table><thead><tr>{head}</tr></thead>"
+    return (f"<ul>{questions}</ul><div class=wide><table><thead><tr>{head}</tr></thead>"
             f"<tbody>{''.join(lines)}</tbody></table></div>")
 
 # %% ../nbs/38_reports.ipynb #eb951c53
+def _bars(runs: Sequence[Run]) -> list[str]:
+    "The columns to draw: long attacks side by side, or else what was measured."
+    usable = [run for run in runs if run.usable]
+    known = dict.fromkeys(c for run in usable for c in _columns(run) if run.share(c) is not None)
+    usual = [column for column in ("PGD20", "PGD100", "AutoAttack") if column in known]
+    return usual or [column for column in known if column not in ("Clean", "Union")][:3]
+
+
 def _drawings(runs: Sequence[Run], **group: str) -> str:
     "The figures of one group, and a small one per training."
     suites = {suite for run in runs if run.usable for suite in run.evaluations}
-    drawn = [_drawing(attack_bars(runs, **group), "The same images under PGD, longer PGD and AutoAttack")] \
-        if {"jat", "autoattack"} & suites else []
+    columns, drawn = _bars(runs), []
+    if columns: drawn.append(_drawing(attack_bars(runs, columns, **group), f"The same images under {', '.join(columns)}"))
     words = "Accuracy as the {} budget grows; dashed: the budget of the tables"
     if "curves" in suites:
         drawn += [_drawing(budget_curves(runs, kind, **group), words.format(kind)) for kind in ("pixel", "flow")]
@@ -232,16 +247,22 @@ def _drawings(runs: Sequence[Run], **group: str) -> str:
     return f"<div class=pair>{''.join(drawn)}</div><h3>Training</h3><div class=grid>{trained}</div>"
 
 # %% ../nbs/38_reports.ipynb #0ad9370b
-def _group(runs: Sequence[Run], tier: str, data: str) -> str:
-    "What is known of the runs of one tier on one data set."
+def _paper(run: Run) -> str:
+    "The key of a run's paper; empty for a paper that nobody knows."
+    return run.paper if run.paper in papers() else ""
+
+
+def _group(runs: Sequence[Run], key: str, tier: str, data: str) -> str:
+    "What is known of the runs of one paper at one tier on one data set."
     order = {name: i for i, name in enumerate(recipes())}
-    mine = sorted((run for run in runs if run.group == (tier, data) and run.log),
-                  key=lambda run: (order.get(run.about["name"], len(order)), run.folder))
+    mine = sorted((run for run in runs if (_paper(run), *run.group) == (key, tier, data) and run.log),
+                  key=lambda run: (order.get(run.name, len(order)), run.folder))
+    head, link = (f"{papers()[key].title}: " if key else ""), f"{key}-{tier}-{data}"
     names = [run.name for run in mine if run.usable]
     seeds = "; one seed each" if len(set(names)) == len(names) else " and, where there are several, the seeds"
     caption = (f"Accuracy in percent, 95 % intervals over the images{seeds}. Union: survived every attack of the suite. "
                "AutoAttack may have seen fewer images; the bars below compare on equal ones.")
-    parts = [f"<h2 id='{html.escape(f'{tier}-{data}')}'>{html.escape(data)}, tier {html.escape(tier)}</h2>",
+    parts = [f"<h2 id='{html.escape(link)}'>{html.escape(f'{head}{data}, tier {tier}')}</h2>",
              _table(overview(mine, data=data, tier=tier), caption), _drawings(mine, data=data, tier=tier)]
     if checked := [run for run in mine if any(row["held"] is not None for row in masking_checks(run).values())]:
         note = "Six questions; an honest network answers yes to all. What was measured stands below each answer."
@@ -270,49 +291,68 @@ def _opening(runs: Sequence[Run], links: dict[str, str]) -> str:
     problems = "".join(f"<li><b>{html.escape(run.folder)}</b>: {html.escape('; '.join(run.problems))}</li>"
                        for run in runs if run.problems)
     return (f"<h1>What {finished} trained network{'s' * (finished != 1)} withstood</h1><p>Robust accuracies with their "
-            "intervals, beside the numbers of the paper where there are any.</p><nav>"
+            "intervals, beside the numbers of the papers where there are any.</p><nav>"
             + "".join(f"<a href='#{html.escape(k)}'>{html.escape(v)}</a>" for k, v in links.items()) + "</nav>"
             + (f"<p>Set aside or incomplete:</p><ul>{problems}</ul>" if problems else ""))
 
 # %% ../nbs/38_reports.ipynb #06ee88fe
-def _beside(runs: Sequence[Run]) -> str:
-    tables = [(number, paper_table(number, runs)) for number in range(1, 8)]
-    used = {(r.about.get("data"), str(r.about.get("variant"))) for r in runs if r.usable}
-    words = "<p class=note>Ours on {} pixels, not the published ones.</p>"
-    note = {row.table: "".join(words.format(html.escape(v)) for data, v in sorted(used) if data == row.data and v != "official")
-            for known in papers().values() for row in known.rows}
-    filled = [f"<h3>Table {k}</h3>{note[k]}" + _table(side_by_side(table).rename_axis([None, None]))
-              for k, table in tables if table["ours"].notna().any()]
-    return ("<h2 id=paper>Beside the paper</h2><p>Zhang and Wang, Joint Adversarial Training, 2019. PGD100, AutoAttack "
-            "and the other order are ours.</p>"
+def _beside(runs: Sequence[Run], paper: Paper) -> str:
+    "The tables of one paper that have a number of ours."
+    numbers = sorted({row.table for row in paper.rows})
+    used = sorted({(r.about.get("data"), str(r.about.get("variant"))) for r in runs if r.usable})
+    words, filled = "<p class=note>Ours on {} pixels, not the published ones.</p>", []
+    for number in numbers:
+        table, data = paper_table(paper.key, number, runs), {row.data for row in paper.rows if row.table == number}
+        if not table["ours"].notna().any(): continue
+        note = "".join(words.format(html.escape(v)) for d, v in used if d in data and v != "official")
+        filled.append(f"<h3>Table {number}</h3>{note}" + _table(side_by_side(table).rename_axis([None, None])))
+    return (f"<h2 id='{html.escape(paper.key)}-tables'>{html.escape(paper.title)}: beside the paper</h2>"
+            "<p>Columns without a line of the paper are ours.</p>"
             + ("".join(filled) or "<p>No run here belongs to one of its tables.</p>"))
 
 # %% ../nbs/38_reports.ipynb #33bac20c
-def _verdicts(claims: pd.DataFrame) -> str:
+def _verdicts(claims: pd.DataFrame, paper: Paper) -> str:
     "A count of the verdicts, then every claim with what speaks for it and against it."
     kinds = {"reproduced": "good", "not reproduced": "bad", "inconclusive": "open"}
     counts = ", ".join(f"{n} {word}" for word in kinds if (n := int((claims["verdict"] == word).sum())))
     blocks = []
     for row in claims.itertuples():
-        facts = {"Paper": row.paper, "Ours": row.ours, "Why": row.reason}
+        facts = {"Paper": row.printed, "Ours": row.ours, "Why": row.reason}
         listed = "".join(f"<dt>{key}</dt><dd>{html.escape(text)}</dd>" for key, text in facts.items() if text)
-        blocks.append(f"<details><summary><b>{row.id}</b> <span class={kinds[row.verdict]}>{row.verdict}</span> "
+        blocks.append(f"<details><summary><b>{html.escape(row.id)}</b> <span class={kinds[row.verdict]}>{row.verdict}</span> "
                       f"<small>{html.escape(row.tier)}</small> {html.escape(row.claim)}</summary>"
                       f"<dl>{listed}</dl></details>")
-    return f"<h2 id=claims>Claims</h2><p>{counts}. Each opens on a click.</p>{''.join(blocks)}"
+    head = f"<h2 id='{html.escape(paper.key)}-claims'>{html.escape(paper.title)}: claims</h2>"
+    return f"{head}<p>{counts}. Each opens on a click.</p>{''.join(blocks)}"
 
 # %% ../nbs/38_reports.ipynb #06b32bee
+def _section(runs: Sequence[Run], key: str, claims: pd.DataFrame | None) -> tuple[dict[str, str], list[str]]:
+    "Links and parts of one paper; of the runs of no paper for an empty key."
+    mine = [run for run in runs if _paper(run) == key]
+    groups = sorted({run.group for run in mine if run.usable}, key=lambda g: (TIERS.index(g[0]), g[1]))
+    title = f"{papers()[key].title}: " if key else ""
+    links = {f"{key}-{tier}-{data}": f"{title}{data}, {tier}" for tier, data in groups}
+    parts = [_group(mine, key, *group) for group in groups]
+    if not key: return links, parts
+    parts.append(_beside(mine, papers()[key]))
+    links[f"{key}-tables"] = f"{title}beside the paper"
+    if claims is not None and len(own := claims[claims["paper"] == key]):
+        parts.append(_verdicts(own, papers()[key]))
+        links[f"{key}-claims"] = f"{title}claims"
+    return links, parts
+
+
 def html_report(
     runs: Sequence[Run],  # As read
     path: str | Path,  # *.html, created or replaced in one step
     claims: pd.DataFrame | None = None,  # Verdicts, from `judge_claims`; None leaves them out
 ) -> Path:  # The file
     "Everything known of some runs on one self-contained page."
-    groups = sorted({run.group for run in runs if run.usable}, key=lambda g: (TIERS.index(g[0]), g[1]))
-    links = {f"{t}-{d}": f"{d}, {t}" for t, d in groups} | {"paper": "Beside the paper"}
-    links |= ({"claims": "Claims"} if claims is not None else {}) | {"again": "How to do it again"}
-    body = [_opening(runs, links), *(_group(runs, *group) for group in groups), _beside(runs)]
-    if claims is not None: body.append(_verdicts(claims))
+    links, body = {}, []
+    for key in [key for key in (*papers(), "") if any(_paper(run) == key for run in runs)]:
+        found, parts = _section(runs, key, claims)
+        links, body = links | found, body + parts
+    body = [_opening(runs, links | {"again": "How to do it again"}), *body]
     body += ["<h2 id=again>How to do it again</h2>", *map(_facts, runs)]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     page = (f'<!doctype html><html lang="en"><head>{head}<title>jat_nb report</title>{_STYLE}</head>'

@@ -40,17 +40,82 @@ pictures = np.random.RandomState(0).randint(0, 256, (6, 8, 8, 3), dtype=np.uint8
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 120), st.integers(1, 7), st.floats(0, 1), st.integers(0, 99))
-def test_subsets_are_balanced_nested_and_disjoint(n, classes, share, seed):
+@given(st.integers(1, 120), st.integers(1, 7), st.floats(0, 1), st.integers(0, 99), st.booleans())
+def test_subsets_are_nested_and_disjoint(n, classes, share, seed, balanced):
     data, k = toy(n, classes, side=4), int(share * n)
-    rest, held = data.split(k, seed)
+    rest, held = data.split(k, seed, balanced=balanced)
     assert len(held) == k and len(rest) == n - k
     assert keys(rest) | keys(held) == keys(data) and not keys(rest) & keys(held)
+    assert torch.equal(data.subset(k // 2, seed, balanced=balanced).images, held.images[:k // 2])
+    assert torch.equal(data.subset(k, seed, balanced=balanced).images, held.images)
     counts, most = held.labels.bincount(minlength=classes), data.labels.bincount(minlength=classes)
-    unused = counts < most  # a class that still has images was never behind by more than one
-    assert not unused.any() or counts.max() - counts[unused].min() <= 1
-    assert torch.equal(data.subset(k // 2, seed).images, held.images[:k // 2])
-    assert torch.equal(data.subset(k, seed).images, held.images)
+    if balanced:  # a class that still has images was never behind by more than one
+        unused = counts < most
+        assert not unused.any() or counts.max() - counts[unused].min() <= 1
+    else:
+        ahead = counts - k * most / n
+        assert ahead.max() < 1 and ahead.min() > -1.5
+
+
+def of(counts: list[int], seed: int = 0) -> ImageSet:
+    "A set with so many images of each class, in random order."
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
+    images = torch.arange(len(labels)).view(-1, 1, 1, 1).expand(-1, 1, 2, 2) % 256
+    return ImageSet("shares", images.byte().contiguous(), labels, tuple(map(str, range(len(counts)))))
+
+
+@pytest.mark.parametrize("counts, n, held", [([100, 5], 20, [19, 1]), ([60, 30, 10], 10, [6, 3, 1]), ([60, 30, 10], 50, [30, 15, 5]),
+                                             ([980, 20], 100, [98, 2]), ([7, 7, 7], 4, None), ([1, 1, 1, 997], 500, None)])
+def test_held_out_images_have_the_shares_of_the_set(counts, n, held):
+    for seed in range(5):
+        rest, few = of(counts, seed).split(n, seed)
+        seen = few.labels.bincount(minlength=len(counts))
+        assert held is None or seen.tolist() == held
+        assert (rest.labels.bincount(minlength=len(counts))[torch.tensor(counts) > 1] > 0).all(), "no class leaves training"
+        assert (seen - n * torch.tensor(counts) / sum(counts)).abs().max() < 1
+
+
+def test_balanced_subsets_must_be_asked_for():
+    data = of([100, 5])
+    assert data.subset(8).labels.bincount(minlength=2).tolist() == [8, 0]
+    assert data.subset(8, balanced=True).labels.bincount().tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_equal_classes_are_dealt_as_they_always_were(seed):
+    data = of([12] * 7, seed)
+    shuffled = torch.randperm(84, generator=torch.Generator().manual_seed(seed))
+    hits = torch.nn.functional.one_hot(data.labels[shuffled])
+    order = shuffled[(hits.cumsum(0) * hits).sum(1).argsort(stable=True)]
+    for n in (1, 7, 30, 84):
+        assert torch.equal(data.subset(n, seed).images, data.images[order[:n]])
+        assert torch.equal(data.subset(n, seed, balanced=True).images, data.images[order[:n]])
+
+
+def test_labels_follow_the_names_of_the_run(tmp_path):
+    for split in ("train", "test"):
+        for i, name in enumerate(("cow", "dog", "owl")):
+            put(tmp_path / "farm", split, name, pictures[2 * i:2 * i + 2])
+    trained = load("farm", root=tmp_path).classes
+    put(tmp_path / "farm", "train", "ant", pictures[:1])  # shifts every number that is taken from today's folder
+    today, run = load("farm", "test", root=tmp_path), load("farm", "test", root=tmp_path, classes=trained)
+    assert today.labels.tolist() == [1, 1, 2, 2, 3, 3]
+    assert run.labels.tolist() == [0, 0, 1, 1, 2, 2] and run.classes == trained == ("cow", "dog", "owl")
+    turned = load("farm", "test", root=tmp_path, classes=("owl", "cow", "dog"))
+    assert turned.labels.tolist() == [1, 1, 2, 2, 0, 0] and torch.equal(turned.images, run.images)
+    put(tmp_path / "farm", "test", "ant", pictures[:1])
+    with pytest.raises(ValueError, match="unknown: ant"):
+        load("farm", "test", root=tmp_path, classes=trained)
+    with pytest.raises(ValueError, match="missing: cat"):
+        load("farm", "test", root=tmp_path, classes=("ant", "cat", "cow", "dog", "owl"))
+
+
+def test_official_classes_are_checked_too():
+    digits = load("digits", "test", classes=tuple("9876543210"))
+    assert torch.equal(digits.labels, 9 - load("digits", "test").labels)
+    with pytest.raises(ValueError, match="missing: a"):
+        load("digits", "test", classes=("a", *"0123456789"))
 
 
 def test_moments_and_float_view():

@@ -11,7 +11,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from jat_nb.attacks import fgsm, pgd
-from jat_nb.evaluation import Evaluation, budget_curve, evaluate, ggsm_at, jat_suite, pgd_at, wilson_interval
+from jat_nb.evaluation import Evaluation, budget_curve, evaluate, ggsm_at, pgd_at, wilson_interval
+from jat_nb.papers.jat import jat_suite
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,10 @@ from torch import nn
 from torch.testing import assert_close
 
 from jat_nb.data import ImageSet
-from jat_nb.evaluation import evaluate, jat_suite
+from jat_nb.evaluation import evaluate
 from jat_nb.models import create
 from jat_nb.objectives import jat
+from jat_nb.papers.jat import jat_suite
 from jat_nb.processes import processes
 from jat_nb.records import read_jsonl
 from jat_nb.recipes import Recipe

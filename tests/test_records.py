@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import jat_nb
 from jat_nb import records
 from jat_nb.records import (TIERS, Record, append_jsonl, check_writable, environment, progress, read_jsonl,
                             write_atomic, write_json)
@@ -183,6 +184,35 @@ def test_commit_clean_dirty_and_outside(tmp_path, monkeypatch):
     assert environment("cpu", tmp_path)["commit"] == f"{head}-dirty"
     monkeypatch.setenv("PATH", "")
     assert environment("cpu", tmp_path)["commit"] is None, "no git on this machine"
+
+
+def commit_all(folder: Path) -> str:
+    git(folder, "init", "-q")
+    git(folder, "add", ".")
+    git(folder, "commit", "-qm", "all", "--allow-empty")
+    return git(folder, "rev-parse", "HEAD").strip()
+
+
+def test_the_commit_is_that_of_the_package_wherever_a_run_is_started(tmp_path, monkeypatch):
+    here, head = environment("cpu")["commit"], commit_all(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert environment("cpu")["commit"] == here != head
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert environment("cpu")["commit"] == here, "as inside a hook of another project"
+
+
+@pytest.mark.parametrize("place, tracked, own", [("venv/lib/jat_nb", False, False), ("third_party/jat_nb", True, False),
+                                                 ("jat_nb", False, False), ("jat_nb", True, True)])
+def test_an_installed_package_has_no_commit(tmp_path, monkeypatch, place, tracked, own):
+    package = tmp_path / place
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (tmp_path / "own.py").write_text("")
+    if not tracked:
+        (tmp_path / ".gitignore").write_text(place)
+    head = commit_all(tmp_path)
+    monkeypatch.setattr(jat_nb, "__file__", str(package / "__init__.py"))
+    assert environment("cpu")["commit"] == (head if own else None)
 
 
 def test_environment_says_enough_and_not_too_much():

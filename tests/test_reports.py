@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 import torch
 
-from jat_nb.claims import CLAIMS, Evidence, Finding, judge_claims, verdict
+from jat_nb.claims import Evidence, Finding, judge_claims, verdict
 from jat_nb.catalogue import adapt
-from jat_nb.papers.jat import RECIPES, ROWS
+from jat_nb.papers.jat import CLAIMS, PAPER, RECIPES, ROWS
 from jat_nb.records import Record, append_jsonl, write_json
 from jat_nb.reports import attack_bars, budget_curves, html_report, training_curve
 from jat_nb.results import (Run, Share, difference, overview, paper_table, published, read_runs, recipe_names,
@@ -129,7 +129,7 @@ def test_runs_are_read_sorted_with_everything(tmp_path):
     assert all(run.usable and not run.problems for run in runs)
     assert runs[0].share("Joint").value == 0.05 and runs[0].share("AutoAttack", "autoattack") is None
     assert runs[0].share("Union").value == 0.05
-    assert recipe_names(runs) == ["natural", "madry"]
+    assert recipe_names(runs) == ["jat/natural", "jat/madry"]
 
 
 def test_nothing_to_read_is_said_plainly(tmp_path):
@@ -155,7 +155,7 @@ def test_damage_is_reported_and_not_fatal(tmp_path, file, text, usable, words):
     plant(tmp_path, "natural", network())
     spoilt = next(r for r in read_runs(tmp_path) if r.folder == "madry-s0")
     assert spoilt.usable is usable and words in "; ".join(spoilt.problems)
-    assert len(paper_table(1, read_runs(tmp_path)).dropna(subset=["ours"]))
+    assert len(paper_table("jat", 1, read_runs(tmp_path)).dropna(subset=["ours"]))
     assert html_report(read_runs(tmp_path), tmp_path / "page.html").exists()
 
 
@@ -198,13 +198,13 @@ def test_only_equals_are_averaged_as_seeds(tmp_path):
     runs = read_runs(tmp_path)
     assert [r.usable for r in runs] == [True, False, False, True]
     assert "not as madry-s0: lr" in runs[1].problems and "not as madry-s0: variant" in runs[2].problems
-    assert "set aside: other steps" in runs[3].problems[0] and len(survivors(runs, "madry", "Joint").seeds) == 1
+    assert "set aside: other steps" in runs[3].problems[0] and len(survivors(runs, "jat/madry", "Joint").seeds) == 1
 
 
 def test_records_with_other_steps_fill_no_cell_of_the_paper(tmp_path):
     spoil(plant(tmp_path, "madry", network()) / "eval-jat.json", lambda r: r.config.update(steps=2))
     runs = read_runs(tmp_path)
-    assert survivors(runs, "madry", "Joint").n == N and paper_table(1, runs)["ours"].isna().all()
+    assert survivors(runs, "jat/madry", "Joint").n == N and paper_table("jat", 1, runs)["ours"].isna().all()
 
 
 def test_a_run_that_was_stopped_in_its_first_epoch_is_not_finished(tmp_path):
@@ -218,7 +218,7 @@ def test_an_unfinished_or_repeated_run_fills_no_cell(tmp_path):
     plant(tmp_path, "madry", network(Joint=50.0), folder="z-again")
     plant(tmp_path, "natural", network(), epochs=2)
     runs = read_runs(tmp_path)
-    assert survivors(runs, "madry", "Joint").value == 0.05 and survivors(runs, "natural", "Joint") is None
+    assert survivors(runs, "jat/madry", "Joint").value == 0.05 and survivors(runs, "jat/natural", "Joint") is None
     assert runs[-1].problems == ("repeats madry-s0",)
 
 
@@ -226,7 +226,7 @@ def test_an_unfinished_or_repeated_run_fills_no_cell(tmp_path):
 
 @pytest.mark.parametrize("number", range(1, 8))
 def test_every_printed_number_is_in_its_table(number):
-    long, printed = paper_table(number, []), published("JAT", number)
+    long, printed = paper_table("jat", number, []), published("JAT", number)
     assert sorted(long["paper"].dropna()) == sorted(printed["value"]) and long["ours"].isna().all()
 
 
@@ -234,10 +234,10 @@ def test_ours_is_the_mean_of_the_seeds_with_its_gap(tmp_path):
     for seed, joint in enumerate((20.0, 30.0)):
         plant(tmp_path, "one-step-joint", network(Joint=joint) | {"autoattack": table({"Clean": 70, "AutoAttack": 10}, 100)},
               seed=seed)
-    cell = paper_table(1, read_runs(tmp_path)).set_index(["row", "column"]).loc[("one-step-Joint", "Joint")]
+    cell = paper_table("jat", 1, read_runs(tmp_path)).set_index(["row", "column"]).loc[("one-step-Joint", "Joint")]
     assert (cell.ours, cell.seeds, cell.n, cell.tier) == (25.0, 2, N, "cpu") and cell.low < 20 < 30 < cell.high
     assert cell.gap == pytest.approx(25.0 - 53.1)
-    folded = side_by_side(paper_table(1, read_runs(tmp_path)))
+    folded = side_by_side(paper_table("jat", 1, read_runs(tmp_path)))
     assert folded.loc[("one-step-Joint", "cpu, gap"), "Joint"] == "-28.1"
     assert folded.loc[("one-step-Joint", "cpu"), "AutoAttack"] == "10.0"
     assert folded.loc[("one-step-Joint", "cpu, images"), "AutoAttack"] == "100"
@@ -251,17 +251,17 @@ def test_tables_of_several_tiers_and_of_transfer(tmp_path):
     sources = {"natural-s0": table({"PGD20": 60}), "one-step-joint-s1": table({"PGD20": 50})}
     plant(tmp_path / "cpu", "one-step-joint", {"transfer": {"sources": sources}})
     runs = read_runs(tmp_path)
-    clean = paper_table(1, runs).query("row == 'Natural' and column == 'Clean'")
+    clean = paper_table("jat", 1, runs).query("row == 'Natural' and column == 'Clean'")
     assert dict(zip(clean["tier"], clean["ours"])) == {"cpu": 70.0, "gpu": 90.0}
-    black = paper_table(5, runs).query("column == 'PGD20'").set_index("row")["ours"]
+    black = paper_table("jat", 5, runs).query("column == 'PGD20'").set_index("row")["ours"]
     assert black.tolist() == [60.0, 50.0] and black.index[0].endswith("Undefended")
-    assert list(overview(runs, tier="gpu").index) == ["natural"]
+    assert list(overview(runs, tier="gpu").index) == ["jat/natural"]
 
 
 def test_every_row_of_the_paper_has_a_recipe_and_a_printed_line():
     for number in range(1, 8):
         labels = {row.label for row in ROWS if row.table == number}
-        assert {label.split(", source")[0] for label in paper_table(number, [])["row"]} == labels
+        assert set(paper_table("jat", number, [])["row"]) == labels
 
 
 # -- verdicts ----------------------------------------------------------------------------------------------------------
@@ -314,13 +314,13 @@ def all_good(tmp_path_factory):
 
 def judged(runs, id):
     claim = next(claim for claim in CLAIMS if claim.id == id)
-    return verdict(list(claim.find(Evidence(tuple(runs), "cpu"))))
+    return verdict(Evidence(tuple(runs), "cpu", PAPER).findings(claim))
 
 
 def altered(runs, name, suite, change, data="cifar10"):
     "The same runs with the metrics of one suite of one recipe changed."
     def new(run):
-        if (run.name, run.about["data"]) != (name, data) or suite not in run.evaluations: return run
+        if (run.name, run.about["data"]) != (f"jat/{name}", data) or suite not in run.evaluations: return run
         record = run.evaluations[suite]
         return replace(run, evaluations=run.evaluations | {suite: replace(record, metrics=change(json.loads(json.dumps(record.metrics))))})
     return [new(run) for run in runs]
@@ -394,7 +394,7 @@ def test_every_claim_stays_open_without_its_numbers(all_good, id):
     name, suite, _ = FAILING[id]
     data = "svhn" if id == "JC17" else "cifar10"
     runs = [replace(run, evaluations={k: v for k, v in run.evaluations.items() if k != suite})
-            if (run.name, run.about["data"]) == (name, data) else run for run in all_good]
+            if (run.name, run.about["data"]) == (f"jat/{name}", data) else run for run in all_good]
     result, reason = judged(runs, id)
     assert result == "inconclusive" and "not measured" in reason, (result, reason)
 
@@ -408,7 +408,7 @@ def test_a_tie_is_inconclusive(all_good, id, name, change):
 
 
 def test_a_hole_in_the_grid_can_refute_but_not_confirm(all_good):
-    holes = [run for run in all_good if run.name not in ("budget-4-0.2", "budget-6-0.1")]
+    holes = [run for run in all_good if run.name not in ("jat/budget-4-0.2", "jat/budget-6-0.1")]
     assert judged(holes, "JC14")[0] == judged(holes, "JC15")[0] == "inconclusive"
     assert judged(altered(holes, *FAILING["JC14"]), "JC14")[0] == "not reproduced"
 
@@ -418,12 +418,12 @@ def test_all_verdicts_in_one_frame(all_good):
     assert frame["id"].tolist() == [f"JC{k}" for k in range(1, 21)]
     assert set(frame["verdict"]) == {"reproduced"} and set(frame["tier"]) == {"cpu"}
     assert judge_claims([]).empty
-    assert set(judge_claims([run for run in all_good if run.name == "joint-ps"])["verdict"]) == {"inconclusive"}
+    assert set(judge_claims([run for run in all_good if run.name == "jat/joint-ps"])["verdict"]) == {"inconclusive"}
 
 
 def test_masking_rows_serve_where_raw_verdicts_are_missing(all_good):
-    checks = {"n": N, "seed": 0, "failed": [], "rows": [{"check": "a", "demand": "", "held": True, "seen": {"clean": 0.7, "FGSM": 0.9}}]}
-    runs = [replace(run, evaluations={"masking": Record("jat_eval", metrics=checks, tier="cpu")}) if run.name == "one-pass"
+    checks = {"n": N, "seed": 0, "failed": [], "rows": [{"check": "more effort", "demand": "", "held": True, "seen": {"clean": 0.7, "FGSM": 0.9}}]}
+    runs = [replace(run, evaluations={"masking": Record("jat_eval", metrics=checks, tier="cpu")}) if run.name == "jat/one-pass"
             else run for run in all_good]
     assert judged(runs, "JC12")[0] == "reproduced"
 
@@ -464,7 +464,7 @@ def test_masking_answers_and_autoattack_stand_in(tmp_path):
 def test_figures_draw_what_is_there(all_good, tmp_path):
     bars = attack_bars(all_good, ("PGD20", "PGD100"))
     assert len(bars.axes[0].patches) == 2 * len(recipe_names(all_good))
-    lines = budget_curves(all_good, "flow", ["natural", "madry"]).axes[0].lines
+    lines = budget_curves(all_good, "flow", ["jat/natural", "jat/madry"]).axes[0].lines
     assert [line.get_label() for line in lines[:2]] == ["natural", "madry"]
     assert lines[0].get_ydata()[3] == pytest.approx(62.0) and lines[0].get_xdata()[3] == pytest.approx(0.3)
     collapse = training_curve(all_good[0]).axes[0].lines[2]
