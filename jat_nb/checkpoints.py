@@ -43,7 +43,7 @@ def state_tensors(
         tensors |= {f"{prefix}.{k}": v for k, v in plain_state(part).items()}
     return tensors
 
-# %% ../nbs/26_checkpoints.ipynb #17cb9744
+# %% ../nbs/26_checkpoints.ipynb #304dedc4
 def _fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     "Copy values into a module, whatever wraps it."
     own = plain_state(module)
@@ -109,7 +109,7 @@ def load_state(
                          "use another `out`") from error
     return state
 
-# %% ../nbs/26_checkpoints.ipynb #b5601bb8
+# %% ../nbs/26_checkpoints.ipynb #c4557264
 def _of_data(data: ImageSet) -> dict[str, Any]:
     "Name, size and contents of a data set, the contents as fingerprints."
     contents = {"pixels": tensor_hash({"": data.images}), "labels": tensor_hash({"": data.labels})}
@@ -129,7 +129,7 @@ def run_identity(
     form = getattr(unwrap(model), "metadata", None) or {}
     return json.loads(json.dumps({"recipe": asdict(recipe), "model": form, **sets, "own": own or {}}))
 
-# %% ../nbs/26_checkpoints.ipynb #2d35f20c
+# %% ../nbs/26_checkpoints.ipynb #244f5205
 def function_names(
     given: Mapping[str, Any],  # By what they replace: functions, dicts of functions by role, or None
 ) -> dict[str, str]:  # module:name of each
@@ -161,7 +161,7 @@ def _lock(folder: Path) -> None:
                          "or choose another `out`") from error
     _LOCKS[file] = lock
 
-# %% ../nbs/26_checkpoints.ipynb #9fd437a2
+# %% ../nbs/26_checkpoints.ipynb #3a126c78
 def _settings(identity: Mapping[str, Any]) -> dict[str, Any]:
     "All settings of a run by name, those of its recipe among them."
     return {**identity.get("recipe", {}), **{k: v for k, v in identity.items() if k != "recipe"}}
@@ -208,7 +208,7 @@ def claim(
         write_json(folder / "run.json", {**identity, **(facts or {})})
     return folder
 
-# %% ../nbs/26_checkpoints.ipynb #2312092b
+# %% ../nbs/26_checkpoints.ipynb #c08044b4
 def add_stretch(
     folder: str | Path,  # A claimed folder
     facts: Mapping[str, Any],  # JSON-able: versions, machine, commit, number of processes
@@ -225,7 +225,7 @@ def best_row(
     "The epoch to keep: chosen on validation images under attack, never on the test set."
     return max(history, key=lambda row: (row["val_robust"], row["epoch"]))
 
-# %% ../nbs/26_checkpoints.ipynb #d1afd42e
+# %% ../nbs/26_checkpoints.ipynb #5a928fa4
 def finished(
     recipe: Recipe,  # What was asked
     history: list[dict[str, Any]],  # Rows of `fit`, or of a run's log

@@ -145,7 +145,7 @@ class _Run:
         for k in self.position():
             setattr(self, k, position[k])
 
-# %% ../nbs/28_training.ipynb #d8d9f69a
+# %% ../nbs/28_training.ipynb #e7a25330
 def _open(run: _Run, folder: Path, identity: Mapping[str, Any], about: Mapping[str, Any],
           device: torch.device) -> None:
     "Claim a folder and go back to what lies there."
@@ -229,7 +229,7 @@ def _finish_epoch(run: _Run, row: dict[str, Any], validation: ImageSet | None) -
         row["collapsed"] = collapsed([*run.history, row])
     run.history.append(row)
 
-# %% ../nbs/28_training.ipynb #38874b94
+# %% ../nbs/28_training.ipynb #4750763b
 def _averaging(ema: float) -> Callable[..., None]:
     "The update of averaged weights; its decay grows with their number."
     def update(averages: list[Tensor], weights: list[Tensor], updates: Tensor | int) -> None:
@@ -267,7 +267,7 @@ def _start(model: nn.Module, recipe: Recipe, bound: Bound, per_epoch: int, folde
     _follow_first(run)
     return run
 
-# %% ../nbs/28_training.ipynb #d4874c0a
+# %% ../nbs/28_training.ipynb #b1995b3c
 def _train(run: _Run, train: ImageSet, validation: ImageSet | None, time_is_up: Callable[[], bool],
            keep: Callable[[bool], Any]) -> None:
     "Epoch after epoch, until the run or the time is over."
