@@ -39,7 +39,11 @@ def _in_proportion(labels: Tensor, n: int) -> Tensor:
     given, chosen = np.zeros_like(counts), np.empty(n, np.int64)
     first = np.array([p[0] for p in places])  # where each class goes on
     for t in range(n):
-        behind = (t + 1) * counts - len(labels) * given
+        share = (t + 1) * counts  # times N
+        behind = share - len(labels) * given
+        last = (given + 1 == counts) & (2 * share <= len(labels) * (2 * counts - 1))
+        closed = last | (given == counts)  # keeps its last image until its share rounds to all
+        behind[given == counts if closed.all() else closed] = -len(labels) ** 2
         furthest = np.flatnonzero(behind == behind.max())
         k = furthest[first[furthest].argmin()]
         chosen[t] = first[k]

@@ -23,11 +23,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from .attacks import double_pass
+from .attacks import double_pass, fgsm
 from .data import DATASETS, Budget, ImageSet, default_budget, load
-from .evaluation import Evaluation, budget_curve, evaluate, ggsm_at, pgd_at
+from .evaluation import Evaluation, budget_curve, clean, evaluate, ggsm_at, joint_at, pgd_at
 from .models import NormalizedModel, create
-from .papers.jat import jat_suite
 from .pictures import plot_curves, show_attack
 from .records import Record, check_writable, read_jsonl, write_atomic
 from .catalogue import recipe as published
@@ -92,8 +91,11 @@ def judge(
     budget: Budget,  # Pixel and flow budget
     settings: Settings,  # Steps and seed
 ) -> dict[str, Evaluation]:  # One evaluation for each network
-    "The JAT suite on every network, same images and same seeds."
-    suite = jat_suite(eps_pixel=budget.eps_pixel, eps_flow=budget.eps_flow, steps=settings.steps)
+    "One attack on the pixels, one on the flow, both at once, on every network with the same seeds."
+    pixel, flow, steps = budget.eps_pixel, budget.eps_flow, settings.steps
+    suite = {"Clean": clean, "FGSM": partial(fgsm, eps=pixel), f"PGD{steps}": pgd_at(pixel, steps),
+             "Spatial": ggsm_at(flow, steps), "Joint": joint_at(pixel, flow, steps),
+             "Joint PS": joint_at(pixel, flow, steps, "pixel-spatial")}
     return {name: evaluate(network, test.x, test.labels, suite, seed=settings.seed)
             for name, network in networks.items()}
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import ATTACKS
-from .autoattack import autoattack
+from .autoattack import autoattack_at
 from .catalogue import papers
 from .data import Budget
 from .evaluation import Attack, Evaluation, budget_curve, clean, evaluate, raw_accuracy
@@ -70,7 +70,7 @@ def quantity(
 # %% ../nbs/35_suites.ipynb #5382408f
 _OTHERS: Mapping[str, Callable[..., Attack]] = MappingProxyType({
     "clean": lambda: clean, "random_pixels": random_pixels, "random_flow": random_flow,
-    "autoattack": lambda eps: partial(autoattack, eps=eps)})
+    "autoattack": autoattack_at})
 
 
 def attack_from(
@@ -260,7 +260,7 @@ _JOINT = {"eps_pixel": "eps_pixel", "step_pixel": "0.25 eps_pixel", "eps_flow": 
 _GROWING = {"eps": "budget", "steps": "steps"}
 
 SUITES: Mapping[str, Suite] = MappingProxyType({
-    "autoattack": Suite({"Clean": ("clean", {}), "AutoAttack": ("autoattack", {"eps": "eps_pixel"})}),
+    "autoattack": Suite({"Clean": ("clean", {}), "AutoAttack": ("autoattack", {"eps": "eps_pixel", "block": 100})}),
     "curves": Suite({"pixel": ("pgd", _GROWING | {"step": "0.25 budget"}),
                      "flow": ("ggsm", _GROWING | {"step": "0.5 budget"})}, kind="curves",
                     options={"points": 11, "parts": {"pixel": 4, "flow": 3},

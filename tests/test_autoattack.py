@@ -9,9 +9,12 @@ from patients import Scale, linear, optimum, quadrants
 from torch import nn
 from torch.testing import assert_close
 
-from jat_nb.autoattack import autoattack
+from jat_nb import evaluation
+from jat_nb.autoattack import autoattack, autoattack_at
 from jat_nb.contract import check_attack
 from jat_nb.evaluation import clean, evaluate, pgd_at
+from jat_nb.masking import transfer
+from jat_nb.processes import Processes
 from jat_nb.randomness import image_generators
 
 
@@ -165,3 +168,60 @@ def test_autoattack_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
     with pytest.raises(ImportError, match=r'pip install "jat_nb\[autoattack\]"'):
         autoattack(*linear())
+
+
+# -- G5: one verdict, whatever the batch
+
+def _blurred(n=200):
+    "A linear model of five classes, noisy images, and a budget at which Square's luck decides."
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
+    x = 0.3 + 0.4 * torch.rand(n, 1, 8, 8)
+    return model, x, model(x).argmax(1)
+
+
+@pytest.fixture
+def unlucky(monkeypatch):
+    "A suite of AutoAttack members whose verdicts depend on what is drawn: few queries, small budget."
+    from pyautoattack import AutoAttack
+    whole = AutoAttack.run_standard_evaluation
+    def brief(library, *args, **options):
+        library.square.n_queries = 30
+        return whole(library, *args, **options)
+    monkeypatch.setattr(AutoAttack, "run_standard_evaluation", brief)
+
+
+def test_verdicts_do_not_depend_on_the_batch_size(unlucky):
+    model, x, y = _blurred()
+    suite = {"AutoAttack": autoattack_at(0.1, block=60, attacks=["square"]),
+             "after PGD": [pgd_at(0.003, 2), autoattack_at(0.1, block=60, attacks=["square"])]}
+    found = [evaluate(model, x, y, suite, batch_size=b).correct for b in (7, 50, 200)]
+    assert 20 < found[0][0].sum() < 180
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    other = evaluate(model, x, y, {"a": autoattack_at(0.1, block=61, attacks=["square"])}).correct[0]
+    assert not torch.equal(other, found[0][0])  # another block is another attack
+    assert torch.equal(evaluate(model, x, y, suite, active=False).correct, found[0])
+
+
+def test_verdicts_do_not_depend_on_the_number_of_processes(unlucky, monkeypatch):
+    model, x, y = _blurred()
+    suite = {"AutoAttack": autoattack_at(0.1, block=60, attacks=["square"])}
+    alone, seen = evaluate(model, x, y, suite), []
+    for rank in (0, 1):  # each process breaks what lies in its blocks; nothing is exchanged
+        monkeypatch.setattr(evaluation, "processes", lambda: Processes(rank, 2))
+        monkeypatch.setattr(evaluation._Trial, "right", lambda trial: y == model(x).argmax(1))
+        seen.append(evaluate(model, x, y, suite).correct[0])
+    assert torch.equal(seen[0] & seen[1], alone.correct[0])
+    assert seen[0][60:120].all() and seen[1][:60].all() and not seen[0].all() and not seen[1].all()
+
+
+def test_transferred_autoattack_keeps_its_blocks(unlucky):
+    model, x, y = _blurred(130)
+    suite = {"AutoAttack": autoattack_at(0.1, block=60, attacks=["square"])}
+    made = [transfer(model, model, x, y, suite, batch_size=b).correct for b in (7, 130)]
+    assert torch.equal(*made) and torch.equal(made[0], evaluate(model, x, y, suite).correct)
+
+
+def test_a_block_is_at_least_one_image():
+    with pytest.raises(ValueError, match="block >= 1"):
+        autoattack_at(0.1, block=0)

@@ -11,8 +11,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from jat_nb.attacks import fgsm, pgd
-from jat_nb.evaluation import Evaluation, budget_curve, evaluate, ggsm_at, pgd_at, wilson_interval
-from jat_nb.papers.jat import jat_suite
+from jat_nb.evaluation import (Evaluation, budget_curve, clean, evaluate, ggsm_at, joint_at, pgd_at,
+                               raw_accuracy, wilson_interval)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_linear_model_matches_the_closed_form(eps):
 
 @pytest.mark.parametrize("batch_size", [1, 7, 40])
 def test_batch_size_changes_nothing(case, batch_size):
-    suite = jat_suite(eps_pixel=0.03, eps_flow=0.3, steps=2)
+    suite = {"PGD": pgd_at(0.03, 2), "Spatial": ggsm_at(0.3, 2), "Joint": joint_at(0.03, 0.3, 2)}
     reference = evaluate(*case, suite, batch_size=16)
     assert torch.equal(evaluate(*case, suite, batch_size=batch_size).correct, reference.correct)
 
@@ -151,8 +151,6 @@ def test_bad_input_is_refused(case):
     for suite, batch_size in (({}, 8), ({"Union": pgd}, 8), ({"PGD": pgd}, 0)):
         with pytest.raises(ValueError, match="none named 'Union'"):
             evaluate(model, x, y, suite, batch_size=batch_size)
-    with pytest.raises(ValueError, match="choose from Clean"):
-        jat_suite(eps_pixel=0.1, eps_flow=0.3, names=["AutoAttack"])
     with pytest.raises(ValueError, match="increasing"):
         budget_curve(model, x, y, pgd_at, [0.1, 0.1])
 
@@ -170,8 +168,86 @@ def test_curve_starts_at_the_clean_accuracy_and_is_exact_at_zero(case):
     assert curve.names == ("0.0", "0.5", "2.0") and curve.accuracy[0] == 35 / 40
 
 
-def test_suite_scales_its_steps():
-    suite = jat_suite(eps_pixel=8 / 255, eps_flow=0.3)
-    assert list(suite) == ["Clean", "FGSM", "PGD20", "Spatial", "Joint", "Joint PS"]
-    assert suite["Joint PS"].keywords["order"] == "pixel-spatial"
-    assert suite["Joint"].keywords["step_pixel"] == pytest.approx(2 / 255) and suite["Joint"].keywords["step_flow"] == 0.15
+# -- an attack that could not see (F15)
+
+class Steps(nn.Module):
+    "Sixteen grey levels, then a network: the same classes nearly everywhere, no gradient anywhere."
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model((16 * x).floor() / 16)
+
+
+def test_a_gradient_of_zero_is_counted_and_said(case):
+    model, x, y = case
+    hidden = Steps(model)
+    y = hidden(x).argmax(1)
+    y[:5] = (y[:5] + 1) % 3  # wrong when clean: never attacked, hence never asked
+    found = evaluate(hidden, x, y, {"Clean": clean, "PGD": pgd_at(0.1, 3), "Spatial": ggsm_at(0.5, 3)})
+    right = found.correct[0]
+    assert torch.equal(found.blind, torch.stack([torch.zeros_like(right), right, right]))
+    table = found.table()
+    assert table["zero gradient"].tolist() == [0, 35, 35, 35]
+    assert "zero gradient at 35" in table["text"]["PGD"] and "zero" not in table["text"]["Clean"]
+    record = json.loads(json.dumps(found.record()))
+    assert record["rows"]["PGD"]["zero gradient"] == 35 and "zero gradient at 35" in record["rows"]["Union"]["text"]
+
+
+def test_a_gradient_counts_from_the_first_pass_that_has_one(case):
+    model, x, y = case
+    hidden = Steps(model)
+
+    def mixed(network, x, y, generator):
+        pgd(hidden, x, y, steps=1)  # not the network on trial
+        return pgd(network, x, y, steps=2, eps=0.01)
+    assert not evaluate(model, x, y, {"mixed": mixed}).blind.any()
+    sequence = {"both": [lambda m, x, y, generator: x, pgd_at(0.1, 2)]}
+    assert evaluate(hidden, x, y, sequence).blind.any() and not evaluate(model, x, y, sequence).blind.any()
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_no_alarm_where_passes_cannot_be_told_apart(case, copies):
+    "An attack that sends several copies of the batch: one gradient is enough to keep quiet, none to speak."
+    model, x, y = case
+
+    def several(network, x, y, generator):
+        many = x.repeat(copies, 1, 1, 1).requires_grad_()
+        with torch.enable_grad():
+            torch.autograd.grad(network(many).sum(), many)
+        return x
+    assert not evaluate(model, x, y, {"several": several}).blind.any()
+    assert torch.equal(evaluate(Steps(model), x, y, {"several": several}).blind[0], evaluate(Steps(model), x, y, {"Clean": clean}).correct[0])
+
+
+def test_an_evaluation_that_was_not_watched_says_nothing():
+    found = Evaluation(("a",), torch.ones(1, 4).bool(), torch.zeros(1, 2, dtype=torch.int64), 0)
+    assert found.table()["zero gradient"].tolist() == [0, 0] and "zero" not in found.table()["text"]["a"]
+
+
+# -- raw accuracy, joint_at, clean
+
+def test_raw_accuracy_lets_an_attack_help(case):
+    model, x, y = case
+    labels = {"helper": lambda network, v, y, generator: x[[int((v[i] == x).flatten(1).all(1).nonzero()[0]) for i in range(len(v))]]}
+    raw, strict = raw_accuracy(model, x, y, labels, batch_size=7), evaluate(model, x, y, labels)
+    assert torch.equal(raw.correct, strict.correct)  # an attack that changes nothing helps nobody
+    flipped = {"fixed": lambda network, v, y, generator: torch.full_like(v, 0.5)}
+    expected = model(torch.full_like(x, 0.5)).argmax(1) == y
+    assert torch.equal(raw_accuracy(model, x, y, flipped).correct[0], expected)
+    assert (raw_accuracy(model, x, y, flipped).correct >= evaluate(model, x, y, flipped).correct).all()
+    draws = {"noise": lambda m, v, y, generator: torch.stack([torch.rand(v.shape[1:], generator=g) for g in generator])}
+    assert torch.equal(raw_accuracy(model, x, y, draws, batch_size=3).correct, raw_accuracy(model, x, y, draws).correct)
+
+
+def test_joint_at_keeps_the_ratios():
+    attack = joint_at(0.08, 0.6, 7, "pixel-spatial")
+    assert attack.keywords == dict(eps_pixel=0.08, eps_flow=0.6, step_pixel=0.02, step_flow=0.3, steps=7, order="pixel-spatial")
+    assert joint_at(8 / 255, 0.3).keywords["steps"] == 20
+
+
+def test_clean_takes_what_any_attack_takes():
+    x = torch.rand(2, 1, 4, 4)
+    assert clean(None, x, torch.zeros(2), generator=None, target=None, return_info=False) is x

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import ROOT
 from patients import Scale, quadrants
 from torch import nn
 from torch.testing import assert_close
@@ -11,8 +12,8 @@ from torch.testing import assert_close
 from jat_nb.attacks import ggsm
 from jat_nb.contract import check_attack
 from jat_nb.evaluation import budget_curve, evaluate, ggsm_at, joint_at, pgd_at
-from jat_nb.masking import (BudgetSurface, budget_surface, local_linearity, masking_report, random_flow, random_pixels,
-                            steps_curve, transfer)
+from jat_nb.masking import (CHECKS, BudgetSurface, autoattack_agrees, budget_surface, checks_by_name,
+                            local_linearity, masking_report, random_flow, random_pixels, steps_curve, transfer)
 from jat_nb.randomness import image_generators
 from jat_nb.threats import Flow
 
@@ -128,9 +129,9 @@ class Backwards(nn.Module):
 def test_an_honest_model_passes(trained):
     report = masking_report(*trained, **BRIEF, siamese=trained[0], n_autoattack=2)
     assert report.failed == () and [r["held"] for r in report.rows] == [True] * 6
-    assert [r["check"] for r in report.rows] == list("abcdef")
+    assert [r["check"] for r in report.rows] == list(CHECKS)
     assert json.loads(json.dumps(report.record(), allow_nan=False)) == report.record()
-    assert "clean 1" in report.table().loc["a", "seen"]
+    assert "clean 1" in report.table().loc["more effort", "seen"]
 
 
 @pytest.mark.parametrize("mask", [Scale(1e6), Rounded(), Scale(0.0)], ids=["loud", "rounded", "mute"])
@@ -140,7 +141,7 @@ def test_planted_masks_are_found(trained, mask):
     if isinstance(mask, Scale) and not mask.factor:
         y = torch.zeros_like(y)  # all logits equal: class 0 everywhere
     report = masking_report(masked, x, y, **BRIEF, siamese=model)
-    assert {"b", "c", "f"} <= set(report.failed)
+    assert {"unbounded", "noise", "linearity"} <= set(report.failed)
     assert masking_report(masked, x, y, **BRIEF).record()["rows"][3]["held"] is None
 
 
@@ -150,14 +151,14 @@ def test_a_gradient_that_points_backwards(trained):
     wrong[:8] = (wrong[:8] + 1) % 4  # images wrong when clean, which FGSM then "corrects"
     report = masking_report(nn.Sequential(model, Backwards()), x, wrong, **BRIEF)
     seen = report.rows[0]["seen"]
-    assert "a" in report.failed and seen["FGSM"] > seen["clean"] and {"b", "c"} <= set(report.failed)
+    assert seen["FGSM"] > seen["clean"] and {"more effort", "unbounded", "noise"} <= set(report.failed)
 
 
 def test_autoattack_check(trained):
     model, x, y = trained
     loud = nn.Sequential(model, Scale(1e6))
     report = masking_report(loud, x, y, **BRIEF, n_autoattack=2)
-    assert "e" in report.failed and report.rows[4]["seen"]["AutoAttack"] < report.rows[4]["seen"]["PGD"]
+    assert "autoattack" in report.failed and report.rows[4]["seen"]["AutoAttack"] < report.rows[4]["seen"]["PGD"]
 
 
 def test_report_does_not_depend_on_the_batch(trained):
@@ -186,6 +187,43 @@ def test_local_linearity(trained):
     assert (whole.abs() <= 1 + 1e-9).all() and whole.mean() > 0.5
     faint = local_linearity(nn.Sequential(two, Scale(1e-30)), x, y % 2)  # squares of such gradients vanish
     assert_close(faint, torch.ones(24, dtype=torch.float64))
+
+
+# -- names, and one rule for AutoAttack
+
+@pytest.mark.parametrize("pgd, auto, n, agrees", [
+    (151, 150, 1000, True), (149, 150, 1000, True), (148, 150, 1000, False),  # AutoAttack may keep one image more
+    (200, 150, 1000, True), (201, 150, 1000, False),  # 50 of 1000 images are five points
+    (30, 20, 200, True), (31, 20, 200, False), (3, 2, 3, True), (3, 1, 3, False), (0, 0, 5, True)])
+def test_one_rule_for_the_gap_counts_images(pgd, auto, n, agrees):
+    assert autoattack_agrees(pgd / n, auto / n, n) is agrees
+
+
+@pytest.mark.parametrize("survivors", range(1, 200, 7))
+def test_five_points_are_five_points_wherever_they_start(survivors):
+    assert autoattack_agrees((survivors + 10) / 211, survivors / 211, 211)
+    assert not autoattack_agrees((survivors + 11) / 211, survivors / 211, 211)
+
+
+def test_committed_records_keep_their_verdicts():
+    "By letter in the records, by name now; AutoAttack's gap as it was judged when they were written."
+    folders = sorted(p.parent for p in (ROOT / "nbs/results").glob("*/*/eval-masking.json"))
+    assert len(folders) >= 10
+    for folder in folders:
+        kept = json.loads((folder / "eval-masking.json").read_text())["metrics"]["rows"]
+        named = checks_by_name(kept)
+        assert list(named) == list(CHECKS)
+        assert [row["held"] for row in named.values()] == [row["held"] for row in kept]
+        assert checks_by_name(named.values()) == named
+        counts = [json.loads((folder / f"eval-{suite}.json").read_text())["metrics"] for suite in ("autoattack", "jat")]
+        n = counts[0]["n"]
+        auto, pgd = (bits[:n].count("1") / n for bits in (counts[0]["correct"]["AutoAttack"], counts[1]["correct"]["PGD100"]))
+        assert autoattack_agrees(pgd, auto, n) == (-1 / n <= pgd - auto <= 0.05)
+
+
+def test_unknown_checks_are_named():
+    with pytest.raises(ValueError, match="unknown check 'g'.*more effort, unbounded"):
+        checks_by_name([{"check": "g", "held": True}])
 
 
 def test_flow_threat_budget_of_the_random_flow():
