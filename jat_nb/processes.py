@@ -103,7 +103,7 @@ def on_first(
         raise error
     return result
 
-# %% ../nbs/27_processes.ipynb #bed74758
+# %% ../nbs/27_processes.ipynb #a2e4fda6
 def timer(
     seconds: float,  # Time from now on; infinite: never up
     device: torch.device | str = "cpu",  # Where this process computes

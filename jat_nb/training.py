@@ -44,7 +44,7 @@ def _pieces(batch: Batch, parts: int) -> list[tuple[Batch, float]]:
         pieces.append((Batch(x, y, own, batch.share * len(y) / n), len(y) / n))
     return pieces
 
-
+# %% ../nbs/28_training.ipynb #9d394f97
 def _on_bare(attack: Callable[..., Tensor]) -> Callable[..., Tensor]:
     "The same attack, on the module inside a distributed model."
     def attacked(model: nn.Module, *args: Any, **options: Any) -> Tensor:
@@ -145,7 +145,7 @@ class _Run:
         for k in self.position():
             setattr(self, k, position[k])
 
-# %% ../nbs/28_training.ipynb #e7a25330
+# %% ../nbs/28_training.ipynb #d0fe83d4
 def _open(run: _Run, folder: Path, identity: Mapping[str, Any], about: Mapping[str, Any],
           device: torch.device) -> None:
     "Claim a folder and go back to what lies there."
@@ -159,7 +159,7 @@ def _open(run: _Run, folder: Path, identity: Mapping[str, Any], about: Mapping[s
         place = {"epoch": len(run.history) + 1, "iteration": run.iteration + 1}
         add_stretch(folder, {"from": place, "processes": processes().count, **environment(device)})
 
-
+# %% ../nbs/28_training.ipynb #e0103dcc
 def _follow_first(run: _Run) -> None:
     "Take weights, buffers, moments and position over from the first process."
     if processes().count > 1:
@@ -168,7 +168,7 @@ def _follow_first(run: _Run) -> None:
         run.move(position)
         restore(tensors, run.model, run.optimizer, run.average)
 
-
+# %% ../nbs/28_training.ipynb #b688cd23
 def _save(run: _Run, folder: Path, identity: Mapping[str, Any], published: bool) -> None:
     "The state, and after a finished epoch its weights and log."
     state = {**identity, **run.position()}
@@ -229,7 +229,7 @@ def _finish_epoch(run: _Run, row: dict[str, Any], validation: ImageSet | None) -
         row["collapsed"] = collapsed([*run.history, row])
     run.history.append(row)
 
-# %% ../nbs/28_training.ipynb #4750763b
+# %% ../nbs/28_training.ipynb #47e6a0a1
 def _averaging(ema: float) -> Callable[..., None]:
     "The update of averaged weights; its decay grows with their number."
     def update(averages: list[Tensor], weights: list[Tensor], updates: Tensor | int) -> None:
@@ -267,7 +267,7 @@ def _start(model: nn.Module, recipe: Recipe, bound: Bound, per_epoch: int, folde
     _follow_first(run)
     return run
 
-# %% ../nbs/28_training.ipynb #b1995b3c
+# %% ../nbs/28_training.ipynb #953085f8
 def _train(run: _Run, train: ImageSet, validation: ImageSet | None, time_is_up: Callable[[], bool],
            keep: Callable[[bool], Any]) -> None:
     "Epoch after epoch, until the run or the time is over."
@@ -288,7 +288,7 @@ def _functions(recipe: Recipe, given: Mapping[str, Any]) -> Bound:
     bound, own = bind(recipe), {k: v for k, v in given.items() if v is not None}
     return bound._replace(**{**own, "attacks": {**bound.attacks, **own.get("attacks", {})}})
 
-
+# %% ../nbs/28_training.ipynb #f453a4ba
 def fit(
     model: nn.Module,  # Classifier of images in [0, 1]; trained in place, ends in eval mode
     train: ImageSet,  # Training images, moved to the device as bytes

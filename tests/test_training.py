@@ -422,14 +422,14 @@ def test_the_averages_of_a_short_run_are_as_good_as_its_weights():
     from jat_nb.data import load
     data = load("digits")
     train, held = replace(data, images=data.images[:, :, ::2, ::2]).split(360)
-    recipe = Recipe(epochs=6, batch_size=32, schedule="onecycle", augment=(), ema=0.999, probe="fgsm", probe_options={},
+    recipe = Recipe(epochs=6, batch_size=32, lr=0.03, schedule="onecycle", augment=(), ema=0.999, probe="fgsm", probe_options={},
                     probe_images=1)
     ends = []
     for r in (recipe, replace(recipe, ema=0.0)):
         torch.manual_seed(1)
         model = create("small_cnn_mnist", in_chans=1)
         ends.append(fit(model, train, r, validation=held)[-1]["val_clean"])
-    assert ends[1] > 0.8 and ends[0] >= ends[1] - 0.01
+    assert ends[1] > 0.7 and ends[0] >= ends[1] - 0.01
 
 
 def test_a_run_may_be_counted_in_iterations(tmp_path):
