@@ -100,7 +100,7 @@ def compared(
 # %% ../nbs/37_claims.ipynb #3fdc7845
 Where = tuple[str, ...]  # recipe, column, and optionally suite and keys, as for `survivors`
 
-
+# %% ../nbs/37_claims.ipynb #241adc64
 @dataclass(frozen=True)
 class Check:
     "A comparison as data; a star stands for every recipe, or every budget, that the evidence holds."
@@ -118,7 +118,7 @@ class Check:
         "What a finding is told."
         return {"at_least": self.at_least, "at_most": self.at_most, "by_estimate": self.by_estimate}
 
-
+# %% ../nbs/37_claims.ipynb #08a6a85b
 @dataclass(frozen=True)
 class Claim:
     "A checkable statement of a paper."
@@ -173,13 +173,6 @@ class Evidence:
         if "sources" not in where: return (recipe, *where[1:])
         return (recipe, *where[1:-1], transfer_key(self.runs, recipe, self.full(where[-1])))
 
-    def names(self, check: Check) -> list[str]:
-        "What a star stands for: the required recipes, and whatever else was judged."
-        data, suite = check.data or self.paper.home, self.suite(check.at[0])
-        found = recipe_names(self.runs, data=data, tier=self.tier, paper=self.paper.key)
-        more = [n for n in found if n not in self.required and self.of(n, suite, data)]
-        return self.required + more
-
     def share(self, where: Where, data: str = "") -> Share | None:
         "One accuracy, all seeds together."
         return survivors(self.runs, *self.place(where), data=data or self.paper.home, tier=self.tier)
@@ -208,14 +201,14 @@ def _words(e: Evidence, one: Where, other: Where, data: str) -> tuple[str, str, 
         mine, yours = names if one[1] == other[1] else (f"{n} {w[1]}" for n, w in zip(names, (one, other)))
     return (common + f" on {data}" * (data not in ("", e.paper.home)), mine, yours)
 
-
+# %% ../nbs/37_claims.ipynb #32a8580c
 def _pair(e: Evidence, one: Where, other: Where, check: Check) -> Finding:
     words = _words(e, e.place(one), e.place(other), check.data)
     printed = e.printed(one, check.data) - e.printed(other, check.data)
     shares = e.share(one, check.data), e.share(other, check.data)
     return compared(*shares, words, printed=printed, **check.bounds)
 
-
+# %% ../nbs/37_claims.ipynb #35553985
 def _level(e: Evidence, check: Check) -> Iterator[Finding]:
     for where in check.at:
         share, elsewhere = e.share(where, check.data), check.data not in ("", e.paper.home)
@@ -223,7 +216,7 @@ def _level(e: Evidence, check: Check) -> Iterator[Finding]:
         what = f"{e.short(e.full(where[0]))}, {where[1]}" + f" on {check.data}" * elsewhere
         yield level(share, what, printed=e.printed(where, check.data), **check.bounds)
 
-
+# %% ../nbs/37_claims.ipynb #96b5279d
 def _order(e: Evidence, check: Check) -> Iterator[Finding]:
     "Every place at least as high as the next: a gap, where there are two."
     for better, worse in zip(check.at, check.at[1:]): yield _pair(e, better, worse, check)
@@ -239,13 +232,13 @@ def _budgets(e: Evidence, check: Check) -> list[str]:
     required = [e.full(name) for name in check.options.get("required", e.required)]
     return list(check.options.get("budgets", ())) if recipe in required else []
 
-
+# %% ../nbs/37_claims.ipynb #e329f851
 def _falls(e: Evidence, check: Check) -> Iterator[Finding]:
     recipe, _, *rest = check.at[0]
     along = tuple((recipe, budget, *rest) for budget in _budgets(e, check))
     return _order(e, replace(check, at=along))
 
-
+# %% ../nbs/37_claims.ipynb #3943e37b
 def _given(e: Evidence, check: Check) -> Iterator[Finding]:
     "Other checks, unless a network has learnt too little for them to mean anything."
     [where], share = check.at, e.share(check.at[0], check.data)
@@ -278,7 +271,7 @@ def _rank_correlation(values: Tensor) -> Tensor:
     ranks, order = ranks - ranks.mean(1, keepdim=True), order - order.mean()
     return (ranks * order).sum(1) / (ranks.square().sum(1) * order.square().sum()).sqrt().clamp(min=1e-12)
 
-
+# %% ../nbs/37_claims.ipynb #22d01dbd
 def _trend(e: Evidence, check: Check) -> Iterator[Finding]:
     "Mean rank correlation of accuracy along lines of places, all lines of one length."
     lines, what = check.options.get("lines", 1), check.options["what"]
@@ -301,7 +294,7 @@ def _recorded(e: Evidence, check: Check) -> list[float]:
         return [float(v) for v in answer.get(name, [])]
     return []
 
-
+# %% ../nbs/37_claims.ipynb #3ac8d583
 def mean_finding(
     what: str,  # What was measured
     values: Sequence[float],  # One number per image
@@ -312,12 +305,12 @@ def mean_finding(
     value, half = statistics.fmean(values), 1.959964 * statistics.stdev(values) / math.sqrt(len(values))
     return Finding(what, value, value - half, value + half, **bounds)
 
-
+# %% ../nbs/37_claims.ipynb #596d7a4a
 def _mean(e: Evidence, check: Check) -> Iterator[Finding]:
     values = [check.options.get("times", 1) * v for v in _recorded(e, check)]
     yield mean_finding(f"{check.at[0][0]}, {check.options['what']}", values, **check.bounds)
 
-
+# %% ../nbs/37_claims.ipynb #f36450cf
 def _beyond(e: Evidence, check: Check) -> Iterator[Finding]:
     above = [float(v > check.options["above"]) for v in _recorded(e, check)]
     share = Share((statistics.fmean(above),), len(above)) if above else None
@@ -328,19 +321,27 @@ COMPARISONS: Mapping[str, Callable[[Evidence, Check], Iterator[Finding]]] = Mapp
     "level": _level, "gap": _order, "order": _order, "falls": _falls, "trend": _trend,
     "given": _given, "mean": _mean, "beyond": _beyond})  # kinds of comparison by name
 
+# %% ../nbs/37_claims.ipynb #d41f47f5
+def _names(e: Evidence, check: Check) -> list[str]:
+    "What a star stands for: the required recipes, and whatever else was judged."
+    data, suite = check.data or e.paper.home, e.suite(check.at[0])
+    found = recipe_names(e.runs, data=data, tier=e.tier, paper=e.paper.key)
+    return e.required + [name for name in found if name not in e.required and e.of(name, suite, data)]
 
+# %% ../nbs/37_claims.ipynb #7f32f74c
 def _spread(e: Evidence, check: Check) -> Iterator[Check]:
     "A check with stars as one check for each recipe, and each budget."
     first = check.at[0]
     if first[0] == "*":
-        for name in e.names(check):
-            yield from _spread(e, replace(check, at=tuple((name, *where[1:]) for where in check.at)))
+        for name in _names(e, check):
+            at = tuple((name, *where[1:]) for where in check.at)
+            yield from _spread(e, replace(check, at=at))
     elif first[1] == "*" and check.kind != "falls":
         for budget in _budgets(e, check):
             yield replace(check, at=tuple((where[0], budget, *where[2:]) for where in check.at))
     else: yield check
 
-
+# %% ../nbs/37_claims.ipynb #b3dce6ad
 def compare(
     evidence: Evidence,  # The runs of one paper at one tier
     check: Check,  # What is compared
@@ -360,7 +361,7 @@ def _judged(runs: Sequence[Run]) -> Iterator[tuple[Evidence, Claim, list[Finding
         for claim in paper.claims:
             for evidence in shown.values(): yield evidence, claim, evidence.findings(claim)
 
-
+# %% ../nbs/37_claims.ipynb #4f9d0314
 def judge_claims(
     runs: Sequence[Run],  # As read
 ) -> pd.DataFrame:  # paper, id, tier, claim, printed, ours, verdict, reason; a row per claim and tier
@@ -372,7 +373,7 @@ def judge_claims(
         lines.append((e.paper.key, claim.id, e.tier, claim.statement, claim.printed, ours, *verdict(findings)))
     return pd.DataFrame(lines, columns="paper id tier claim printed ours verdict reason".split())
 
-
+# %% ../nbs/37_claims.ipynb #4798db53
 def findings_table(
     runs: Sequence[Run],  # As read
 ) -> pd.DataFrame:  # paper, id, tier, what, printed, ours, low, high, at_least, at_most, holds

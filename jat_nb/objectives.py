@@ -101,14 +101,18 @@ def jat(
     *,
     target: Target | None = "random",  # Class to drive towards, None: away (JAT Algorithm 3: random)
     labels: Labels = "bilateral",  # Label to learn (JAT Algorithm 3: "a variant of label smoothing")
-    **label_options: float,  # Passed to `training_labels`, such as ratio=9.0
+    ratio: float | None = None,  # Of "bilateral" labels; None: 9, as for `bilateral_labels`
+    floor: float | None = None,  # Of "bilateral" labels, nats; None: 0.01
+    eps_y: float | None = None,  # Of "uniform" and "smooth" labels: mass moved; None: their default
 ) -> Tensor:  # Scalar, nats
     "Joint adversarial training: targeted attack, softened labels (JAT Algorithm 3)."
     x, y, generator = batch.x, batch.y, batch.generator
     needed = labels == "bilateral" or target == "most_confusing"
     logits = clean_logits(model, x if needed else x[:1])  # one image is enough to count the classes
     x_adv = attack(model, x, y, target=choose_target(target, logits, y, generator), generator=generator)
-    return soft_cross_entropy(model(x_adv), training_labels(labels, logits, y, **label_options)).mean()
+    given = {"ratio": ratio, "floor": floor, "eps_y": eps_y}
+    options = {name: value for name, value in given.items() if value is not None}
+    return soft_cross_entropy(model(x_adv), training_labels(labels, logits, y, **options)).mean()
 
 # %% ../nbs/21_objectives.ipynb #3ce37994
 OBJECTIVES: Mapping[str, Callable[..., Tensor]] = MappingProxyType(

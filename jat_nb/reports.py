@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 
 from .pictures import PALETTE, _Figure, plot_curves
 from .catalogue import Paper, adapt, papers, recipe, recipes
+from .masking import autoattack_agrees
 from .records import TIERS, write_atomic
 from .recipes import Recipe
 from .results import (Run, Share, _columns, overview, paper_table, recipe_names, side_by_side,
@@ -195,7 +196,7 @@ QUESTIONS = {
     "linearity": "Do the gradients at an image and at a point beside it agree?",
 }  # what each sign of masking asks
 
-
+# %% ../nbs/38_reports.ipynb #eb81e142
 def masking_checks(
     run: Run,  # One run, with whatever suites it has
 ) -> dict[str, dict[str, Any]]:  # By name of the check: "held" (None: not run) and "seen", name to number
@@ -205,7 +206,7 @@ def masking_checks(
     if rows.get("autoattack", {}).get("held") is None and longest and auto:
         pgd = longest.first(auto.n).value
         seen = {"AutoAttack": auto.value, "PGD100": pgd, "n": auto.n} | ({"kept": auto.value / pgd} if pgd else {})
-        rows["autoattack"] = {"held": -1 / auto.n <= pgd - auto.value <= max(0.05, 1 / auto.n), "seen": seen}
+        rows["autoattack"] = {"held": autoattack_agrees(pgd, auto.value, auto.n), "seen": seen}
     return {check: rows.get(check, {"held": None, "seen": {}}) for check in QUESTIONS}
 
 # %% ../nbs/38_reports.ipynb #974aa55f
@@ -234,7 +235,7 @@ def _bars(runs: Sequence[Run]) -> list[str]:
     usual = [column for column in ("PGD20", "PGD100", "AutoAttack") if column in known]
     return usual or [column for column in known if column not in ("Clean", "Union")][:3]
 
-
+# %% ../nbs/38_reports.ipynb #bfd05e27
 def _drawings(runs: Sequence[Run], **group: str) -> str:
     "The figures of one group, and a small one per training."
     suites = {suite for run in runs if run.usable for suite in run.evaluations}
@@ -251,7 +252,7 @@ def _paper(run: Run) -> str:
     "The key of a run's paper; empty for a paper that nobody knows."
     return run.paper if run.paper in papers() else ""
 
-
+# %% ../nbs/38_reports.ipynb #8e8a89fe
 def _group(runs: Sequence[Run], key: str, tier: str, data: str) -> str:
     "What is known of the runs of one paper at one tier on one data set."
     order = {name: i for i, name in enumerate(recipes())}
@@ -341,7 +342,7 @@ def _section(runs: Sequence[Run], key: str, claims: pd.DataFrame | None) -> tupl
         links[f"{key}-claims"] = f"{title}claims"
     return links, parts
 
-
+# %% ../nbs/38_reports.ipynb #23d33248
 def html_report(
     runs: Sequence[Run],  # As read
     path: str | Path,  # *.html, created or replaced in one step

@@ -45,6 +45,13 @@ def _check_budget(**budgets: float | Tensor) -> None:
             raise ValueError(f"{name} must be finite and >= 0, one number or one per image (B,), got {value!r}")
 
 
+def _check_unit(**budgets: float | Tensor) -> None:
+    "Refuse a largest change of more than the whole range of an image."
+    for name, value in budgets.items():
+        if bool((torch.as_tensor(value) > 1).any()):
+            raise ValueError(f"{name} is in image units, where white is 1, got {value!r}: divide grey levels by 255")
+
+
 def _check_norm(norm: str, known: tuple[str, ...]) -> None:
     if norm not in known:
         raise ValueError(f"unknown norm {norm!r}: choose one of {', '.join(known)}")
@@ -95,6 +102,8 @@ class Pixel:
     def __post_init__(self) -> None:
         _check_budget(eps_pixel=self.eps_pixel, step_pixel=self.step_pixel)
         _check_norm(self.norm, ("linf", "l2"))
+        if self.norm == "linf":
+            _check_unit(eps_pixel=self.eps_pixel)
 
     def init(self, x: Tensor, random: bool = True, generator: Randomness = None) -> Tensor:
         "Zeros, or uniform in the ball and then projected."

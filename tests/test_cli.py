@@ -1,15 +1,20 @@
 "The four commands, one after the other, and everything they refuse."
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from jat_nb.cli import jat_attack, jat_eval, jat_report, jat_train, to_png
+import jat_nb
+from jat_nb import cli
+from jat_nb.catalogue import papers, recipes
+from jat_nb.cli import jat_attack, jat_eval, jat_report, jat_train, run_folder
 from jat_nb.data import load
 from jat_nb.models import load_weights, pretrained
+from jat_nb.own_pictures import to_png
 from jat_nb.records import Record, read_jsonl
 
 SMOKE = "--data digits --tier smoke --threads 1"
@@ -24,10 +29,10 @@ def runs(tmp_path_factory):
 
 
 def test_one_folder_for_each_recipe_and_seed(runs):
-    assert {p.name for p in runs.iterdir()} == {f"{n}-s{s}" for n in ("natural", "one-step-joint") for s in (0, 1)}
+    assert {p.name for p in runs.iterdir()} == {f"jat-{n}-s{s}" for n in ("natural", "one-step-joint") for s in (0, 1)}
     for run in runs.iterdir():
         facts = json.loads((run / "run.json").read_text())
-        assert facts["about"]["name"].split("/")[1] == run.name[:-3] and facts["recipe"]["epochs"] == 1
+        assert facts["about"]["name"].replace("/", "-") == run.name[:-3] and facts["recipe"]["epochs"] == 1
         assert facts["about"]["seed"] == facts["recipe"]["seed"] == int(run.name[-1])
         assert len(read_jsonl(run / "log.jsonl")) == 1 and load_weights(run / "last.safetensors")
 
@@ -36,7 +41,7 @@ def test_training_again_changes_nothing(runs, capsys):
     before = {p: p.read_bytes() for p in runs.rglob("last.safetensors")}
     assert jat_train(f"--recipe jat/natural jat/one-step-joint {SMOKE} --seed 0 1 --set epochs=1 --out {runs}".split()) == 0
     assert before == {p: p.read_bytes() for p in runs.rglob("last.safetensors")}
-    assert capsys.readouterr().out.count("1 of 1 epochs") == 4
+    assert capsys.readouterr().out.count("all of 1 epochs") == 4
 
 
 def test_slices_of_time_end_with_the_same_weights(runs, tmp_path, capsys):
@@ -45,23 +50,23 @@ def test_slices_of_time_end_with_the_same_weights(runs, tmp_path, capsys):
     while not statuses or statuses[-1] == 3 and len(statuses) < 20:
         statuses.append(jat_train(words))
     assert statuses[-1] == 0 and len(statuses) > 2 and "goes on from here" in capsys.readouterr().out
-    a, b = (load_weights(p / "last.safetensors").state_dict() for p in (tmp_path / "x", runs / "natural-s0"))
+    a, b = (load_weights(p / "last.safetensors").state_dict() for p in (tmp_path / "x", runs / "jat-natural-s0"))
     assert all(torch.equal(v, b[k]) for k, v in a.items())
 
 
 def test_judge_attack_report(runs, tmp_path, capsys):
     assert jat_eval(f"{runs} --suite jat --n 24 --steps 2 --threads 1".split()) == 0
-    first = Record.load(runs / "natural-s0" / "eval-jat.json")
+    first = Record.load(runs / "jat-natural-s0" / "eval-jat.json")
     assert first.metrics["n"] == 24 and first.forwards > 0 and first.tier == "smoke" and first.data == "digits"
     assert jat_eval(f"{runs} --suite jat --n 24 --steps 2 --threads 1".split()) == 0
     assert capsys.readouterr().out.count("already there") == 4
-    assert jat_eval(f"{runs / 'natural-s0'} --suite jat --n 12 --steps 2 --threads 1 --batch-size 5 --again".split()) == 0
-    few = Record.load(runs / "natural-s0" / "eval-jat.json").metrics["correct"]
+    assert jat_eval(f"{runs / 'jat-natural-s0'} --suite jat --n 12 --steps 2 --threads 1 --batch-size 5 --again".split()) == 0
+    few = Record.load(runs / "jat-natural-s0" / "eval-jat.json").metrics["correct"]
     assert all(bits == first.metrics["correct"][k][:12] for k, bits in few.items())  # fewer images are the first of more
-    assert jat_eval(f"{runs / 'one-step-joint-s0'} --suite transfer --source {runs / 'natural-s0'} {runs / 'one-step-joint-s1'} "
+    assert jat_eval(f"{runs / 'jat-one-step-joint-s0'} --suite transfer --source {runs / 'jat-natural-s0'} {runs / 'jat-one-step-joint-s1'} "
                     "--n 12 --steps 2 --threads 1".split()) == 0
-    sources = Record.load(runs / "one-step-joint-s0" / "eval-transfer.json").metrics["sources"]
-    assert set(sources) == {"natural-s0", "one-step-joint-s1"}
+    sources = Record.load(runs / "jat-one-step-joint-s0" / "eval-transfer.json").metrics["sources"]
+    assert set(sources) == {"jat-natural-s0", "jat-one-step-joint-s1"}
     assert jat_report([str(runs), "--out", str(tmp_path / "report.html")]) == 0
     page = (tmp_path / "report.html").read_text()
     assert "one-step-joint" in page and page.count("<table") > 0
@@ -91,8 +96,8 @@ def test_an_answer_belongs_to_its_weights(tmp_path, capsys):
 
 
 def test_only_a_twin_is_asked_for_siamese_images(runs):
-    run = runs / "one-step-joint-s0"
-    for source, known in (("natural-s0", False), ("one-step-joint-s1", True)):
+    run = runs / "jat-one-step-joint-s0"
+    for source, known in (("jat-natural-s0", False), ("jat-one-step-joint-s1", True)):
         assert jat_eval(f"{run} --suite masking --source {runs / source} --n 4 --steps 8 --threads 1".split()) == 0
         held = {row["check"]: row["held"] for row in Record.load(run / "eval-masking.json").metrics["rows"]}
         assert (held["d"] is not None) == known
@@ -125,8 +130,8 @@ def test_attacked_pictures_are_what_was_checked(runs, tmp_path):
         Image.fromarray(image[0].numpy()).save(folder / f"{i}.png")
     for attack in ("double_pass", "pgd", "ggsm", "fgsm", "cascade"):
         out = tmp_path / attack
-        assert jat_attack(f"{runs / 'one-step-joint-s0'} --images {tmp_path / 'in'} --attack {attack} --steps 3 --out {out} --threads 1".split()) == 0
-        facts, model = json.loads((out / "attack.json").read_text()), load_weights(runs / "one-step-joint-s0" / "last.safetensors")
+        assert jat_attack(f"{runs / 'jat-one-step-joint-s0'} --images {tmp_path / 'in'} --attack {attack} --steps 3 --out {out} --threads 1".split()) == 0
+        facts, model = json.loads((out / "attack.json").read_text()), load_weights(runs / "jat-one-step-joint-s0" / "last.safetensors")
         assert len(facts["images"]) == 5 and len(list(out.glob("*-flow.png"))) == (0 if attack in ("pgd", "fgsm") else 5)
         for row in facts["images"]:
             pixels = torch.from_numpy(np.array(Image.open(out / row["png"]))).float()[None, None] / 255
@@ -135,7 +140,7 @@ def test_attacked_pictures_are_what_was_checked(runs, tmp_path):
             if attack in ("pgd", "fgsm"):
                 assert row["largest_change_255"] <= 25.5 + 1
     before = (tmp_path / "pgd" / "attack.json").read_text()
-    assert jat_attack(f"{runs / 'one-step-joint-s0'} --images {tmp_path / 'in'} --attack pgd --eps-pixel 0 --steps 1 --out {tmp_path / 'pgd'}".split()) == 0
+    assert jat_attack(f"{runs / 'jat-one-step-joint-s0'} --images {tmp_path / 'in'} --attack pgd --eps-pixel 0 --steps 1 --out {tmp_path / 'pgd'}".split()) == 0
     after = json.loads((tmp_path / "pgd" / "attack.json").read_text())
     assert before != json.dumps(after) and all(r["largest_change_255"] == 0 for r in after["images"])
 
@@ -193,7 +198,9 @@ def test_help_names_every_option_and_bad_options_end_with_2(capsys, command):
 def test_every_row_is_listed(capsys):
     assert jat_train(["--list"]) == 0
     text = capsys.readouterr().out
-    assert "table 1 'one-step-Joint'" in text and "table 7 'Bilateral'" in text and len(text.splitlines()) == 24
+    assert "table 1 'one-step-Joint'" in text and "table 7 'Bilateral'" in text 
+    assert len(text.splitlines()) == len(recipes()) + len(papers())
+    assert all(paper.title in text.splitlines() for paper in papers().values())
 
 
 def test_programs_are_installed():
@@ -219,7 +226,152 @@ def test_svhn_in_its_own_format(tmp_path, monkeypatch):
 
 
 def test_every_suite_ends_in_a_line(runs, capsys):
-    run = runs / "natural-s1"
+    run = runs / "jat-natural-s1"
     assert jat_eval(f"{run} --suite masking --n 4 --steps 8 --threads 1".split()) == 0
     assert "failed checks:" in capsys.readouterr().out
     assert len(Record.load(run / "eval-masking.json").metrics["rows"]) == 6
+
+
+def write_halves(folder, classes, n=24, value=255):
+    "Pictures of 16 px whose bright half tells the class: left, right, top or bottom."
+    halves = {"bee": np.s_[:, :8], "cat": np.s_[:, 8:], "ant": np.s_[:8], "dog": np.s_[8:]}
+    rng = np.random.default_rng(0)
+    for name in classes:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(n):
+            pixels = rng.integers(0, 60, (16, 16), dtype=np.uint8)
+            pixels[halves[name]] = rng.integers(value - 60, value, pixels[halves[name]].shape)
+            Image.fromarray(pixels).save(folder / name / f"{i:02d}.png")
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    "A run on a folder of two classes, and the folder."
+    root = tmp_path_factory.mktemp("halves")
+    write_halves(root / "set" / "train", ("bee", "cat"))
+    write_halves(root / "set" / "test", ("bee", "cat"), 8)
+    words = f"--recipe jat/natural --data folder:{root / 'set'} --tier smoke --threads 1 --out {root / 'run'}"
+    assert jat_train([*words.split(), "--set", "epochs=12", "batch_size=16", "augment=[]", "lr=0.05"]) == 0
+    return root
+
+
+def clean(run):
+    return Record.load(run / "eval-jat.json").metrics["rows"]["Clean"]["accuracy (%)"]
+
+
+def test_a_run_is_judged_by_the_classes_it_was_trained_on(halves, tmp_path, capsys):
+    root = shutil.copytree(halves, tmp_path / "copy")
+    about = json.loads((root / "run" / "run.json").read_text())
+    about["about"]["data"] = f"folder:{root / 'set'}"
+    (root / "run" / "run.json").write_text(json.dumps(about))
+    judge = f"{root / 'run'} --n 16 --steps 1 --threads 1".split()
+    assert jat_eval(judge) == 0 and clean(root / "run") > 80
+    write_halves(root / "set" / "train", ("ant",))  # it would come first and renumber the others
+    assert jat_eval([*judge, "--again"]) == 0 and clean(root / "run") > 80
+    write_halves(root / "set" / "test", ("ant",), 8)
+    assert jat_eval([*judge, "--again"]) == 2 and "ant" in capsys.readouterr().err
+
+
+def test_a_class_that_changed_its_name_is_refused(halves, tmp_path, capsys):
+    root = shutil.copytree(halves, tmp_path / "copy")
+    about = json.loads((root / "run" / "run.json").read_text())
+    about["about"]["data"] = f"folder:{root / 'set'}"
+    (root / "run" / "run.json").write_text(json.dumps(about))
+    for split in ("train", "test"):  # two classes as before, but the other one comes first now
+        (root / "set" / split / "cat").rename(root / "set" / split / "ant")
+    assert jat_eval(f"{root / 'run'} --n 16 --steps 1 --threads 1".split()) == 2
+    said = capsys.readouterr().err
+    assert "ant" in said and "cat" in said and said.count("\n") == 1
+
+
+def test_changed_test_images_are_judged_anew(halves, tmp_path, capsys):
+    root = shutil.copytree(halves, tmp_path / "copy")
+    about = json.loads((root / "run" / "run.json").read_text())
+    about["about"]["data"] = f"folder:{root / 'set'}"
+    (root / "run" / "run.json").write_text(json.dumps(about))
+    judge = f"{root / 'run'} --n 16 --steps 1 --threads 1".split()
+    assert jat_eval(judge) == 0 and jat_eval([*judge, "--batch-size", "5"]) == 0
+    assert capsys.readouterr().out.count("already there") == 1
+    before = Record.load(root / "run" / "eval-jat.json").config
+    write_halves(root / "set" / "test", ("bee",), 8, value=200)  # the same names, other pixels
+    assert jat_eval(judge) == 0 and "already there" not in capsys.readouterr().out
+    after = Record.load(root / "run" / "eval-jat.json").config
+    assert before["test"]["sha256"] != after["test"]["sha256"] and after["test"]["classes"] == ["bee", "cat"]
+    shutil.copy(root / "set" / "test" / "bee" / "00.png", root / "set" / "test" / "cat" / "00.png")  # another label
+    assert jat_eval(judge) == 0 and "already there" not in capsys.readouterr().out
+
+
+def test_a_damaged_answer_is_asked_for_again(halves, tmp_path, capsys):
+    root = shutil.copytree(halves / "run", tmp_path / "run")
+    judge = f"{root} --n 8 --steps 1 --threads 1".split()
+    assert jat_eval(judge) == 0
+    (root / "eval-jat.json").write_text((root / "eval-jat.json").read_text()[:-20])
+    assert jat_eval(judge) == 0 and "already there" not in capsys.readouterr().out
+
+
+def test_fast_is_the_default_of_the_cpu_tier(halves, tmp_path):
+    root = shutil.copytree(halves / "run", tmp_path / "run")
+    facts = json.loads((root / "run.json").read_text())
+    judge = f"{root} --n 8 --steps 1 --threads 1".split()
+    for tier, words, fast in (("smoke", "", False), ("cpu", "", True), ("cpu", "--no-fast", False), ("smoke", "--fast", True)):
+        facts["about"]["tier"] = tier
+        (root / "run.json").write_text(json.dumps(facts))
+        assert jat_eval([*judge, *words.split()]) == 0
+        config = Record.load(root / "eval-jat.json").config
+        assert (config["fast"], config["batch_size"]) == (fast, 250), (tier, words)
+
+
+def test_pictures_in_unknown_folders_are_refused(halves, tmp_path, capsys):
+    write_halves(tmp_path / "in", ("bee", "dog"), 2)
+    words = f"{halves / 'run'} --images {tmp_path / 'in'} --steps 1 --out {tmp_path / 'out'} --threads 1".split()
+    assert jat_attack(words) == 2
+    said = capsys.readouterr().err
+    assert "dog" in said and "bee, cat" in said and said.count("\n") == 1
+    shutil.rmtree(tmp_path / "in" / "dog")
+    assert jat_attack([*words, "--attack", "pgd", "--loss", "margin"]) == 0
+    facts = json.loads((tmp_path / "out" / "attack.json").read_text())
+    assert {row["label"] for row in facts["images"]} == {"bee"} and facts["loss"] == "margin"
+    assert {row["label_from"] for row in facts["images"]} == {"folder"}
+    assert jat_attack([*words, "--loss", "mean"]) == 2 and "mean" in capsys.readouterr().err
+
+
+def test_two_papers_never_share_a_folder():
+    names = ("jat/natural", "other/natural", "jat/one-step-joint", "srt/rt-0.2")
+    assert len({run_folder("out", name, seed) for name in names for seed in (0, 1)}) == 8
+    assert run_folder("out", "jat/natural", 1) == Path("out/jat-natural-s1")
+
+
+def test_called_from_python_with_keywords(tmp_path):
+    options = dict(data="digits", tier="smoke", threads=1, set_=["epochs=1"], out=str(tmp_path / "run"))
+    assert jat_train(recipe=["jat/natural"], **options) == 0
+    assert jat_eval(runs=[str(tmp_path / "run")], n=8, steps=1, threads=1) == 0
+    with pytest.raises(ValueError, match="unknown recipe"):
+        jat_train(recipe=["jat/joint"], **options)
+
+
+@pytest.mark.parametrize("command, words, seen", [
+    (jat_eval, "{x} --n 0", "n >= 1"), (jat_eval, "{x} --n ten", "'ten'"), (jat_eval, "{x} --suite jat nosuch", "nosuch"),
+    (jat_eval, "{x} --weights first", "'first'"), (jat_train, "--recipe jat/natural --seed -1 --out {x}", "seed >= 0"),
+    (jat_train, "--recipe jat/natural --time-budget -3 --out {x}", "time_budget >= 0"), (jat_attack, "{x}", "--images"),
+    (jat_train, "--recipe jat/natural --threads 0 --out {x}", "threads >= 1"),
+])
+def test_bad_values_are_one_line(tmp_path, capsys, command, words, seen):
+    (tmp_path / "x").mkdir()
+    try:
+        status = command(words.format(x=tmp_path / "x").split())
+    except SystemExit as stop:
+        status = stop.code
+    said = capsys.readouterr()
+    assert status == 2 and said.err.count("\n") == 1 and seen in said.err
+
+
+@pytest.mark.parametrize("command", [jat_train, jat_eval, jat_attack, jat_report])
+def test_version(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        command(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out.strip() == f"jat_nb {jat_nb.__version__}"
+
+
+def test_interruption_ends_with_130(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "read_runs", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert jat_report(["runs"]) == 130 and "goes on" in capsys.readouterr().err

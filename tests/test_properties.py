@@ -194,3 +194,21 @@ def test_mistakes_are_named(bad, words):
         pgd(model, torch.rand(2, 3, 8, 8), torch.arange(2), **bad)
     with pytest.raises(ValueError, match="got 7 to 7"):
         pgd(model, torch.rand(1, 3, 8, 8), torch.tensor([7]), target=torch.tensor([1]))
+
+
+@pytest.mark.parametrize("eps", [8, 16.0, 1.001, torch.tensor(8.0), torch.tensor([0.03, 8.0]), torch.tensor([255])])
+def test_budgets_in_grey_levels_are_refused(eps):
+    model, x, y = nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), torch.rand(2, 3, 8, 8), torch.arange(2)
+    calls = [lambda: Pixel(eps), lambda: pgd(model, x, y, eps=eps), lambda: double_pass(model, x, y, eps_pixel=eps),
+             lambda: ATTACKS["fgsm"](model, x, y, eps=eps)]
+    for call in calls:
+        with pytest.raises(ValueError, match="divide grey levels by 255"):
+            call()
+
+
+def test_budgets_that_are_large_but_possible():
+    model, x, y = nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), torch.rand(2, 3, 8, 8), torch.arange(2)
+    assert pgd(model, x, y, eps=1.0, steps=2).shape == x.shape
+    assert pgd(model, x, y, eps=torch.tensor([1.0, 0.0]), steps=2).shape == x.shape
+    assert pgd(model, x, y, eps=3.0, norm="l2", steps=2).shape == x.shape
+    assert ggsm(model, x, y, eps=2.5, steps=2).shape == x.shape

@@ -37,7 +37,9 @@ PROMISED = {
     "timing": "Rounds spread interleave slope",
     "bench": "MEASUREMENTS PLANS Plan bare_passes floor_passes step_cost in_mode paired_difference half_budget",
     "bench_report": "run targets main",
-    "cli": "jat_train jat_eval jat_attack jat_report to_png",
+    "cli": "jat_train jat_eval jat_attack jat_report command run_folder",
+    "own_pictures": "to_png read_pictures label_pictures attack_options attack_pictures",
+    "judging": "find_runs run_facts unfinished open_run sources_for judge",
     "evaluation": "counted wilson_interval Evaluation evaluate budget_curve clean pgd_at ggsm_at joint_at raw_accuracy",
 }
 

@@ -112,7 +112,7 @@ def _energy(x: Tensor) -> list[float]:
     "Sum of squared differences between neighbouring pixels, per image."
     return (x.diff(dim=2).square().flatten(1).sum(1) + x.diff(dim=3).square().flatten(1).sum(1)).tolist()
 
-
+# %% ../../nbs/40_jat.ipynb #6079f5aa
 def _rewarp(suite: Suite, job: Job) -> dict[str, Any]:
     "The same number of steps of the same length, once on the flow, once on the image."
     eps, steps = job.budget.eps_flow, suite.options["steps"]
@@ -127,12 +127,12 @@ def _rewarp(suite: Suite, job: Job) -> dict[str, Any]:
     return {"steps": steps, "eps_flow": eps, "energy": {k: _energy(v) for k, v in ends.items()},
             "correct": both, "longest_px": float(kept.params[0].norm(dim=1).max())}
 
-
+# %% ../../nbs/40_jat.ipynb #a66b9c86
 def _check_rewarp(suite: Suite, answer: Mapping[str, Any]) -> None:
     [float(v) for values in answer["energy"].values() for v in values]
     float(answer["longest_px"]) / float(answer["eps_flow"]), dict(answer["correct"])
 
-
+# %% ../../nbs/40_jat.ipynb #31d5279a
 REWARP = Kind(_rewarp, _check_rewarp)  # accumulate the flow, or warp the warped image again
 
 # %% ../../nbs/40_jat.ipynb #5cc1c804
@@ -174,12 +174,12 @@ def jat_suite(
 def _gap(one: Where, other: Where, **bounds: Any) -> Check:
     return Check("gap", (one, other), **bounds)
 
-
+# %% ../../nbs/40_jat.ipynb #c41275d9
 def _steps(name: str, budget: str) -> tuple[Where, ...]:
     "One point of the flow curves with 1, 5, 10 and 20 steps."
     return tuple((name, budget, "curves", "flow_steps", str(m)) for m in (1, 5, 10, 20))
 
-
+# %% ../../nbs/40_jat.ipynb #e1c08ec0
 _ATTACK = (
     Claim("JC1", "The joint attack leaves no more than the weaker of its parts, for every model (1 point)",
           tuple(_gap(("*", column), ("*", "Joint"), at_least=-1) for column in ("PGD20", "Spatial")),
@@ -246,7 +246,7 @@ def raw_fgsm(
     for one, other in pairs or [(None, None)]:
         yield compared(one, other, (f"{recipe}, raw", column, clean), **check.bounds)
 
-
+# %% ../../nbs/40_jat.ipynb #ff57b09a
 _HOW = (
     Claim("JC11", "Training by double pass beats the cascade, which beats one pass, under all three attacks",
           tuple(Check("order", tuple((name, column) for name in ("one-step-joint", "cascade", "one-pass")),
@@ -266,12 +266,12 @@ _HOW = (
 # %% ../../nbs/40_jat.ipynb #ed96879e
 _GREYS, _PXS = (2, 4, 6, 8), (0.1, 0.2, 0.3)
 
-
+# %% ../../nbs/40_jat.ipynb #16c86b82
 def _trained_at(grey: int, px: float) -> str:
     "The recipe at one pair of training budgets."
     return _GRID[f"eps_x={grey}/255;eps_w={px}px"]
 
-
+# %% ../../nbs/40_jat.ipynb #14990b05
 _BUDGETS = (
     Claim("JC14", "Smaller training budgets give more PGD100 accuracy (rank correlations below zero) and the smallest the "
           "most PGD20 accuracy", (
@@ -293,7 +293,7 @@ def _made_on(source: str, column: str) -> Where:
     "The joint network under images made on another one."
     return ("one-step-joint", column, "transfer", "sources", source)
 
-
+# %% ../../nbs/40_jat.ipynb #34a8a697
 _FOUR_NAMES = ("natural", "one-step-pixel", "one-step-joint", "madry")  # by clean accuracy, best first
 _ELSEWHERE = tuple(Check("given", (("one-step-joint", "Clean"),), data, at_least=10, options={"then": (
     *(_gap(("one-step-joint", column), (name, column), data=data, at_least=0)
@@ -333,7 +333,7 @@ def rewarped(
     shares = [run and run.share(k, *path, "correct") for k in ("accumulated", "rewarped")]
     yield compared(*shares, (recipe, "accumulated", "warped again"), at_least=-5, at_most=5)
 
-
+# %% ../../nbs/40_jat.ipynb #dad607fe
 _IMAGES = (
     Claim("JC19", "Warped by 0.3 px, images stay similar (mean SSIM above 0.95) while most change by more than 8/255",
           tuple(check for name in ("natural", "one-step-joint") for check in (
