@@ -24,6 +24,7 @@ from torch import Tensor
 from .checkpoints import best_row
 from .catalogue import Paper, Row, papers, recipes
 from .evaluation import wilson_interval
+from .masking import checks_by_name
 from .recipes import Recipe
 from .records import TIERS, Record, read_jsonl
 from .suites import check_answer
@@ -34,11 +35,13 @@ def published(
     table: int,  # Number of the table in the paper
 ) -> pd.DataFrame:  # paper, table, dataset, model_or_method, setting, metric, value; value is text in SRT's Table 7
     "The numbers of one table as printed."
-    known = sorted(f.name for f in (files("jat_nb") / "published").iterdir() if f.name.endswith(".csv"))
+    mine = papers().get(paper.lower())
+    folder = Path(mine.tables) if mine and mine.tables else files("jat_nb") / "published"
+    known = sorted(f.name for f in folder.iterdir() if f.name.endswith(".csv"))
     if (name := f"{paper.lower()}_table{table}.csv") not in known:
         have = ", ".join(k.removesuffix(".csv").replace("_table", " ") for k in known)
         raise ValueError(f"no table {table} of {paper!r}: there are {have}")
-    with (files("jat_nb") / "published" / name).open(encoding="utf-8") as file:
+    with (folder / name).open(encoding="utf-8") as file:
         frame = pd.read_csv(file, dtype=str, keep_default_na=False)
     numbers = pd.to_numeric(frame["value"], errors="coerce")
     return frame if numbers.isna().any() else frame.assign(value=numbers)
@@ -203,18 +206,14 @@ def _evaluation(path: Path, facts: Mapping[str, Any], log: Sequence[Mapping[str,
     check_answer(suite, record.metrics)
     return _named(record) if suite == "masking" else record
 
-
-_LETTERS = dict(zip("abcdef", ("more effort", "unbounded", "noise", "transfer", "autoattack", "linearity")))
-
-
+# %% ../nbs/36_results.ipynb #53db518b
 def _named(record: Record) -> Record:
-    "The signs of masking by name; 0.2 gave them letters."
-    name = lambda check: _LETTERS.get(check, check)
-    rows = [row | {"check": name(row["check"])} for row in record.metrics["rows"]]
-    failed = [name(check) for check in record.metrics.get("failed", [])]
-    return replace(record, metrics=record.metrics | {"rows": rows, "failed": failed})
+    "The signs of masking by name, whatever the record calls them."
+    rows = checks_by_name(record.metrics["rows"])
+    failed = [name for name, row in rows.items() if row["held"] is False]
+    return replace(record, metrics=record.metrics | {"rows": list(rows.values()), "failed": failed})
 
-
+# %% ../nbs/36_results.ipynb #1d201ab5
 def _unfinished(recipe: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> str:
     "How far an unfinished run came; a recipe counts epochs or iterations."
     wanted = recipe.get("iterations")
@@ -223,11 +222,11 @@ def _unfinished(recipe: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> 
     done = sum(row.get("iterations", 0) for row in log)
     return f"{done} of {wanted} iterations" * (done != wanted)
 
-
+# %% ../nbs/36_results.ipynb #28351bf2
 def _log(path: Path) -> list[dict[str, Any]]:
     return [{"loss": float(row["loss"]), "epoch": int(row["epoch"])} | row for row in read_jsonl(path)]
 
-
+# %% ../nbs/36_results.ipynb #847c7354
 def _machine(facts: Mapping[str, Any]) -> dict[str, Any]:
     "Where the last stretch of work was done; a run of 0.2 names one environment."
     stretches = facts.get("stretches", [facts.get("environment")])
@@ -319,7 +318,7 @@ def _printed(paper: Paper, number: int) -> dict[str, dict[str, float]]:
         rows.setdefault(";".join(trained) or line.model_or_method, {})[column] = line.value
     return rows
 
-
+# %% ../nbs/36_results.ipynb #2cf2a5b8
 def printed_numbers(
     paper: Paper,  # Whose tables
 ) -> dict[tuple[str, ...], float]:  # Percent by (recipe, column, data set, source or "")
@@ -347,7 +346,7 @@ def transfer_key(
         if source in trained.get(key, {f"{paper}/{key.rpartition('-s')[0]}"}): return key
     return source.rpartition("/")[2]
 
-
+# %% ../nbs/36_results.ipynb #2054e875
 def _ours(runs: Sequence[Run], row: Row | None, column: str, **where: str) -> Share | None:
     if row is None: return None
     if not row.source: return survivors(runs, row.recipe, column, **where)
@@ -369,7 +368,7 @@ def _lines(paper: Paper, number: int, runs: Sequence[Run], data: str | None, tie
                 yield (label, column, tier, printed, ours, 100 * low, 100 * high, ours - printed,
                        len(share.seeds) if share else 0, share.n if share else 0)
 
-
+# %% ../nbs/36_results.ipynb #b45bbf7a
 def paper_table(
     paper: str,  # Key of `papers()`
     number: int,  # Number of the table there
@@ -417,7 +416,7 @@ def recipe_names(
     found = {run.name for run in runs if run.usable and run.group == (tier, data) and paper in (None, run.paper)}
     return sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
 
-
+# %% ../nbs/36_results.ipynb #975e2809
 def overview(
     runs: Sequence[Run],  # As read
     *,
@@ -434,7 +433,7 @@ def overview(
     rows = {name: row for name, row in rows.items() if set(row.values()) != {"-"}}
     return pd.DataFrame.from_dict(rows, orient="index", columns=list(columns))
 
-
+# %% ../nbs/36_results.ipynb #ef4dae54
 def _columns(run: Run) -> list[str]:
     "The columns of a run's paper; of a run of no paper those of its records."
     paper = papers().get(run.paper)
