@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from .catalogue import Paper, papers
+from .differences import Share, difference
 from .records import TIERS
-from .results import Run, Share, difference, printed_numbers, recipe_names, survivors, transfer_key
+from .results import Run, printed_numbers, recipe_names, survivors, transfer_key
 
 # %% ../nbs/37_claims.ipynb #c0ff9f93
 @dataclass(frozen=True)

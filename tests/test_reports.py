@@ -9,10 +9,11 @@ import torch
 
 from jat_nb.claims import Evidence, Finding, judge_claims, verdict
 from jat_nb.catalogue import adapt
+from jat_nb.differences import Share, difference
 from jat_nb.papers.jat import CLAIMS, PAPER, RECIPES, ROWS
 from jat_nb.records import Record, append_jsonl, write_json
 from jat_nb.reports import attack_bars, budget_curves, html_report, training_curve
-from jat_nb.results import (Run, Share, difference, overview, paper_table, published, read_runs, recipe_names,
+from jat_nb.results import (Run, overview, paper_table, published, read_runs, recipe_names,
                             side_by_side, survivors)
 
 N, BUDGETS = 500, [round(0.1 * k, 1) for k in range(11)]

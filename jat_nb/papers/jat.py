@@ -19,9 +19,9 @@ from torch import Tensor
 from ..attacks import ggsm
 from ..catalogue import Paper, Row
 from ..claims import Check, Claim, Evidence, Finding, Where, compared, mean_finding
+from ..differences import Share
 from ..evaluation import Attack
 from ..recipes import Recipe
-from ..results import Share
 from ..suites import Job, Kind, Suite, as_they_are, attacks_from
 
 # %% ../../nbs/40_jat.ipynb #6cd82b54
