@@ -33,7 +33,7 @@ from .models import create, frozen, pretrained
 from .catalogue import recipes
 from .recipes import Recipe, bind, make_optimizer
 from .records import progress
-from .results import Share, difference
+from .differences import Share, difference
 from .timing import Rounds, interleave, slope, spread
 from .training import train_step
 

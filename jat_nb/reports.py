@@ -25,11 +25,10 @@ from matplotlib.figure import Figure
 
 from .pictures import PALETTE, _Figure, plot_curves
 from .catalogue import Paper, adapt, papers, recipe, recipes
+from .differences import Share
 from .masking import autoattack_agrees
 from .records import TIERS, write_atomic
-from .recipes import Recipe
-from .results import (Run, Share, _columns, overview, paper_table, recipe_names, side_by_side,
-                            survivors)
+from .results import Run, _columns, overview, paper_table, recipe_names, side_by_side, survivors
 
 # %% ../nbs/38_reports.ipynb #c174e648
 def _labels(names: Sequence[str]) -> list[str]:
@@ -119,7 +118,7 @@ def _commands(run: Run) -> list[str]:
     "The command lines that train and judge this run again."
     about, folder = run.about, f"runs/{run.folder}"
     plan = asdict(replace(adapt(recipe(about["name"]), about["data"], about["tier"]), seed=about["seed"]))
-    made = asdict(Recipe.from_dict(run.recipe, **{k: about.get(k, plan[k]) for k in ("model", "data")}))
+    made = asdict(run.plan)
     changed = [f"{k}={json.dumps(v)}" for k, v in made.items() if json.dumps(plan[k]) != json.dumps(v)]
     words = ["jat_train", "--recipe", about["name"]]
     for key in ("data", "tier", "seed"): words += [f"--{key}", about[key]]
@@ -282,7 +281,7 @@ def _facts(run: Run) -> str:
              "seconds": f"{sum(row.get('seconds', 0) for row in run.log):.0f} of training"
                         + "".join(f", {r.seconds:.0f} of {suite}" for suite, r in run.evaluations.items())}
     try: commands = "\n".join(_commands(run))
-    except (KeyError, ValueError): commands = "not one of this package's recipes"
+    except (KeyError, TypeError, ValueError): commands = "not one of this package's recipes"
     listed = "".join(f"<dt>{key}</dt><dd>{html.escape(str(value))}</dd>" for key, value in facts.items())
     opened = f"<details><summary>{html.escape(run.folder)}</summary><pre>{html.escape(commands)}</pre>"
     return f"{opened}<dl>{listed}</dl></details>"
