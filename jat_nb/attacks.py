@@ -53,7 +53,7 @@ class Adversarial:
     params: tuple[Tensor, ...]  # parameters of each threat, batch first
     threats: tuple[Threat, ...]  # the threats, in order of application
     loss: Tensor  # per-example objective at x_adv in float32 (B,); the attack made it large
-    success: Tensor  # not classified correctly, or classified as the target (B,), bool; see `correct`
+    success: Tensor  # not `correct`, or classified as the target (B,), bool
     within: Tensor  # every budget respected (B,), bool
     n_forward: int  # batches sent through the model
     n_backward: int  # batches differentiated
@@ -62,7 +62,7 @@ class Adversarial:
 def _by_name(loss: Loss | str) -> Loss:
     "A loss, or the one that has this name."
     if isinstance(loss, str) and loss not in LOSSES:
-        raise ValueError(f"unknown loss {loss!r}: choose one of {', '.join(LOSSES)}, or pass a function")
+        raise ValueError(f"unknown loss {loss!r}: choose one of {', '.join(LOSSES)}")
     return LOSSES[loss] if isinstance(loss, str) else loss
 
 
@@ -82,7 +82,9 @@ def _scaled(grad: Tensor) -> Tensor:
 class _Objective:
     "The function that is climbed, with a count of the model passes it took."
 
-    def __init__(self, model: nn.Module, y: Tensor, target: Tensor | None, loss: Loss | str) -> None:
+    def __init__(
+        self, model: nn.Module, y: Tensor, target: Tensor | None, loss: Loss | str
+    ) -> None:
         self.model, self.y, self.target, self.loss = model, y, target, _by_name(loss)
         self.n_forward = self.n_backward = 0
 
@@ -211,7 +213,7 @@ def ascend(
     *,
     steps: int,  # Steps; a step is one gradient pass, or one per threat when alternating
     schedule: str = "alternating",  # "simultaneous", "alternating" or "sequential"
-    loss: Loss | str = cross_entropy,  # Per-example loss of (logits, labels) to climb, or its name in LOSSES
+    loss: Loss | str = cross_entropy,  # Per-example loss to climb, or its name in LOSSES
     target: Tensor | None = None,  # Classes (B,) to be mistaken for; the loss at them is descended
     random_start: bool = True,  # Start uniformly within the budgets, else at the clean image
     restarts: int = 1,  # Independent starts; per image the best end is kept

@@ -143,7 +143,7 @@ def _shorter(recipe: Recipe, tier: Tier, batch_size: int) -> dict[str, Any]:
     return {unit: after, "milestones": tuple(m * after / before for m in recipe.milestones),
             "knots": tuple((place * after / before, factor) for place, factor in recipe.knots)}
 
-# %% ../nbs/29_catalogue.ipynb #e980edc5
+# %% ../nbs/29_catalogue.ipynb #caf9982d
 def _cut_down(recipe: Recipe, tier: Tier) -> Recipe:
     "A recipe at a tier; fields that it marks essential stay."
     kept = set(recipe.essential) | (_CURVE if "schedule" in recipe.essential else set())

@@ -61,8 +61,9 @@ def recipes(
     "The two recipes of the demo: the paper's, with this data set's budget and this many epochs."
     probe = dict(steps=5, eps_pixel=budget.eps_pixel, step_pixel=budget.step_pixel,
                  eps_flow=budget.eps_flow, step_flow=budget.step_flow)
-    common = dict(data=settings.data, model=settings.model, epochs=settings.epochs, batch_size=settings.batch_size, seed=settings.seed, schedule="onecycle",
-                  nesterov=True, weight_decay=5e-4, amp=True, channels_last=True, probe_options=probe)
+    common = dict(data=settings.data, model=settings.model, epochs=settings.epochs, batch_size=settings.batch_size,
+                  seed=settings.seed, schedule="onecycle", nesterov=True, weight_decay=5e-4,
+                  amp=True, channels_last=True, probe_options=probe)
     one_step = dict(eps_pixel=budget.eps_pixel, step_pixel=budget.eps_pixel,
                     eps_flow=budget.eps_flow, step_flow=budget.eps_flow, steps=1)
     return {"Natural": replace(published("jat/natural"), **common),

@@ -23,11 +23,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from .records import write_atomic
 
 # %% ../nbs/08_models.ipynb #5fcbd37d
-with warnings.catch_warnings():  # in notebooks, timm's progress bars ask for widgets we have no use for
+with warnings.catch_warnings():  # timm's progress bars ask for widgets that nobody needs
     warnings.simplefilter("ignore")
     import timm
 
@@ -44,9 +45,9 @@ class NormalizedModel(nn.Module):
     ):
         super().__init__()
         if len(mean) != len(std) or not len(mean) or min(std) <= 0:
-            raise ValueError(f"expected one mean and one std above 0 per channel, got {mean} and {std}")
+            raise ValueError(f"expected one mean and one std > 0 per channel, got {mean}, {std}")
         if not all(0 <= m <= 1 for m in mean):
-            raise ValueError(f"means are in [0, 1], got {mean}: divide those of bytes by 255, and std too")
+            raise ValueError(f"means are in [0, 1], got {mean}: divide mean and std by 255")
         self.model, self.metadata = model, metadata or {}
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
@@ -57,8 +58,8 @@ class NormalizedModel(nn.Module):
     ) -> Tensor:  # Logits, (B, K)
         channels = self.mean.shape[1]
         if x.ndim != 4 or x.shape[1] != channels:
-            raise ValueError(f"expected images of shape (B, {channels}, H, W), got {tuple(x.shape)}; "
-                             f"create the model with in_chans equal to the channels of the images")
+            raise ValueError(f"expected images of shape (B, {channels}, H, W), got {tuple(x.shape)}"
+                             ": create the model with in_chans equal to the channels of the images")
         return self.model((x - self.mean) / self.std)  # Eq. 1
 
 # %% ../nbs/08_models.ipynb #ad9e9483
@@ -73,7 +74,7 @@ def _put_back(module: nn.Module, training: bool, buffers: Mapping[str, Tensor | 
 # %% ../nbs/08_models.ipynb #e6653bd6
 @contextmanager
 def frozen(
-    model: nn.Module | Callable[[Tensor], Tensor],  # To be attacked; a plain function passes through
+    model: nn.Module | Callable[[Tensor], Tensor],  # To be attacked; a function passes through
 ) -> Iterator[Any]:  # The same model, in eval mode and with no parameter that asks for a gradient
     "Hold a model still in a `with` block; then every flag and buffer is back, also after an error."
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
@@ -101,12 +102,12 @@ def _inside(model: nn.Module) -> str:
     "Under which name a wrapper of PyTorch keeps its module; empty for a module that is no wrapper."
     if "_orig_mod" in model._modules:  # torch.compile
         return "_orig_mod"
-    parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
-    return "module" if isinstance(model, parallel) else ""
+    holders = nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel
+    return "module" if isinstance(model, holders) else ""
 
 
 def unwrap(
-    model: nn.Module,  # Perhaps inside torch.compile's wrapper, DataParallel or DistributedDataParallel
+    model: nn.Module,  # Perhaps compiled, parallel, distributed or averaged by PyTorch
 ) -> nn.Module:  # The module inside all of them; the model itself where there is none
     "Look through the wrappers around a model."
     while isinstance(model, nn.Module) and _inside(model):
@@ -128,41 +129,43 @@ def plain_state(
     return state
 
 # %% ../nbs/08_models.ipynb #c106cbb0
-_READERS = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}  # make timm read files
+_READERS = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}  # of files
 
 
 def _check_name(name: Any) -> None:
     "Let through what is registered with timm, and nothing that timm would have to look for."
     import_module("jat_nb.backbones")  # registers the networks of the papers
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-        raise ValueError(f"expected a name of timm's registry, got {name!r}: a model from a hub, a folder or an "
-                         "address is loaded with timm.create_model and wrapped in NormalizedModel")
+        raise ValueError(f"expected a name of timm's registry, got {name!r}: a model from "
+                         "elsewhere is loaded with timm.create_model and wrapped in NormalizedModel")
     if not timm.is_model(name):
         near = get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
-        raise ValueError(f"unknown model {name!r}; the nearest names are {near}, timm.list_models() has all")
+        raise ValueError(f"unknown model {name!r}; the nearest names are {near}, "
+                         "timm.list_models() has all")
 
 # %% ../nbs/08_models.ipynb #f26a0864
 def create(
-    name: str,  # Name in timm's registry: `resnet50`, or of chapter 9 `wrn_16_2_cifar`, `small_cnn_mnist`, ...
+    name: str,  # In timm's registry: `resnet50`, or `wrn_16_2_cifar` and others of chapter 9
     *,
     num_classes: int = 10,  # Width of the last layer
     in_chans: int = 3,  # Image channels
-    mean: Sequence[float] | None = None,  # Per channel, in [0, 1]; None: what timm records for the model, else 0
-    std: Sequence[float] | None = None,  # Per channel, in [0, 1]; None: what timm records for the model, else 1
+    mean: Sequence[float] | None = None,  # Per channel, in [0, 1]; None: what timm records, else 0
+    std: Sequence[float] | None = None,  # Per channel, in [0, 1]; None: what timm records, else 1
     **timm_options: Any,  # Passed on, such as `norm='group'`, `drop_rate=0.1`, `pretrained=True`
 ) -> NormalizedModel:  # In train mode, freshly initialised
     "Build a classifier of images in [0, 1] by name."
     _check_name(name)
     if readers := sorted(_READERS & set(timm_options)):
-        raise ValueError(f"create reads no files, got {readers}: use timm.create_model, then NormalizedModel")
+        raise ValueError(f"create reads no files, got {readers}: use timm.create_model and wrap "
+                         "what it returns in NormalizedModel")
     model = timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **timm_options)
     known = getattr(model, "pretrained_cfg", None) or {}
     recorded = len(known.get("mean") or ()) == in_chans
     mean = mean if mean is not None else known["mean"] if recorded else (0.0,) * in_chans
     std = std if std is not None else known["std"] if recorded else (1.0,) * in_chans
     options = {k: v for k, v in timm_options.items() if k != "pretrained"}
-    metadata = dict(name=name, num_classes=num_classes, in_chans=in_chans, mean=[*mean], std=[*std], options=options)
-    return NormalizedModel(model, mean, std, metadata)
+    form = dict(num_classes=num_classes, in_chans=in_chans, mean=[*mean], std=[*std])
+    return NormalizedModel(model, mean, std, {"name": name, **form, "options": options})
 
 # %% ../nbs/08_models.ipynb #ba07f30d
 def tensor_hash(
@@ -185,12 +188,12 @@ def write_tensors(
 ) -> Path:  # The file
     "Tensors, a JSON header and a checksum over both, in one safetensors file."
     text = json.dumps(header, allow_nan=False)
-    own = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}  # two names may share memory
+    own = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}  # unshared
     facts = {"jat_nb": text, "checksum": tensor_hash(own, text)}
     try:
         return write_atomic(path, lambda part: part.write_bytes(save(own, metadata=facts)))
     except OSError as error:
-        raise ValueError(f"cannot write {path} ({error.strerror}): make room or choose another folder") from error
+        raise ValueError(f"cannot write {path} ({error.strerror}): make room") from error
 
 # %% ../nbs/08_models.ipynb #dea93c00
 def read_tensors(
@@ -205,38 +208,40 @@ def read_tensors(
         damaged = "checksum" in facts and facts["checksum"] != tensor_hash(tensors, facts["jat_nb"])
         header = {} if damaged else dict(json.loads(facts["jat_nb"]))
     except (SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is not a file of write_tensors ({error}); write it again") from error
+        raise ValueError(f"{path} is not a file of ours ({error}); write it again") from error
     if damaged:
-        raise ValueError(f"{path} is damaged: its bits are not those that were written; restore or make it again")
+        raise ValueError(f"{path} is damaged: its bits are not those that were written; restore it "
+                         "from a copy, or make it again")
     return tensors, header
 
 # %% ../nbs/08_models.ipynb #a0ffe9cc
 _FORM = ("num_classes", "in_chans", "mean", "std")
-_OPTIONS = {"norm", "drop_rate", "drop_path_rate", "drop_block_rate", "proj_drop_rate", "attn_drop_rate",
-            "global_pool", "img_size", "patch_size", "zero_init_last"}  # what a file may say of a network's form
+_OPTIONS = {"norm", "drop_rate", "drop_path_rate", "drop_block_rate", "proj_drop_rate",
+            "attn_drop_rate", "global_pool", "img_size", "patch_size", "zero_init_last"}
+_WORD_OR_NUMBER = re.compile(r"\w*|[-+.\de]+")
 
 
 def _call(header: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     "The call of `create` that a header describes, made of plain names and known options only."
     if missing := [k for k in ("name", *_FORM) if k not in header]:
-        raise ValueError(f"the header lacks {', '.join(missing)}; build the model with create(name, ...)")
+        raise ValueError(f"the header lacks {missing}; build the model with create(name, ...)")
     options = header.get("options", {})
     if not isinstance(options, dict):
         raise ValueError(f"expected the options of create by name, got {options!r}")
-    plain = lambda v: isinstance(v, (int, float)) or (isinstance(v, str) and re.fullmatch(r"\w*", v))
     for key, value in options.items():
         values = value if isinstance(value, (list, tuple)) else [value]
-        if key not in _OPTIONS or not all(plain(v) for v in values):
-            raise ValueError(f"a file cannot hold the option {key}={value!r}: known are {', '.join(sorted(_OPTIONS))}, "
-                             "as numbers or words")
-    if not all(type(header[k]) is int and 0 < header[k] < 1_000_000 for k in _FORM[:2]):
-        raise ValueError(f"expected num_classes and in_chans as numbers above 0, got {[header[k] for k in _FORM[:2]]}")
+        if key not in _OPTIONS or not all(_WORD_OR_NUMBER.fullmatch(str(v)) for v in values):
+            raise ValueError(f"a file cannot hold the option {key}={value!r}: expected words or "
+                             f"numbers for {', '.join(sorted(_OPTIONS))}")
+    sizes = [header["num_classes"], header["in_chans"]]
+    if not all(type(size) is int and 0 < size < 1_000_000 for size in sizes):
+        raise ValueError(f"expected num_classes and in_chans as numbers above 0, got {sizes}")
     _check_name(header["name"])
     return header["name"], {k: header[k] for k in _FORM} | options
 
 # %% ../nbs/08_models.ipynb #2f04e13f
 def _shapes(header: Mapping[str, Any]) -> dict[str, torch.Size]:
-    "Names and shapes of all tensors of the network that a header describes; nothing is computed or drawn."
+    "Names and shapes of the tensors of the network that a header describes; nothing is drawn."
     name, options = _call(header)
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -246,12 +251,16 @@ def _shapes(header: Mapping[str, Any]) -> dict[str, torch.Size]:
     return {k: v.shape for k, v in network.state_dict().items()}
 
 # %% ../nbs/08_models.ipynb #fd7cea26
-def _check_tensors(name: str, expected: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> None:
+def _check_tensors(
+    name: str, expected: Mapping[str, torch.Size], state: Mapping[str, Tensor]
+) -> None:
+    "Refuse a state that has other tensors than the network of that name."
     found = {k: v.shape for k, v in state.items()}
     odd = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
     if odd:
-        raise ValueError(f"create({name!r}, ...) has other tensors than this model ({len(odd)} differ, such as "
-                         f"{odd[0]}): change networks by options of create, or register a builder with timm")
+        raise ValueError(f"create({name!r}, ...) has other tensors than this model ({len(odd)} "
+                         f"differ, such as {odd[0]}): change a network by options of create, or "
+                         "register your own builder with timm")
 
 # %% ../nbs/08_models.ipynb #7cea8b52
 def check_rebuildable(
@@ -261,7 +270,7 @@ def check_rebuildable(
     inside = unwrap(model)
     header = getattr(inside, "metadata", None) or {}
     if "name" not in header:
-        raise ValueError("the model has no name to be rebuilt from; build it with create(name, ...)")
+        raise ValueError("the model has no name to be rebuilt from: use create(name, ...)")
     _check_tensors(header["name"], _shapes(header), plain_state(inside))
 
 # %% ../nbs/08_models.ipynb #c571e981
@@ -275,8 +284,8 @@ def save_weights(
     model: nn.Module,  # Made by `create`, `load_weights` or `pretrained`; perhaps wrapped
     path: str | Path,  # File to write, *.safetensors; replaced in one step or not at all
     *,
-    metadata: Mapping[str, Any] | None = None,  # JSON-able facts for the header, such as the record of the run
-    half: bool = False,  # Store matrices and kernels in float16: half the size, rounded to 3 digits
+    metadata: Mapping[str, Any] | None = None,  # JSON-able facts, such as the record of the run
+    half: bool = False,  # Matrices and kernels in float16: half the size, 3 digits
 ) -> Path:  # The file
     "Write weights and what is needed to rebuild the model into one safetensors file."
     check_rebuildable(model)
@@ -284,7 +293,8 @@ def save_weights(
     own = {k: v for k, v in inside.metadata.items() if k in ("name", "options", *_FORM)}
     state = _halved(plain_state(inside)) if half else plain_state(inside)
     if not all(v.isfinite().all() for v in state.values()):
-        raise ValueError("refusing to save weights that are not finite" + (", or above 65504 in half" if half else ""))
+        raise ValueError("refusing to save weights that are not finite"
+                         + (", or above 65504 in half" if half else ""))
     return write_tensors(path, state, {**inside.metadata, **(metadata or {}), **own})
 
 # %% ../nbs/08_models.ipynb #15adb09b
@@ -316,7 +326,7 @@ def _zoo_folder() -> Path:
 
 
 def zoo(
-    folder: str | Path | None = None,  # Where to look; None is the folder that comes with the package
+    folder: str | Path | None = None,  # Where to look; None: the folder that comes with the package
 ) -> list[str]:  # Names that `pretrained` takes, sorted
     "Names of the trained models at hand."
     return sorted(p.stem for p in Path(folder or _zoo_folder()).glob("*.safetensors"))
@@ -325,7 +335,7 @@ def zoo(
 def pretrained(
     name: str,  # One of `zoo()`
     *,
-    folder: str | Path | None = None,  # Where to look; None is the folder that comes with the package
+    folder: str | Path | None = None,  # Where to look; None: the folder that comes with the package
 ) -> NormalizedModel:  # In eval mode; `.metadata` holds how it was trained
     "Load a trained model of the zoo."
     if name not in zoo(folder):

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 import torch
 from torch import Tensor, nn
 
-from .attacks import ATTACKS
+from .attacks import ATTACKS, chain
 from .data import AUGMENTATIONS
 from .losses import LOSSES
 from .objectives import OBJECTIVES, roles
@@ -173,11 +173,11 @@ def _check_attacks(r: Recipe) -> None:
     if set(r.attacks) != set(needed):
         raise ValueError(f"objective {r.objective!r} needs attacks for the roles {list(needed)}, the "
                          f"recipe has them for {list(r.attacks)}: attacks={{role: [[name, options]]}}")
-    for role, chain in r.attacks.items():
-        links = chain if isinstance(chain, list) else []
+    for role, given in r.attacks.items():
+        links = given if isinstance(given, list) else []
         pairs = [link for link in links if isinstance(link, list) and len(link) == 2]
         if not pairs or len(pairs) < len(links):
-            raise ValueError(f"expected attacks[{role!r}] to be [[name, options], ...], got {chain}")
+            raise ValueError(f"expected attacks[{role!r}] to be [[name, options], ...], got {given}")
         for name, options in pairs:
             _check_kind(f"the options of {name!r}", options, dict)
             _check_options("attack", name, ATTACKS, options, hidden=_OF_THE_CALL)
@@ -289,27 +289,12 @@ class Bound(NamedTuple):
     attacks: dict[str, Callable[..., Tensor]]  # By role: attack(model, x, y, target=, generator=)
     probe: Callable[..., Tensor]  # probe(model, x, y, generator=) -> images
 
-# %% ../nbs/25_recipes.ipynb #00ff1039
-def _attack(name: str, options: Mapping[str, Any]) -> Callable[..., Tensor]:
-    "An attack with its options; the loss is looked up by its name."
-    loss = {"loss": LOSSES[options["loss"]]} if "loss" in options else {}
-    return partial(ATTACKS[name], **{**options, **loss})
-
-
-def _chain(attacks: Sequence[Callable[..., Tensor]]) -> Callable[..., Tensor]:
-    "Attacks one after the other, each on the images of the one before."
-    def chained(model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> Tensor:
-        for attack in attacks:
-            x = attack(model, x, y, **options)
-        return x
-    return attacks[0] if len(attacks) == 1 else chained
-
 # %% ../nbs/25_recipes.ipynb #f56ab06b
 def bind(
     recipe: Recipe,  # Names of functions, and their options
 ) -> Bound:  # The functions
     "The functions that a recipe asks for: the one place where names are looked up."
     objective = partial(OBJECTIVES[recipe.objective], **recipe.objective_options)
-    attacks = {role: _chain([_attack(*pair) for pair in pairs])
-               for role, pairs in recipe.attacks.items()}
-    return Bound(objective, attacks, _attack(recipe.probe, recipe.probe_options))
+    attacks = {role: chain([partial(ATTACKS[name], **options) for name, options in links])
+               for role, links in recipe.attacks.items()}
+    return Bound(objective, attacks, partial(ATTACKS[recipe.probe], **recipe.probe_options))

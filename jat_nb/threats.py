@@ -49,7 +49,8 @@ def _check_unit(**budgets: float | Tensor) -> None:
     "Refuse a largest change of more than the whole range of an image."
     for name, value in budgets.items():
         if bool((torch.as_tensor(value) > 1).any()):
-            raise ValueError(f"{name} is in image units, where white is 1, got {value!r}: divide grey levels by 255")
+            raise ValueError(f"{name} is in image units, where white is 1, got {value!r}: "
+                             "divide grey levels by 255")
 
 
 def _check_norm(norm: str, known: tuple[str, ...]) -> None:
