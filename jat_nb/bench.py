@@ -27,20 +27,20 @@ from torch import Tensor, nn
 
 from .attacks import ATTACKS, double_pass, mi_fgsm, pgd, plan
 from .data import Batch, available, default_budget, load
+from .differences import Share, difference
 from .evaluation import Attack, evaluate, pgd_at
 from .losses import cross_entropy, dlr_loss, margin_loss
 from .models import create, frozen, pretrained
 from .catalogue import recipes
 from .recipes import Recipe, bind, make_optimizer
 from .records import progress
-from .differences import Share, difference
 from .timing import Rounds, interleave, slope, spread
 from .training import train_step
 
 # %% ../nbs/52_bench.ipynb #de0d69f7
 _SHAPES = {"double_pass": (2, "alternating"), "cascade": (2, "sequential")}  # others: one gradient a step
 
-# %% ../nbs/52_bench.ipynb #f0e19a72
+
 def floor_passes(
     attack: str,  # Key of ATTACKS
     steps: int = 1,  # Steps of the attack
@@ -125,12 +125,12 @@ def _stage(p: Plan, name: str, side: int = 32, batch: int | None = None) -> tupl
     x = torch.rand(n, 3, side, side).to(p.device, memory_format=torch.channels_last)
     return model, x, torch.randint(10, (n,)).to(p.device)
 
-# %% ../nbs/52_bench.ipynb #b119ed6b
+
 def _timed(p: Plan, cases: Mapping[str, Callable[[int], Any]], rounds: int, what: str) -> Rounds:
     gpu = {"wait": torch.cuda.synchronize} if p.device == "cuda" else {}
     return interleave(cases, rounds, clock=clock(p), description=what, **gpu)
 
-# %% ../nbs/52_bench.ipynb #c0744e11
+
 def _contenders(p: Plan) -> dict[str, Callable[[int], Any]]:
     "The floor and the attacks, as functions of the number of steps."
     model, x, y = _stage(p, p.floor_model)
@@ -185,7 +185,7 @@ def _trained(p: Plan) -> dict[str, Recipe]:
         known.setdefault(full.split("/")[1], recipe)
     return {name: known[name] for name in p.recipes}
 
-# %% ../nbs/52_bench.ipynb #df941ff0
+
 def measure_training(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, images per second, findings
     "Time of one update by each recipe over that of a natural one."
     model, x, y = _stage(p, p.train_model)
@@ -206,7 +206,7 @@ def measure_training(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, image
 # %% ../nbs/52_bench.ipynb #478d2812
 MODES = ("fp32", "tf32", "bf16", "compiled")  # compiled: bf16 through torch.compile
 
-# %% ../nbs/52_bench.ipynb #5f6e44b0
+
 def in_mode(
     model: nn.Module,  # Classifier; a copy is laid out for the mode
     mode: str,  # One of MODES
@@ -238,7 +238,7 @@ def _peers(eps: float, steps: int) -> dict[str, Callable[..., Tensor]]:
         found["foolbox"] = lambda model, x, y: attack.run(wrap(model, device=x.device), x, y, epsilon=eps)
     return found
 
-# %% ../nbs/52_bench.ipynb #93d0cc91
+
 def _test_images(p: Plan, n: int) -> tuple[str, Tensor, Tensor]:
     "CIFAR-10 where it is at hand, else the digits; test images on the device."
     name = "cifar10" if p.tier != "smoke" and available("cifar10") else "digits"
@@ -355,7 +355,7 @@ def measure_scaling(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, findin
             every["findings"][f"slope against {axis}"] = dict(zip(("low", "median", "high"), spread(slopes)))
     return every
 
-# %% ../nbs/52_bench.ipynb #8a2425c3
+# %% ../nbs/52_bench.ipynb #31538614
 def _fast_times(p: Plan, name: str, eps: float) -> Rounds:
     "A plain attack in single precision, and the fast evaluation with its verdicts."
     _, x, _ = _stage(p, name)
@@ -367,7 +367,7 @@ def _fast_times(p: Plan, name: str, eps: float) -> Rounds:
     interleave(cases, 1)
     return _timed(p, cases, p.rounds, f"fast, {name}")
 
-# %% ../nbs/52_bench.ipynb #206364f9
+# %% ../nbs/52_bench.ipynb #954f2e9d
 def measure_fast(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, accuracies and n, findings
     "The fast evaluation against the plain attack in single precision: time, and accuracy on the same images."
     data, x, y = _test_images(p, p.n)
