@@ -24,6 +24,7 @@ PROMISED = {
     "backbones": "SmallCNN PreActBlock PreActResNet wide_resnet resnet18_cifar",
     "records": "Record write_json append_jsonl write_atomic environment progress",
     "pictures": "show_images show_attack flow_to_rgb quiver budget_strip ssim similarity",
+    "ascent": "Adversarial ascend assemble plan",
     "attacks": "Adversarial ascend chain fgsm pgd mi_fgsm ggsm one_pass cascade double_pass",
     "objectives": "natural adversarial jat roles OBJECTIVES",
     "recipes": "Recipe Bound bind learning_rate make_optimizer",
