@@ -268,7 +268,8 @@ def transfer_key(
     for run in runs: trained.setdefault(Path(run.folder).name, set()).add(run.name)
     attacked = [run for run in runs if run.usable and run.name == recipe]
     for key in sorted({k for run in attacked for k in run.metrics("transfer").get("sources", {})}):
-        if source in trained.get(key, {f"{paper}/{key.rpartition('-s')[0]}"}): return key
+        stem = key.rpartition("-s")[0]  # folders are named after the recipe, with or without its paper
+        if source in trained.get(key, {f"{paper}/{stem}", stem.replace("-", "/", 1)}): return key
     return source.rpartition("/")[2]
 
 # %% ../nbs/36_results.ipynb #2054e875
