@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLANS', 'MODES', 'MEASUREMENTS', 'floor_passes', 'step_cost', 'Plan', 'clock', 'bare_passes', 'measure_floor',
            'measure_memory', 'measure_training', 'in_mode', 'paired_difference', 'measure_peers', 'measure_modes',
-           'half_budget', 'measure_active', 'measure_scaling']
+           'half_budget', 'measure_active', 'measure_scaling', 'measure_fast']
 
 # %% ../nbs/52_bench.ipynb #119e0a9d
 import copy
@@ -27,13 +27,13 @@ from torch import Tensor, nn
 
 from .attacks import ATTACKS, double_pass, mi_fgsm, pgd, plan
 from .data import Batch, available, default_budget, load
+from .differences import Share, difference
 from .evaluation import Attack, evaluate, pgd_at
 from .losses import cross_entropy, dlr_loss, margin_loss
 from .models import create, frozen, pretrained
-from .catalogue import recipe as published, recipes
+from .catalogue import recipes
 from .recipes import Recipe, bind, make_optimizer
 from .records import progress
-from .differences import Share, difference
 from .timing import Rounds, interleave, slope, spread
 from .training import train_step
 
@@ -77,7 +77,8 @@ class Plan:
     modes: tuple[str, ...] = ("fp32", "bf16")  # precisions, the first is the base
     attacks: tuple[str, ...] = ("pgd", "ggsm", "one_pass", "double_pass")  # held against the floor
     recipes: tuple[str, ...] = ("natural", "one-step-pixel", "one-step-spatial", "one-step-joint", "madry",
-                                "multi-step-spatial", "multi-step-joint")  # of JAT
+                                "multi-step-spatial", "multi-step-joint")  # by the second half of their names
+    fast_models: tuple[str, ...] = ("resnet18_cifar", "wrn_10_1_cifar")  # under the fast evaluation
     n: int = 1000  # test images for accuracies; a quarter of them for the active set
     sizes: tuple[int, ...] = (16, 32, 64, 128, 256)  # batches
     sides: tuple[int, ...] = (16, 24, 32, 48, 64)  # image sides
@@ -86,6 +87,7 @@ class Plan:
 # %% ../nbs/52_bench.ipynb #38151005
 PLANS = {
     "smoke": Plan("smoke", "cpu", 3, 64, 2, "wrn_10_1_cifar", "wrn_10_1_cifar", ("wrn_10_1_cifar",), n=96,
+                  fast_models=("wrn_10_1_cifar",),
                   attacks=("pgd", "double_pass"), recipes=("natural", "one-step-joint"), sizes=(4, 8, 16),
                   sides=(16, 24, 32), lengths=(1, 2, 4)),
     "cpu": Plan(),
@@ -176,10 +178,18 @@ def measure_memory(p: Plan) -> dict[str, Any]:  # sizes in; raw bytes, findings;
     return {"bytes": used.values, "findings": {f"{a} / floor": used.ratio(a, "bare") for a in p.attacks}}
 
 # %% ../nbs/52_bench.ipynb #46ddd16d
+def _trained(p: Plan) -> dict[str, Recipe]:
+    "The recipes of a plan; of two papers with a recipe of one name the first counts."
+    known: dict[str, Recipe] = {}
+    for full, recipe in recipes().items():
+        known.setdefault(full.split("/")[1], recipe)
+    return {name: known[name] for name in p.recipes}
+
+
 def measure_training(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, images per second, findings
     "Time of one update by each recipe over that of a natural one."
     model, x, y = _stage(p, p.train_model)
-    batch, trained = Batch(x, y, torch.Generator(p.device)), {name: published(f"jat/{name}") for name in p.recipes}
+    batch, trained = Batch(x, y, torch.Generator(p.device)), _trained(p)
 
     def step(r: Recipe) -> Callable[[int], float]:
         bound = bind(r)
@@ -187,7 +197,7 @@ def measure_training(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, image
         return lambda i: train_step(model, batch, optimizer, bound.objective, bound.attacks, amp=True)
 
     steps = {name: step(r) for name, r in trained.items()}
-    interleave({name: steps[name] for name in ("natural", "one-step-joint")}, 1)
+    interleave(steps, 1)
     timed = _timed(p, steps, p.rounds, "training")
     return {"seconds": timed.values, "images_per_second": {k: p.batch / timed.median(k) for k in steps},
             "predicted": {k: step_cost(r) / 3 for k, r in trained.items()},
@@ -345,10 +355,40 @@ def measure_scaling(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, findin
             every["findings"][f"slope against {axis}"] = dict(zip(("low", "median", "high"), spread(slopes)))
     return every
 
+# %% ../nbs/52_bench.ipynb #31538614
+def _fast_times(p: Plan, name: str, eps: float) -> Rounds:
+    "A plain attack in single precision, and the fast evaluation with its verdicts."
+    _, x, _ = _stage(p, name)
+    model, x = create(name).eval().to(p.device), x.contiguous()
+    y = model(x).argmax(1)
+    judged = {"PGD": pgd_at(eps, p.steps)}
+    cases = {"fp32": lambda i: pgd(model, x, y, eps=eps, step=eps / 4, steps=p.steps),
+             "fast": lambda i: evaluate(model, x, y, judged, batch_size=p.batch, fast=True)}
+    interleave(cases, 1)
+    return _timed(p, cases, p.rounds, f"fast, {name}")
+
+# %% ../nbs/52_bench.ipynb #954f2e9d
+def measure_fast(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, accuracies and n, findings
+    "The fast evaluation against the plain attack in single precision: time, and accuracy on the same images."
+    data, x, y = _test_images(p, p.n)
+    eps = default_budget(data).eps_pixel
+    every: dict[str, Any] = {"seconds": {}, "findings": {}, "accuracy": {}, "n": len(x), "data": data}
+    for name in p.fast_models:
+        timed = _fast_times(p, name, eps)
+        every["seconds"] |= {f"{name}, {k}": v for k, v in timed.values.items()}
+        every["findings"][f"fast / fp32, {name}"] = timed.ratio("fast", "fp32")
+    for name in (f"{data}-natural", f"{data}-joint"):
+        model, attack = pretrained(name).to(p.device), {"PGD": pgd_at(eps, p.steps)}
+        right = {kind: evaluate(model, x, y, attack, batch_size=p.batch, fast=kind == "fast").correct[0]
+                 for kind in ("fp32", "fast")}
+        every["accuracy"] |= {f"{name}, {k}": 100 * v.double().mean().item() for k, v in right.items()}
+        every["findings"][f"accuracy fast - fp32, {name}"] = paired_difference(right["fast"], right["fp32"])
+    return every
+
 # %% ../nbs/52_bench.ipynb #d9a21dd0
 MEASUREMENTS: Mapping[str, Callable[[Plan], dict[str, Any]]] = {
     "floor": measure_floor, "memory": measure_memory, "training": measure_training, "peers": measure_peers,
-    "modes": measure_modes, "active": measure_active, "scaling": measure_scaling,
+    "modes": measure_modes, "active": measure_active, "scaling": measure_scaling, "fast": measure_fast,
 }  # in this order
 
 

@@ -28,7 +28,7 @@ from .results import Run, printed_numbers, recipe_names, survivors, transfer_key
 # %% ../nbs/37_claims.ipynb #c0ff9f93
 @dataclass(frozen=True)
 class Finding:
-    "One comparison that a claim makes; the numbers are points of accuracy unless `what` says otherwise."
+    "One comparison that a claim makes, in points of accuracy unless `what` says otherwise."
 
     what: str  # what is compared, with the values
     value: float = math.nan  # NaN where a number is missing
@@ -48,13 +48,16 @@ class Finding:
         return True if self.at_least <= low and high <= self.at_most else None
 
     @property
-    def margin(self) -> float: return min(self.value - self.at_least, self.at_most - self.value)  # to the nearer bound
+    def margin(self) -> float:
+        "Distance to the nearer bound; negative outside."
+        return min(self.value - self.at_least, self.at_most - self.value)
 
     @property
     def text(self) -> str:
         if math.isnan(self.value): return f"{self.what} (missing)"
         sign = "+" if " - " in self.what else ""
-        return "{}: {:{s}.1f} ({:{s}.1f} to {:{s}.1f})".format(self.what, self.value, self.low, self.high, s=sign)
+        numbers = [f"{v:{sign}.1f}" for v in (self.value, self.low, self.high)]
+        return "{}: {} ({} to {})".format(self.what, *numbers)
 
 # %% ../nbs/37_claims.ipynb #fc4f012a
 def _several(found: Sequence[Finding], shown: int = 3) -> str:
@@ -69,7 +72,8 @@ def verdict(
     failed, open_ = ([f for f in findings if f.holds is state] for state in (False, None))
     missing = [f for f in open_ if math.isnan(f.value)]
     if failed: return "not reproduced", f"{len(failed)} of {len(findings)} fail: {_several(failed)}"
-    if missing: return "inconclusive", f"not measured: {_several(missing)}".replace(" (missing)", "")
+    if missing:
+        return "inconclusive", f"not measured: {_several(missing)}".replace(" (missing)", "")
     if open_: return "inconclusive", f"the interval covers both: {_several(open_)}"
     if not findings: return "inconclusive", "nothing was measured"
     return "reproduced", f"closest of {len(findings)}: {min(findings, key=lambda f: f.margin).text}"
@@ -104,7 +108,7 @@ Where = tuple[str, ...]  # recipe, column, and optionally suite and keys, as for
 # %% ../nbs/37_claims.ipynb #241adc64
 @dataclass(frozen=True)
 class Check:
-    "A comparison as data; a star stands for every recipe, or every budget, that the evidence holds."
+    "A comparison as data; a star stands for every recipe, or budget, that the evidence holds."
 
     kind: str  # key of COMPARISONS, or "module:function"
     at: tuple[Where, ...]  # the places compared
@@ -176,7 +180,8 @@ class Evidence:
 
     def share(self, where: Where, data: str = "") -> Share | None:
         "One accuracy, all seeds together."
-        return survivors(self.runs, *self.place(where), data=data or self.paper.home, tier=self.tier)
+        data = data or self.paper.home
+        return survivors(self.runs, *self.place(where), data=data, tier=self.tier)
 
     def printed(self, where: Where, data: str = "") -> float:
         "The paper's number in percent; NaN where it has none."
@@ -197,9 +202,11 @@ def _words(e: Evidence, one: Where, other: Where, data: str) -> tuple[str, str, 
     names = [e.short(w[0]) for w in (one, other)]
     common = names[0] if one[0] == other[0] else one[1] if one[1] == other[1] else ""
     if "curves" in one:
-        mine, yours = (f"{w[-1]} steps at {w[1]} px" if "flow_steps" in w else f"at {w[1]} px" for w in (one, other))
+        mine, yours = (f"{w[-1]} steps at {w[1]} px" if "flow_steps" in w else f"at {w[1]} px"
+                       for w in (one, other))
     elif one[0] != other[0]:
-        mine, yours = names if one[1] == other[1] else (f"{n} {w[1]}" for n, w in zip(names, (one, other)))
+        mine, yours = names
+        if one[1] != other[1]: mine, yours = f"{mine} {one[1]}", f"{yours} {other[1]}"
     return (common + f" on {data}" * (data not in ("", e.paper.home)), mine, yours)
 
 # %% ../nbs/37_claims.ipynb #32a8580c
@@ -229,7 +236,8 @@ def _budgets(e: Evidence, check: Check) -> list[str]:
     for run in e.of(recipe, suite, check.data):
         answer: Any = run.metrics(suite)
         for key in part: answer = answer.get(key, {})
-        if "budgets" in answer: return [f"{b:.6g}" for b in answer["budgets"]][check.options.get("skip", 0):]
+        if "budgets" in answer:
+            return [f"{b:.6g}" for b in answer["budgets"]][check.options.get("skip", 0):]
     required = [e.full(name) for name in check.options.get("required", e.required)]
     return list(check.options.get("budgets", ())) if recipe in required else []
 
@@ -246,8 +254,8 @@ def _given(e: Evidence, check: Check) -> Iterator[Finding]:
     if share is None or 100 * share.value >= check.at_least:
         for then in check.options["then"]: yield from compare(e, then)
         return
-    what = f"{e.short(e.full(where[0]))} on {check.data}, {where[1].lower()} {100 * share.value:.1f}"
-    yield Finding(f"{what}: too little learnt for a comparison")
+    name, seen = e.short(e.full(where[0])), f"{where[1].lower()} {100 * share.value:.1f}"
+    yield Finding(f"{name} on {check.data}, {seen}: too little learnt for a comparison")
 
 # %% ../nbs/37_claims.ipynb #9656e6c8
 def _redrawn(shares: Sequence[Share], draws: int = 1000) -> Tensor:
@@ -265,12 +273,13 @@ def _redrawn(shares: Sequence[Share], draws: int = 1000) -> Tensor:
 
 # %% ../nbs/37_claims.ipynb #10e3c263
 def _rank_correlation(values: Tensor) -> Tensor:
-    "Spearman's correlation of each row (R, K) with 0..K-1 (R,); equal values share a rank, all equal correlate with nothing."
+    "Spearman's correlation of each row (R, K) with 0..K-1 (R,); 0 where all values are equal."
     pairs = values[:, :, None] - values[:, None, :]
     ranks = (pairs > 0).double().sum(2) + (pairs == 0).double().sum(2) / 2
     order = torch.arange(values.shape[1], dtype=torch.float64)
     ranks, order = ranks - ranks.mean(1, keepdim=True), order - order.mean()
-    return (ranks * order).sum(1) / (ranks.square().sum(1) * order.square().sum()).sqrt().clamp(min=1e-12)
+    size = (ranks.square().sum(1) * order.square().sum()).sqrt()
+    return (ranks * order).sum(1) / size.clamp(min=1e-12)
 
 # %% ../nbs/37_claims.ipynb #22d01dbd
 def _trend(e: Evidence, check: Check) -> Iterator[Finding]:
@@ -303,7 +312,8 @@ def mean_finding(
 ) -> Finding:  # Missing with fewer than two images
     "A mean over images with its 95 % interval."
     if len(values) < 2: return Finding(what, **bounds)
-    value, half = statistics.fmean(values), 1.959964 * statistics.stdev(values) / math.sqrt(len(values))
+    value = statistics.fmean(values)
+    half = 1.959964 * statistics.stdev(values) / math.sqrt(len(values))
     return Finding(what, value, value - half, value + half, **bounds)
 
 # %% ../nbs/37_claims.ipynb #596d7a4a
@@ -327,7 +337,8 @@ def _names(e: Evidence, check: Check) -> list[str]:
     "What a star stands for: the required recipes, and whatever else was judged."
     data, suite = check.data or e.paper.home, e.suite(check.at[0])
     found = recipe_names(e.runs, data=data, tier=e.tier, paper=e.paper.key)
-    return e.required + [name for name in found if name not in e.required and e.of(name, suite, data)]
+    more = [name for name in found if name not in e.required]
+    return e.required + [name for name in more if e.of(name, suite, data)]
 
 # %% ../nbs/37_claims.ipynb #7f32f74c
 def _spread(e: Evidence, check: Check) -> Iterator[Check]:
@@ -349,7 +360,8 @@ def compare(
 ) -> Iterator[Finding]:  # One finding or several
     "Make the comparisons of one check."
     if ":" not in check.kind and check.kind not in COMPARISONS:
-        raise ValueError(f"unknown comparison {check.kind!r}: choose one of {', '.join(COMPARISONS)}")
+        known = ", ".join(COMPARISONS)
+        raise ValueError(f"unknown comparison {check.kind!r}: choose one of {known}")
     kind = pkgutil.resolve_name(check.kind) if ":" in check.kind else COMPARISONS[check.kind]
     for one in _spread(evidence, check): yield from kind(evidence, one)
 
@@ -365,13 +377,14 @@ def _judged(runs: Sequence[Run]) -> Iterator[tuple[Evidence, Claim, list[Finding
 # %% ../nbs/37_claims.ipynb #4f9d0314
 def judge_claims(
     runs: Sequence[Run],  # As read
-) -> pd.DataFrame:  # paper, id, tier, claim, printed, ours, verdict, reason; a row per claim and tier
+) -> pd.DataFrame:  # paper, id, tier, claim, printed, ours, verdict, reason
     "Every claim of the papers present, on every tier that has a finished run."
     lines = []
     for e, claim, findings in _judged(runs):
         seen = sorted((f for f in findings if not math.isnan(f.value)), key=lambda f: f.margin)
         ours = _several(seen, 4) or "-"
-        lines.append((e.paper.key, claim.id, e.tier, claim.statement, claim.printed, ours, *verdict(findings)))
+        lines.append((e.paper.key, claim.id, e.tier, claim.statement, claim.printed, ours,
+                      *verdict(findings)))
     return pd.DataFrame(lines, columns="paper id tier claim printed ours verdict reason".split())
 
 # %% ../nbs/37_claims.ipynb #4798db53

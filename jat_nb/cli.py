@@ -29,7 +29,7 @@ from .data import Budget, batches, default_budget
 from .judging import find_runs, judge, open_run, run_facts, sources_for, unfinished
 from .models import frozen
 from .own_pictures import attack_options, attack_pictures, label_pictures, read_pictures
-from .processes import processes
+from .processes import on_first, processes
 from .recipes import Recipe, bind, make_optimizer
 from .records import check_writable, progress, write_json
 from .reports import html_report
@@ -177,7 +177,7 @@ def _train_one(s: Setting, about: dict[str, Any], out: Path, device: str, deadli
         _say(f"{title}: {_measure(s, device)}")
     history = fit(s.model, s.train, s.recipe, validation=s.validation, out=out, about=about, device=device,
                   seconds=deadline - time.perf_counter())
-    left = unfinished(out)
+    left = on_first(lambda: unfinished(out))  # the first process writes the log
     _say(f"{title}: {_summary(history, s.recipe, left)}, in {out}")
     return not left
 

@@ -4,22 +4,24 @@
 
 # %% auto #0
 __all__ = ['Attack', 'wilson_interval', 'pgd_at', 'ggsm_at', 'joint_at', 'clean', 'Evaluation', 'check_result', 'counted',
-           'evaluate', 'raw_accuracy', 'budget_curve']
+           'fast_copy', 'evaluate', 'raw_accuracy', 'budget_curve']
 
 # %% ../nbs/30_evaluation.ipynb #9c3a085a
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .attacks import double_pass, fgsm, ggsm, pgd
 from .losses import correct
-from .models import frozen
+from .models import frozen, unwrap
 from .processes import own_device, processes, total
 from .randomness import image_generators
 from .threats import check_images, check_labels
@@ -179,6 +181,80 @@ def _ever_moved(moved: Sequence[Tensor], n: int) -> Tensor:
     for mask in moved: found |= (mask if len(mask) == n else mask.any().expand(n)).cpu()
     return found
 
+# %% ../nbs/30_evaluation.ipynb #51443549
+def _foldable(graph: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
+    "Convolutions and the batch norms that alone read them; modules that are called twice are left out."
+    parts, calls = dict(graph.named_modules()), [n for n in graph.graph.nodes if n.op == "call_module"]
+    once = {n for n in calls if [c.target for c in calls].count(n.target) == 1}
+    pairs = [(n.args[0], n) for n in calls if type(parts[n.target]) is nn.BatchNorm2d]
+    return [(conv, norm) for conv, norm in pairs if {conv, norm} <= once and len(conv.users) == 1
+            and type(parts[conv.target]) is nn.Conv2d and parts[norm.target].track_running_stats]
+
+def _folded(module: nn.Module) -> nn.Module:
+    "Batch norm folded into the convolution before it, in place, wherever that is exact."
+    if type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, nn.Sequential): return module
+    try: graph = fx.symbolic_trace(module)
+    except Exception:  # whatever the module's own code raises on a stand-in for images
+        for name, part in list(module.named_children()): setattr(module, name, _folded(part))
+        return module
+    for conv, norm in _foldable(graph):
+        fused = fuse_conv_bn_eval(graph.get_submodule(conv.target), graph.get_submodule(norm.target))
+        graph.set_submodule(conv.target, fused)
+        norm.replace_all_uses_with(conv)
+        graph.graph.erase_node(norm)
+    graph.recompile()
+    return graph
+
+# %% ../nbs/30_evaluation.ipynb #2cf3e40a
+def _computes_bfloat16(device: torch.device) -> bool:
+    "Whether the processor has instructions for bfloat16."
+    if device.type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
+
+class _Quick(nn.Module):
+    "A network in channels_last, in bfloat16 if asked; images and logits as before."
+
+    def __init__(self, model: nn.Module, half: bool):
+        super().__init__()
+        self.model, self.half = model, half
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):
+            return self.model(x.contiguous(memory_format=torch.channels_last)).to(x.dtype)
+
+# %% ../nbs/30_evaluation.ipynb #c27b5f8b
+def _passes(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    "Logits, and the gradient of a weighted sum of them."
+    with torch.enable_grad():
+        live = x.detach().clone().requires_grad_()
+        logits = model(live)
+        weights = torch.linspace(-1, 1, logits.shape[1]).to(logits)
+        return logits.detach(), torch.autograd.grad((logits * weights).sum(), live)[0]
+
+def _agrees(model: nn.Module, other: nn.Module, x: Tensor, tolerance: float) -> bool:
+    "Whether the gradients of two networks differ by at most this share, the logits by 0.05 at most."
+    try: theirs = _passes(other, x)
+    except Exception: return False  # a copy that cannot be used does not agree
+    tolerances = (min(tolerance, 0.05), tolerance)
+    return all((a - b).norm() <= t * a.norm() for a, b, t in zip(_passes(model, x), theirs, tolerances))
+
+def fast_copy(
+    model: nn.Module,  # Classifier in eval mode: images (B, C, H, W) in [0, 1] to logits (B, K)
+    x: Tensor,  # A few images on the device of the model, to try the copy on
+) -> nn.Module:  # A faster copy for attacks; the model itself where no copy agrees with it
+    "The network made for speed: batch norm folded, channels_last, bfloat16 where the processor has it."
+    with frozen(model), torch.inference_mode(False), torch.autocast(x.device.type, enabled=False):
+        if not _agrees(model, model, x, 1e-4): return model  # it draws
+        try: plain = copy.deepcopy(unwrap(model)).to(memory_format=torch.channels_last)
+        except Exception: return model
+        folded = _folded(copy.deepcopy(plain))
+        body = folded if _agrees(model, folded, x, 1e-2) else plain
+        for half in (True, False) if _computes_bfloat16(x.device) else (False,):
+            quick = _Quick(body, half).eval()
+            if _agrees(model, quick, x, 0.5 if half else 1e-2): return quick
+    return model
+
 # %% ../nbs/30_evaluation.ipynb #d37dd85a
 def _shares(standing: Tensor, block: int | None, batch_size: int) -> list[Tensor]:
     "The batches of images that this process attacks, as indices."
@@ -195,7 +271,8 @@ def _shares(standing: Tensor, block: int | None, batch_size: int) -> list[Tensor
 class _Trial:
     "A network, its images, and how they are attacked."
 
-    model: nn.Module
+    model: nn.Module  # gives the verdicts
+    target: nn.Module  # what the attacks work on: the model, or its fast copy
     x: Tensor
     y: Tensor
     batch_size: int
@@ -215,13 +292,20 @@ class _Trial:
         "Which images were broken, were asked for a gradient, had one that was not zero (3, N)."
         found = torch.zeros(3, len(self.x), dtype=torch.bool)
         for rows in _shares(standing, getattr(attack, "block", None), self.batch_size):
-            x, y = self.batch(rows)
-            with _watched(self.model) as moved:
-                x_adv = attack(self.model, x, y, generator=image_generators(self.seed, rows.tolist(), part))
-            check_result(name, x, x_adv)
-            found[0, rows] = ~_verdict(self.model, x_adv.detach(), y).cpu()
-            found[1, rows], found[2, rows] = bool(moved), _ever_moved(moved, len(rows))
+            with _watched(self.target) as moved:
+                broken, changed = self.broken(self.target, name, attack, part, rows)
+            if self.target is not self.model and getattr(attack, "block", None) and (changed & ~broken).any():
+                again = changed & ~broken
+                broken[again] = self.broken(self.model, name, attack, part, rows[again])[0]
+            found[0, rows], found[1, rows], found[2, rows] = broken, bool(moved), _ever_moved(moved, len(rows))
         return total(found.int()).bool()
+
+    def broken(self, target: nn.Module, name: str, attack: Attack, part: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        "Which images an attack on `target` broke and which it changed (B,) each; the model judges."
+        x, y = self.batch(rows)
+        x_adv = attack(target, x, y, generator=image_generators(self.seed, rows.tolist(), part))
+        check_result(name, x, x_adv)
+        return ~_verdict(self.model, x_adv.detach(), y).cpu(), (x_adv != x).flatten(1).any(dim=1).cpu()
 
 # %% ../nbs/30_evaluation.ipynb #3227df43
 def _check_call(model: nn.Module, x: Tensor, y: Tensor, entries: Mapping[str, Sequence[Attack]], batch_size: int
@@ -233,22 +317,25 @@ def _check_call(model: nn.Module, x: Tensor, y: Tensor, entries: Mapping[str, Se
         raise ValueError(f"expected attacks, none named 'Union', and batch_size >= 1: got {[*entries]}, {batch_size}")
 
 def _judge(model: nn.Module, x: Tensor, y: Tensor, suite: Mapping[str, Attack | Sequence[Attack]], *, raw: bool,
-           batch_size: int = 128, seed: int = 0, active: bool = True, device: torch.device | str | None = None
-           ) -> Evaluation:
+           batch_size: int = 128, seed: int = 0, active: bool = True, device: torch.device | str | None = None,
+           fast: bool = False) -> Evaluation:
     entries = {name: list(a) if isinstance(a, Sequence) else [a] for name, a in suite.items()}
     _check_call(model, x, y, entries, batch_size)
     device = own_device(device or next((p.device for p in model.parameters()), x.device))
-    trial, rows = _Trial(model, x, y, batch_size, seed, device), []
-    with frozen(model), counted(model) as count:
+    with frozen(model), ExitStack() as stack:
+        target = fast_copy(model, x[:4].to(device)) if fast and len(x) else model
+        counts = [stack.enter_context(counted(m)) for m in dict.fromkeys((model, target))]
+        spent = lambda: torch.tensor(counts).sum(dim=0)
+        trial, rows = _Trial(model, target, x, y, batch_size, seed, device), []
         start = trial.right()
         if raw: start = torch.ones_like(start)
         for name, attacks in entries.items():
-            correct, before, seen = start.clone(), torch.tensor(count), torch.zeros(3, len(x), dtype=torch.bool)
+            correct, before, seen = start.clone(), spent(), torch.zeros(3, len(x), dtype=torch.bool)
             for part, attack in enumerate(attacks):
                 everyone = not active and getattr(attack, "block", None) is None
                 found = trial.attack(name, attack, part, torch.ones_like(start) if everyone else correct)
                 correct, seen = correct & ~found[0], seen | found
-            rows.append((correct, seen[1] & ~seen[2], total(torch.tensor(count) - before)))
+            rows.append((correct, seen[1] & ~seen[2], total(spent() - before)))
     correct, blind, passes = (torch.stack(column) for column in zip(*rows))
     return Evaluation(tuple(entries), correct, passes, seed, blind)
 
@@ -263,9 +350,11 @@ def evaluate(
     seed: int = 0,  # Makes the randomness of every image
     active: bool = True,  # Skip images whose verdict is known: faster, same result
     device: torch.device | str | None = None,  # Where to attack; default: where the model is
+    fast: bool = False,  # Attack a faster copy of the model (`fast_copy`); the verdict is the model's
 ) -> Evaluation:  # On the CPU
     "Attack every image with every entry of a suite, and count on the images which survived."
-    return _judge(model, x, y, suite, raw=False, batch_size=batch_size, seed=seed, active=active, device=device)
+    return _judge(model, x, y, suite, raw=False, batch_size=batch_size, seed=seed, active=active, device=device,
+                  fast=fast)
 
 # %% ../nbs/30_evaluation.ipynb #27a91032
 def raw_accuracy(
@@ -273,7 +362,7 @@ def raw_accuracy(
     x: Tensor,  # Clean images (N, C, H, W) in [0, 1]
     y: Tensor,  # True classes (N,), int64
     suite: Mapping[str, Attack | Sequence[Attack]],  # As for `evaluate`
-    **options: Any,  # `batch_size`, `seed`, `active` and `device` of `evaluate`
+    **options: Any,  # `batch_size`, `seed`, `active`, `device` and `fast` of `evaluate`
 ) -> Evaluation:  # Right after the attack, also where the clean image was wrong
     "As `evaluate`, without the rule that an image wrong when clean stays wrong."
     return _judge(model, x, y, suite, raw=True, **options)
@@ -285,7 +374,7 @@ def budget_curve(
     y: Tensor,  # True classes (N,), int64
     attack_at: Callable[[float], Attack],  # Budget to attack, such as `pgd_at` or `ggsm_at`
     budgets: Sequence[float],  # Increasing, in the unit of `attack_at`
-    **options: Any,  # `batch_size`, `seed`, `active` and `device` of `evaluate`
+    **options: Any,  # `batch_size`, `seed`, `active`, `device` and `fast` of `evaluate`
 ) -> Evaluation:  # One entry per budget, named by it
     "Accuracy at growing budgets, on the same images with the same random draws."
     if len(budgets) == 0 or min(budgets) < 0 or any(b <= a for a, b in zip(budgets, budgets[1:])):

@@ -19,7 +19,7 @@ import torch
 from .data import ImageSet, default_budget, load
 from .evaluation import counted
 from .models import NormalizedModel, load_weights
-from .processes import from_first, processes
+from .processes import on_first, processes
 from .records import Record, check_writable, read_jsonl
 from .suites import Job, run_suite, suites
 
@@ -149,7 +149,7 @@ def judge(
               "batch_size": batch_size, "fast": fast, "amp": amp, "run": facts,
               "sources": {path.name: _hash(path, weights) for path in sources}}
     config = json.loads(json.dumps(config))
-    if old := from_first(None if again else _answered(out, config, seed)):
+    if old := on_first(lambda: None if again else _answered(out, config, seed)):
         return old, False
     record = Record("jat_eval", config, about["tier"], about["data"], about["variant"], seed, device=device)
     others = {path.name: open_run(path, weights, device)[1] for path in sources}

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from .attacks import fgsm
 from .autoattack import autoattack_at
-from .evaluation import Attack, Evaluation, clean, evaluate, ggsm_at, joint_at, pgd_at, raw_accuracy
+from .evaluation import (Attack, Evaluation, clean, evaluate, fast_copy, ggsm_at, joint_at, pgd_at,
+                               raw_accuracy)
 from .losses import cross_entropy
 from .models import frozen
 from .randomness import Randomness, image_generators
@@ -42,6 +43,9 @@ def random_flow(
     return partial(_start_only, Flow(eps))
 
 # %% ../nbs/33_masking.ipynb #4d12df31
+def _home(model: nn.Module, x: Tensor, device: torch.device | str | None) -> torch.device:
+    return torch.device(device or next((p.device for p in model.parameters()), x.device))
+
 def transfer(
     source: nn.Module,  # Network the images are made on, on the device of the target
     target: nn.Module,  # Network that is judged
@@ -52,13 +56,15 @@ def transfer(
     batch_size: int = 128,  # Images attacked at once
     seed: int = 0,  # Makes the randomness of every image
     device: torch.device | str | None = None,  # Where to attack; default: where the target is
+    fast: bool = False,  # Make the images on a faster copy of the source (`fast_copy`)
 ) -> Evaluation:  # Its `passes` count what the target sees
     "Black-box accuracy: every attack works on the source, and the target judges (JAT Table 5)."
     def elsewhere(attack: Attack) -> Attack:
-        def made(model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> Tensor: return attack(source, x, y, **options)
+        def made(model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> Tensor: return attack(maker, x, y, **options)
         made.block = getattr(attack, "block", None)
         return made
     crafted = {k: [elsewhere(a) for a in (v if isinstance(v, Sequence) else [v])] for k, v in suite.items()}
+    maker = fast_copy(source, x[:4].to(_home(source, x, None))) if fast else source
     with frozen(source):
         return evaluate(target, x, y, crafted, batch_size=batch_size, seed=seed, device=device)
 
@@ -72,7 +78,7 @@ def steps_curve(
     *,
     restarts: int = 1,  # Above 1: one more entry, the most steps from so many starts
     unbounded: Attack | None = None,  # One more entry that nothing should survive, such as `pgd_at(64 / 255)`
-    **options: Any,  # `batch_size`, `seed`, `active` and `device` of `evaluate`
+    **options: Any,  # `batch_size`, `seed`, `active`, `device` and `fast` of `evaluate`
 ) -> Evaluation:  # Entries named by their steps, "100 x 5" for 5 restarts, "unbounded"
     "Accuracy as an attack tries harder, on the same images from the same starting points."
     if not steps or min(steps) < 1 or any(b <= a for a, b in zip(steps, steps[1:])) or restarts < 1:
@@ -118,7 +124,7 @@ def budget_surface(
     eps_flow: Sequence[float],  # Flow budgets in pixels, increasing from 0 on
     *,
     steps: int = 10,  # Steps of each attack; off the axes a step takes two gradients
-    **options: Any,  # `batch_size`, `seed`, `active` and `device` of `evaluate`
+    **options: Any,  # `batch_size`, `seed`, `active`, `device` and `fast` of `evaluate`
 ) -> BudgetSurface:  # On the CPU
     "Accuracy under the joint attack at every pair of budgets."
     for budgets in (eps_pixel, eps_flow):
@@ -130,9 +136,6 @@ def budget_surface(
     return BudgetSurface(tuple(map(float, eps_pixel)), tuple(map(float, eps_flow)), correct, result.seed)
 
 # %% ../nbs/33_masking.ipynb #051969c3
-def _home(model: nn.Module, x: Tensor, device: torch.device | str | None) -> torch.device:
-    return torch.device(device or next((p.device for p in model.parameters()), x.device))
-
 def _gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     "Direction of the cross-entropy's gradient (B, C * H * W), float64; scaled first, as squares may vanish."
     with torch.enable_grad():
@@ -271,13 +274,15 @@ def masking_report(
     batch_size: int = 128,  # Images attacked at once
     seed: int = 0,  # Makes the randomness of every image
     device: torch.device | str | None = None,  # Where to attack; default: where the model is
+    fast: bool = False,  # Attack a faster copy of the model; cosines are always the model's own
 ) -> MaskingReport:  # A row for each of CHECKS
     "Does the accuracy under attack measure the model, or the attack's blindness?"
     if not eps_pixel > 0 or not 0 <= n_autoattack <= len(x) or not 8 <= steps[0] <= steps[1]:
         raise ValueError(f"expected eps_pixel > 0, n_autoattack from 0 to {len(x)} and increasing steps from 8 on, "
                          f"got {eps_pixel}, {n_autoattack} and {steps}")
     suite, slack = _suite(eps_pixel, eps_flow, steps, restarts), max(tolerance, 1 / len(x))
-    options = dict(batch_size=batch_size, seed=seed, device=device)
+    plain = dict(batch_size=batch_size, seed=seed, device=device)
+    options = plain | {"fast": fast}
     white = evaluate(model, x, y, suite, **options)
     fgsm_raw = raw_accuracy(model, x, y, {"FGSM": partial(fgsm, eps=eps_pixel)}, **options).accuracy.item()
     acc, few = dict(zip(white.names, white.accuracy.tolist())), slice(n_autoattack)
@@ -285,7 +290,7 @@ def masking_report(
     rows.append(_borrowed_row(siamese, model, x, y, acc, suite, slack, **options))
     longest = white.correct[white.names.index("long"), few]
     rows.append(_autoattack_row(model, x[few], y[few], longest, eps_pixel, **options))
-    cosines = local_linearity(model, x, y, eps=eps_pixel, **options)[white.correct[0]]
+    cosines = local_linearity(model, x, y, eps=eps_pixel, **plain)[white.correct[0]]
     cosine = {"cosine": cosines.mean().item(), "n": len(cosines)} if len(cosines) else {}
     rows.append(_row("linearity", f"mean cosine > {min_cosine:g}", cosine["cosine"] > min_cosine if cosine else None, **cosine))
     return MaskingReport(tuple(rows), len(x), seed)

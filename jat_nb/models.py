@@ -145,7 +145,7 @@ def _check_name(name: Any) -> None:
 
 # %% ../nbs/08_models.ipynb #f26a0864
 def create(
-    name: str,  # In timm's registry: `resnet50`, or `wrn_16_2_cifar` and others of chapter 9
+    name: str,  # In timm's registry: `resnet50`, or `wrn_16_2_cifar` and others of chapter 20
     *,
     num_classes: int = 10,  # Width of the last layer
     in_chans: int = 3,  # Image channels

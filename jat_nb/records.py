@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TIERS', 'check_writable', 'write_atomic', 'write_json', 'append_jsonl', 'read_jsonl', 'environment', 'Record',
-           'progress', 'Processes', 'processes', 'sum_over_processes']
+           'progress']
 
 # %% ../nbs/06_records.ipynb #a0d5685c
 import json
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -232,33 +232,3 @@ def progress(
     "A bar with rate and time left in a terminal; nothing in notebooks, logs and continuous integration."
     quiet = not sys.stderr.isatty() or bool(os.environ.get("CI")) or os.environ.get("RANK", "0") != "0"
     return tqdm(iterable, total=total, desc=description, unit=unit, disable=quiet, dynamic_ncols=True)
-
-# %% ../nbs/06_records.ipynb #999d1c91
-class Processes(NamedTuple):
-    "This process among those that run together."
-
-    rank: int  # 0 for the one that writes files
-    count: int  # 1 in an ordinary program
-
-
-def processes() -> Processes:
-    "Join the processes that `accelerate launch` or `torchrun` started, once; an ordinary program is alone."
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return Processes(0, 1)
-    from accelerate import PartialState  # picks the backend that fits the device
-
-    state = PartialState(cpu=not torch.cuda.is_available())
-    return Processes(state.process_index, state.num_processes)
-
-# %% ../nbs/06_records.ipynb #b3befea4
-def sum_over_processes(
-    values: torch.Tensor,  # Numbers of this process, any shape; every process must call with the same shape
-) -> torch.Tensor:  # Their sum over all processes; a new tensor
-    "Add up what the processes found; also a point where they wait for each other."
-    total = values.clone()
-    if processes().count > 1:
-        from accelerate import PartialState
-
-        total = total.to(PartialState().device)  # GPUs add up what lies on them
-        torch.distributed.all_reduce(total)
-    return total.to(values.device)

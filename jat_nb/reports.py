@@ -126,11 +126,12 @@ def _commands(run: Run) -> list[str]:
     changed = [text for text in changed if not text.startswith(("model=", "data=", "seed="))]
     lines = [[*words, *(["--set", *changed] if changed else []), "--out", folder]]
     for suite, record in run.evaluations.items():
-        c = record.config
+        c, fast = record.config, bool(record.config.get("fast"))
         sources = [f"runs/{s}" for s in c.get("sources") or ()]
         lines.append(["jat_eval", folder, "--suite", suite, "--n", c.get("n", 1000), "--steps", c.get("steps", 20),
                       "--weights", c.get("weights", "last"), "--seed", record.seed,
-                      *(["--source", *sources] if sources else []), *(f"--{k}" for k in ("amp", "fast") if c.get(k))])
+                      *(["--source", *sources] if sources else []), *(["--amp"] if c.get("amp") else []),
+                      *([] if fast == (about["tier"] == "cpu") else ["--fast" if fast else "--no-fast"])])
     return [shlex.join(map(str, line)) for line in lines]
 
 # %% ../nbs/38_reports.ipynb #992e4ded

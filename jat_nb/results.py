@@ -153,11 +153,18 @@ def _log(path: Path) -> list[dict[str, Any]]:
     return [{"loss": float(row["loss"]), "epoch": int(row["epoch"])} | row for row in read_jsonl(path)]
 
 # %% ../nbs/36_results.ipynb #847c7354
+def _machine(facts: Mapping[str, Any]) -> dict[str, Any]:
+    "Where the last stretch of work was done; a run of 0.2 names one environment."
+    stretches = facts.get("stretches", [facts.get("environment")])
+    known = [s for s in stretches if isinstance(s, dict)] if isinstance(stretches, list) else []
+    return known[-1] if known else {}
+
+
 def _read_run(path: Path, folder: str) -> Run:
     problems: list[str] = []
     facts = _attempt(problems, lambda p: dict(json.loads(p.read_text(encoding="utf-8"))), path / "run.json", {})
     kept = {k: v for k, v in facts.items() if isinstance(v, dict)}
-    about, recipe, machine = (kept.get(k, {}) for k in ("about", "recipe", "environment"))
+    about, recipe, machine = kept.get("about", {}), kept.get("recipe", {}), _machine(facts)
     if missing := {"name", "tier", "data", "seed"} - set(about):
         problems.append(f"about lacks {', '.join(sorted(missing))}")
     log = _attempt(problems, _log, path / "log.jsonl", [])
@@ -261,7 +268,8 @@ def transfer_key(
     for run in runs: trained.setdefault(Path(run.folder).name, set()).add(run.name)
     attacked = [run for run in runs if run.usable and run.name == recipe]
     for key in sorted({k for run in attacked for k in run.metrics("transfer").get("sources", {})}):
-        if source in trained.get(key, {f"{paper}/{key.rpartition('-s')[0]}"}): return key
+        stem = key.rpartition("-s")[0]  # folders are named after the recipe, with or without its paper
+        if source in trained.get(key, {f"{paper}/{stem}", stem.replace("-", "/", 1)}): return key
     return source.rpartition("/")[2]
 
 # %% ../nbs/36_results.ipynb #2054e875

@@ -40,13 +40,13 @@ class Job:
     steps: int = 20  # steps of the iterated attacks (JAT section 6)
     seed: int = 0  # makes the randomness of every image
     batch_size: int = 250  # images attacked at once
-    sources: Mapping[str, nn.Module] = field(default_factory=dict)  # other networks: transfer, twins
+    sources: Mapping[str, nn.Module] = field(default_factory=dict)  # other networks, by name
     fast: bool = False  # attack a faster copy of the network; the verdict stays the original's
 
     @property
     def options(self) -> dict[str, Any]:
         "What every evaluation is told."
-        return {"batch_size": self.batch_size, "seed": self.seed} | ({"fast": True} if self.fast else {})
+        return {"batch_size": self.batch_size, "seed": self.seed, "fast": self.fast}
 
     @property
     def quantities(self) -> dict[str, float]:
@@ -165,7 +165,7 @@ def _curves(suite: Suite, job: Job) -> dict[str, Any]:
         budgets = [eps * k / part for k in range(given["points"])]
         counts = sorted({*given["counts"].get(kind, ()), job.steps})
         specs = {m: spec for m in counts if m <= job.steps}
-        if kind in given["counts"]: specs[1] = (spec[0], spec[1] | {"step": "budget"})  # one long step
+        if kind in given["counts"]: specs[1] = (spec[0], spec[1] | {"step": "budget"})
         curves = {str(m): _curve(job, asked, budgets, m) for m, asked in specs.items()}
         found[kind] = curves[str(job.steps)]
         if kind in given["counts"]: found[f"{kind}_steps"] = curves

@@ -75,7 +75,7 @@ def test_a_half_precision_forward_of_its_own():
 
 @pytest.mark.parametrize("dtype", [None, BRAIN])
 def test_other_formats_are_left_alone(dtype, monkeypatch):
-    import jat_nb.attacks as module
+    import jat_nb.ascent as module
 
     monkeypatch.setattr(module, "_scaled", lambda grad: pytest.fail("scaled without need"))
     with torch.autocast("cpu", dtype or BRAIN, enabled=dtype is not None):

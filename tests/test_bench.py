@@ -76,6 +76,11 @@ def test_counts_of_the_smoke_record(smoke):
     assert metrics["training"]["predicted"] == {"natural": 1.0, "one-step-joint": 8 / 3}
     assert metrics["peers"]["n"] == p.n and metrics["peers"]["data"] == "digits"
     assert all(0 <= a <= 100 for a in metrics["peers"]["accuracy"].values())
+    fast = metrics["fast"]
+    assert {len(v) for v in fast["seconds"].values()} == {p.rounds} and fast["n"] == p.n
+    for kind in ("natural", "joint"):  # the same images: the gap is the difference of the two accuracies
+        gap = fast["accuracy"][f"digits-{kind}, fast"] - fast["accuracy"][f"digits-{kind}, fp32"]
+        assert fast["findings"][f"accuracy fast - fp32, digits-{kind}"]["median"] == pytest.approx(gap, abs=1e-9)
     active = metrics["active"]
     assert active["findings"]["equal verdicts"]["median"] == 1.0
     assert active["forwards"]["all"] > active["forwards"]["active"] > 0
@@ -153,6 +158,9 @@ def test_targets_tell_clear_from_unclear():
     assert verdict(1.0, 0.9, 1.2) == "met, within spread" and verdict(1.1, 1.0, 1.2) == "missed, within spread"
     gap = {"peers": {"findings": {"accuracy bf16 - fp32, net": {"median": -0.5, "low": -0.6, "high": -0.4}}}}
     assert targets(gap)["verdict"].item() == "missed"  # a difference counts in both directions
+    fast = {"fast": {"findings": {"fast / fp32, net": dict(median=0.42, low=0.41, high=0.51),
+                                  "accuracy fast - fp32, net": dict(median=0.1, low=-0.1, high=0.2)}}}
+    assert list(targets(fast)["verdict"]) == ["met, within spread", "met"]
 
 
 def test_half_budget_halves():

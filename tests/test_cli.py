@@ -1,5 +1,6 @@
 "The four commands, one after the other, and everything they refuse."
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from jat_nb.data import load
 from jat_nb.models import load_weights, pretrained
 from jat_nb.own_pictures import to_png
 from jat_nb.records import Record, read_jsonl
+from jat_nb.results import read_runs, transfer_key
 
 SMOKE = "--data digits --tier smoke --threads 1"
 
@@ -67,6 +69,8 @@ def test_judge_attack_report(runs, tmp_path, capsys):
                     "--n 12 --steps 2 --threads 1".split()) == 0
     sources = Record.load(runs / "jat-one-step-joint-s0" / "eval-transfer.json").metrics["sources"]
     assert set(sources) == {"jat-natural-s0", "jat-one-step-joint-s1"}
+    alone = read_runs(runs / "jat-one-step-joint-s0")  # the folder of the source is not among these
+    assert transfer_key(alone, "jat/one-step-joint", "jat/natural") == "jat-natural-s0"
     assert jat_report([str(runs), "--out", str(tmp_path / "report.html")]) == 0
     page = (tmp_path / "report.html").read_text()
     assert "one-step-joint" in page and page.count("<table") > 0
@@ -100,7 +104,7 @@ def test_only_a_twin_is_asked_for_siamese_images(runs):
     for source, known in (("jat-natural-s0", False), ("jat-one-step-joint-s1", True)):
         assert jat_eval(f"{run} --suite masking --source {runs / source} --n 4 --steps 8 --threads 1".split()) == 0
         held = {row["check"]: row["held"] for row in Record.load(run / "eval-masking.json").metrics["rows"]}
-        assert (held["d"] is not None) == known
+        assert (held["transfer"] is not None) == known
 
 
 def test_results_without_a_checkpoint_are_not_overwritten(tmp_path, capsys):
@@ -319,6 +323,9 @@ def test_fast_is_the_default_of_the_cpu_tier(halves, tmp_path):
         assert jat_eval([*judge, *words.split()]) == 0
         config = Record.load(root / "eval-jat.json").config
         assert (config["fast"], config["batch_size"]) == (fast, 250), (tier, words)
+        assert jat_report([str(root), "--out", str(tmp_path / "page.html")]) == 0
+        shown = re.search(r"--(no-)?fast", (tmp_path / "page.html").read_text())
+        assert (shown.group() if shown else "") == words  # the command that repeats it
 
 
 def test_pictures_in_unknown_folders_are_refused(halves, tmp_path, capsys):

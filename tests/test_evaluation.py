@@ -1,5 +1,9 @@
 """The evaluator counts what survives: closed forms, invariance, and a model left as found."""
 import json
+import os
+import socket
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -251,3 +255,63 @@ def test_joint_at_keeps_the_ratios():
 def test_clean_takes_what_any_attack_takes():
     x = torch.rand(2, 1, 4, 4)
     assert clean(None, x, torch.zeros(2), generator=None, target=None, return_info=False) is x
+
+
+# -- several processes
+
+PROGRAM = """
+import sys, torch
+from functools import partial
+from pathlib import Path
+from jat_nb.attacks import fgsm
+from jat_nb.evaluation import evaluate, ggsm_at, joint_at, pgd_at, raw_accuracy
+from jat_nb.processes import processes
+torch.set_num_threads(1)
+model, x, y = torch.load(sys.argv[1], weights_only=False)
+
+def company(model, x, y, generator):  # an attack whose images depend on their companions
+    return (x + 0.3 * torch.rand(x.shape, generator=generator[0]) - 0.02 * len(x)).clamp(0, 1)
+company.block = 7
+suite = {"FGSM": partial(fgsm, eps=0.01), "joint": joint_at(0.02, 0.4, 3), "blocks": company,
+         "all": [pgd_at(0.01, 2), company, ggsm_at(0.5, 2)]}
+found = [evaluate(model, x, y, suite, batch_size=5, **o) for o in ({}, {"fast": True}, {"active": False})]
+found.append(raw_accuracy(model, x, y, suite, batch_size=5))
+torch.save([(f.correct, f.passes, f.blind) for f in found], f"{sys.argv[2]}-{processes().rank}-{processes().count}")
+"""
+
+
+def test_two_processes_find_what_one_finds(case, tmp_path):
+    torch.save(case, tmp_path / "case")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    alone = [{}]
+    both = [{"WORLD_SIZE": "2", "RANK": r, "LOCAL_RANK": r, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for r in "01"]
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "case"), str(tmp_path / "found")]
+    children = [subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1", **e}, stderr=subprocess.PIPE, text=True)
+                for e in alone + both]
+    for child in children:
+        said = child.communicate(timeout=150)[1]
+        assert child.returncode == 0, said[-2000:]
+    one, *two = (torch.load(tmp_path / f"found-{name}") for name in ("0-1", "0-2", "1-2"))
+    for other in two:
+        for a, b in zip(one, other):
+            assert torch.equal(a[0], b[0]) and torch.equal(a[2], b[2])
+            assert torch.equal(a[1], b[1])  # the passes of all processes together
+    assert 0 < one[0][0][2].sum() < 35
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_one_logit_that_is_no_number_breaks_an_image(case, value):
+    "Under attack one image in four gets such a logit, beside a true class that stays ahead."
+    _, x, y = case
+
+    class Fragile(nn.Module):
+        def forward(self, v):
+            logits = 10 * nn.functional.one_hot(y[:1].expand(len(v)) * 0, 3).float() + 0 * v.sum()
+            logits[:, 2] = torch.where(v.flatten(1).amax(1) > 0.999999, torch.full_like(logits[:, 2], value), logits[:, 2])
+            return logits
+    dim = 0.9 * x
+    spoil = lambda m, v, y, generator: torch.where(torch.arange(len(v)).view(-1, 1, 1, 1) % 4 == 0, torch.ones_like(v), v)
+    found = evaluate(Fragile(), dim, torch.zeros_like(y), {"Clean": clean, "spoil": spoil}, batch_size=40)
+    assert found.accuracy.tolist() == [1, 0.75]

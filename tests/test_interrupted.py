@@ -1,23 +1,30 @@
 "Runs that are killed without warning, and runs that several processes share."
+import itertools
+import json
 import multiprocessing
 import os
 import random
-import subprocess
-import sys
+import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from test_processes import launch, well
 from torch import nn
 from torch.testing import assert_close
 
 from jat_nb.data import ImageSet
 from jat_nb.evaluation import evaluate
+from jat_nb.models import create
+from jat_nb.objectives import jat
 from jat_nb.papers.jat import jat_suite
+from jat_nb.processes import processes
 from jat_nb.records import read_jsonl
 from jat_nb.recipes import Recipe
-from jat_nb.training import fit
+from jat_nb.training import accuracy, fit
 
 JOINT = dict(objective="jat", attacks={"attack": [["double_pass", {
     "steps": 1, "eps_pixel": 8 / 255, "step_pixel": 8 / 255, "eps_flow": 0.3, "step_flow": 0.3}]]})
@@ -79,23 +86,18 @@ def test_twenty_kills_at_random_moments(tmp_path):
     assert bare(history) == bare(expected) == bare(read_jsonl(tmp_path / "run" / "log.jsonl"))
 
 
-PROGRAM = """
-import sys
-import torch
-sys.path.insert(0, {tests!r})
-from test_interrupted import RECIPE, SHARED, evaluated, images, net
-from jat_nb.records import processes
-from jat_nb.training import fit
+# Two processes
 
-torch.set_num_threads(1)
-model = net(norm=getattr(torch.nn, {norm!r}), drop=0)
-history = fit(model, images(), SHARED, validation=images(20, 1), out={out!r})
-bits, passes = evaluated(model)
-assert processes().count == 2
-if processes().rank == 0:
-    torch.save({{"weights": model.state_dict(), "loss": [r["loss"] for r in history], "bits": bits, "passes": passes}}, {out!r} + "/ends.pt")
-"""
 SHARED = Recipe(**JOINT, **PROBED, epochs=3, batch_size=15, milestones=(2,))
+FIXED = Recipe(objective="adversarial", attacks={"attack": [["pgd", {"steps": 2, "random_start": False}]]}, **PROBED,
+               epochs=3, batch_size=17, milestones=(2,), augment=())  # pieces of 9 and 8
+EVERYTHING = Recipe(**JOINT, **PROBED, epochs=2, batch_size=15, ema=0.9, clip_norm=1.0, accumulate=2, amp=True)
+draws = []
+
+
+def drawn(model, batch, attack):
+    draws.append(torch.rand(1).item())  # what dropout would use next
+    return jat(model, batch, attack)
 
 
 def evaluated(model):
@@ -104,23 +106,79 @@ def evaluated(model):
     return found.correct, found.passes
 
 
-@pytest.mark.parametrize("norm", ["BatchNorm2d", "GroupNorm"])
-def test_two_processes_are_one(tmp_path, norm):
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM.format(tests=str(Path(__file__).parent), out=str(tmp_path / "two"), norm=norm))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)],
-                          capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = torch.load(tmp_path / "two" / "ends.pt")
-    one = net(norm=getattr(nn, norm), drop=0)
-    history = fit(one, images(), SHARED, validation=images(20, 1))
-    assert_close(two["weights"], dict(one.state_dict()), rtol=1e-3, atol=1e-4)
-    assert_close(two["loss"], [r["loss"] for r in history], rtol=1e-4, atol=1e-5)
-    one.load_state_dict(two["weights"])
+def refuse_what_differs(rank):
+    for message, options in [
+        ("recipe.lr is 0.1 in process 0 and 0.2 in process 1", {"recipe": replace(SHARED, lr=0.1 * (1 + rank))}),
+        ("train.pixels is ", {"train": images(seed=rank)}),
+        ("model.mean is ", {"model": create("wrn_10_1_cifar", in_chans=1, num_classes=3, mean=[0.1 * rank])}),
+        ("cannot share 1 images", {"recipe": replace(SHARED, batch_size=1)}),
+    ]:
+        given = {"model": net(), "train": images(), "recipe": SHARED} | options
+        with pytest.raises(ValueError, match=message): fit(**given)
+
+
+def several_runs(out):
+    out, rank = Path(out), processes().rank
+    refuse_what_differs(rank)
+    fixed = net(norm=nn.GroupNorm, drop=0)
+    history = fit(fixed, images(), FIXED, validation=images(20, 1))
+    with pytest.raises(ValueError, match="lr was 0.1, is 0.3"):  # the refusal of the first reaches all
+        fit(net(3), images(), SHARED, out=out / "whole")
+        fit(net(3), images(), replace(SHARED, lr=0.3), out=out / "whole")
+    unequal = net(seed=rank)
+    own = set(vars(unequal))
+    fit(unequal, images(), EVERYTHING, validation=images(20, 1), objective=drawn, out=out / "everything")
+    assert set(vars(unequal)) == own and not unequal.training
+    bits, passes = evaluated(fixed)
+    torch.save({"fixed": fixed.state_dict(), "loss": [r["loss"] for r in history], "unequal": unequal.state_dict(),
+                "val": history[-1]["val_clean"], "draws": draws, "bits": bits, "passes": passes}, out / f"ends-{rank}.pt")
+
+
+def test_two_processes_train_one_network(tmp_path):
+    well(launch(several_runs, tmp_path))
+    first, second = (torch.load(tmp_path / f"ends-{rank}.pt") for rank in (0, 1))
+    same = lambda what: all(torch.equal(a, b) for a, b in zip(first[what].values(), second[what].values()))
+    assert same("fixed") and same("unequal") and not set(first["draws"]) & set(second["draws"])
+    one = net(norm=nn.GroupNorm, drop=0)
+    history = fit(one, images(), FIXED, validation=images(20, 1))
+    assert_close(first["fixed"], dict(one.state_dict()), rtol=1e-3, atol=1e-4)
+    assert_close(first["loss"], [r["loss"] for r in history], rtol=1e-4, atol=1e-5)
+    one.load_state_dict(first["fixed"])
+    assert accuracy(one, images(20, 1)) == first["val"]
     bits, passes = evaluated(one)
-    assert torch.equal(two["bits"], bits) and torch.equal(two["passes"], passes)
-    assert len(read_jsonl(tmp_path / "two" / "log.jsonl")) == 3
+    assert torch.equal(first["bits"], bits) and torch.equal(first["passes"], passes)
+    kept = net()
+    kept.load_state_dict(load_file(tmp_path / "everything" / "last.safetensors"))
+    assert_close(dict(kept.state_dict()), first["unequal"], rtol=0, atol=0)
+    run = json.loads((tmp_path / "everything" / "run.json").read_text())
+    assert [s["processes"] for s in run["stretches"]] == [2] and run["own"] == {"objective": "test_interrupted:drawn"}
+
+
+def one_is_killed(out, at):
+    model, calls = net(seed=5 + processes().rank), itertools.count(1)
+
+    def stop(module, inputs):
+        if processes().rank == 1 and module.training and next(calls) == int(at):
+            os.kill(os.getpid(), signal.SIGKILL)
+    model.register_forward_pre_hook(stop)
+    fit(model, images(), SHARED, out=out)
+
+
+def test_one_of_two_processes_is_killed(tmp_path):
+    (code, text), (killed, _) = launch(one_is_killed, tmp_path / "run", 6)
+    assert killed == -9 and code == 1
+    assert "ConnectionError: process 0 of 2 has lost another one and stops" in text.strip().splitlines()[-1]
+    assert len(read_jsonl(tmp_path / "run" / "log.jsonl")) == 1
+    well(launch(one_is_killed, tmp_path / "run", 0))
+    well(launch(undisturbed, tmp_path / "whole"))
+    ends = [load_file(tmp_path / d / "last.safetensors") for d in ("run", "whole")]
+    assert ends[0].keys() == ends[1].keys() and all(torch.equal(v, ends[1][k]) for k, v in ends[0].items())
+    stretches = json.loads((tmp_path / "run" / "run.json").read_text())["stretches"]
+    assert [s["from"] for s in stretches] == [{"epoch": 1, "iteration": 1}, {"epoch": 2, "iteration": 1}]
+
+
+def undisturbed(out):
+    fit(net(seed=5), images(), SHARED, out=out)
 
 
 @pytest.mark.parametrize("weights, message", [(b"not a checkpoint", "does not hold a run"), (b"", "does not hold a run")])

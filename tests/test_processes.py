@@ -17,11 +17,11 @@ from jat_nb.processes import agree, bare, distribute, from_first, on_first, own_
 
 
 def launch(work, *arguments, count=2, timeout=150):
-    "Run `work(*arguments)` of this file in several processes; their exit codes and what they printed, in order of rank."
+    "Run `work(*arguments)` of a test file in several processes; exit codes and what they printed, in order of rank."
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    program = (f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; import {Path(__file__).stem} as t; "
+    program = (f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; import {work.__module__} as t; "
                f"t.torch.set_num_threads(1); t.{work.__name__}(*{tuple(map(str, arguments))!r})")
     shared = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
               "OMP_NUM_THREADS": "1"}
@@ -151,3 +151,9 @@ def gradients():
 
 def test_two_processes_exchange_agree_and_part():
     well(launch(exchange))
+
+
+def test_nothing_distributed_is_made_by_hand():
+    for path in (Path(__file__).parent.parent / "jat_nb").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert "all_reduce" not in text and "F.batch_norm =" not in text, path.name

@@ -214,6 +214,28 @@ def test_a_run_that_was_stopped_in_its_first_epoch_is_not_finished(tmp_path):
     assert not read_runs(tmp_path)[0].usable
 
 
+def changed_recipe(run, **changes):
+    facts = json.loads((run / "run.json").read_text())
+    facts["recipe"] |= changes
+    write_json(run / "run.json", facts)
+
+
+@pytest.mark.parametrize("iterations, usable, problems", [(72, True, ()), (73, False, ("72 of 73 iterations",))])
+def test_a_recipe_by_iterations_is_finished_by_its_iterations(tmp_path, iterations, usable, problems):
+    changed_recipe(plant(tmp_path, "madry", network()), epochs=None, iterations=iterations)  # 8 rows of 9
+    [run] = read_runs(tmp_path)
+    assert (run.usable, run.problems) == (usable, problems)
+
+
+@pytest.mark.parametrize("changes", [{"schedule": "zigzag"}, {"lr": "high"}, {"invented": 1}, {"attacks": 7}])
+def test_a_recipe_that_cannot_be_read_costs_its_run_only(tmp_path, changes):
+    changed_recipe(plant(tmp_path, "madry", network()), **changes)
+    plant(tmp_path, "natural", network())
+    spoilt, good = read_runs(tmp_path)
+    assert not spoilt.usable and good.usable and "run.json is damaged" in spoilt.problems[0]
+    assert "not one of this package" in html_report([spoilt, good], tmp_path / "page.html").read_text()
+
+
 def test_an_unfinished_or_repeated_run_fills_no_cell(tmp_path):
     plant(tmp_path, "madry", network(Joint=5.0))
     plant(tmp_path, "madry", network(Joint=50.0), folder="z-again")

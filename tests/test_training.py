@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from jat_nb.attacks import double_pass, pgd
+from jat_nb.attacks import pgd
 from jat_nb.data import Batch, ImageSet, batches
-from jat_nb.checkpoints import best_row, collapsed, load_state, save_state
+from jat_nb.checkpoints import RESUME, best_row, collapsed, finished, load_state, save_state
 from jat_nb.models import create, load_weights
-from jat_nb.objectives import OBJECTIVES, jat, natural
+from jat_nb.objectives import OBJECTIVES, adversarial, natural
 from jat_nb.records import read_jsonl
-from jat_nb.recipes import Recipe, bind, make_optimizer
-from jat_nb.training import accuracy, fit, split_batch, train_step
+from jat_nb.recipes import Recipe, make_optimizer
+from jat_nb.training import _pieces, accuracy, fit, train_step
 
 TINY = dict(epochs=3, batch_size=16, milestones=(2,), probe="pgd", probe_options={"steps": 1}, probe_images=10)
 NATURAL = Recipe(**TINY)
@@ -44,14 +44,19 @@ def equal(a, b):
     return all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
 
 
-def killer(objective, at):
+def dies(model, at):
+    "The network, which gives up in a training batch as if by Ctrl-C."
     calls = itertools.count(1)
 
-    def killed(model, batch, **attacks):
-        if next(calls) == at:
+    def stop(module, inputs):
+        if module.training and next(calls) == at:
             raise KeyboardInterrupt
-        return objective(model, batch, **attacks)
-    return killed
+    model.register_forward_pre_hook(stop)
+    return model
+
+
+def bare(rows):
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
 
 
 # Steps
@@ -128,12 +133,10 @@ def test_a_killed_run_ends_bit_identical(tmp_path, objective, optimizer, lr, at)
     whole, resumed = net(), net(seed=7 if at > 3 else 0)
     expected = fit(whole, data, recipe, validation=held, out=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        fit(net(), data, recipe, validation=held, out=tmp_path / "run",
-            objective=killer(bind(recipe).objective, at))
+        fit(dies(net(), at), data, recipe, validation=held, out=tmp_path / "run")
     torch.manual_seed(99)  # what ran before in the process does not matter
     history = fit(resumed, data, recipe, validation=held, out=tmp_path / "run")
     assert equal(whole, resumed)
-    bare = lambda rows: [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
     assert bare(history) == bare(expected) == bare(read_jsonl(tmp_path / "run" / "log.jsonl"))
 
 
@@ -186,10 +189,8 @@ def test_another_run_is_refused_and_nothing_is_overwritten(tmp_path):
 def test_the_folder_is_checked_before_any_work(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("here lies a file")
-    calls = []
     with pytest.raises(ValueError, match="choose another folder"):
-        fit(net(), images(), NATURAL, out=blocked / "run", objective=lambda *a, **k: calls.append(a))
-    assert not calls
+        fit(dies(net(), 1), images(), NATURAL, out=blocked / "run")
 
 
 def test_weights_on_disk_rebuild_the_model(tmp_path):
@@ -221,20 +222,16 @@ def test_nothing_is_unpickled(tmp_path):
 
 # What the full-size trainer adds
 
-def test_shares_add_up_to_the_batch():
-    data = images(37)
-    whole = next(iter(batches(data, 37)))
-    parts = split_batch(whole, 5)
+def test_parts_make_the_batch_and_none_has_a_single_image():
+    whole = next(batches(images(37), 37))._replace(share=0.5)
+    parts = _pieces(whole, 5)
     assert [len(p.y) for p, _ in parts] == [8, 8, 7, 7, 7]
-    assert torch.equal(torch.cat([p.x for p, _ in parts]), whole.x) and math.isclose(sum(w for _, w in parts), 1)
-    assert len(split_batch(whole, 50)) == 37  # never an empty part
-    targets = [jat_target(p) for p, _ in parts]
-    assert torch.equal(torch.cat(targets), jat_target(split_batch(whole, 1)[0][0]))
-
-
-def jat_target(batch):
-    from jat_nb.losses import random_target
-    return random_target(batch.y, 3, batch.generator)
+    assert torch.equal(torch.cat([p.x for p, _ in parts]), whole.x)
+    assert math.isclose(sum(w for _, w in parts), 1) and math.isclose(sum(p.share for p, _ in parts), 0.5)
+    assert len({torch.rand(1, generator=p.generator).item() for p, _ in parts}) == 5
+    assert min(len(p.y) for p, _ in _pieces(whole, 50)) == 2  # batch norm on one vector would stop the run
+    one = next(batches(images(1), 1))
+    assert _pieces(one, 4) == [(one, 1.0)]
 
 
 @pytest.mark.parametrize("parts", [2, 3, 7])
@@ -244,8 +241,8 @@ def test_accumulation_changes_nothing_without_batch_norm(parts):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).train()
         batch = next(iter(batches(images(20), 20, seed=5)))
-        loss = train_step(model, batch, torch.optim.SGD(model.parameters(), lr=0.1), jat,
-                          {"attack": partial(double_pass, steps=1)}, accumulate=accumulate)
+        loss = train_step(model, batch, torch.optim.SGD(model.parameters(), lr=0.1), adversarial,
+                          {"attack": partial(pgd, steps=2, random_start=False)}, accumulate=accumulate)
         ends.append((loss, nn.utils.parameters_to_vector(model.parameters()).detach()))
     assert_close(ends[0][0], ends[1][0], rtol=1e-5, atol=1e-6)
     assert_close(ends[0][1], ends[1][1], rtol=1e-3, atol=1e-4)
@@ -261,19 +258,23 @@ def test_clipping_by_hand():
 
 def test_averages_by_hand_and_through_a_kill(tmp_path):
     recipe, seen = replace(NATURAL, ema=0.8), []
-    watch = lambda m, b: (seen.append([p.detach().clone() for p in m.parameters()]), natural(m, b))[1]
+
+    def watch(model, batch):
+        seen.append([p.detach().clone() for p in model.parameters()])
+        return natural(model, batch)
+    fit(net(), images(), recipe, validation=images(20, 1), objective=watch)
     whole = net()
-    fit(whole, images(), recipe, validation=images(20, 1), out=tmp_path / "whole", objective=watch)
+    fit(whole, images(), recipe, validation=images(20, 1), out=tmp_path / "whole")
     last = net()
     fit(last, images(), NATURAL)  # the same steps without averaging: the weights after the last one
     weights = [*seen[1:], list(last.parameters())]
     for i, p in enumerate(whole.parameters()):
         average = weights[0][i].clone()
-        for w in weights[1:]:
-            average.lerp_(w[i], 0.2)
+        for n, w in enumerate(weights[1:], 1):
+            average.lerp_(w[i], 1 - min(0.8, (1 + n) / (10 + n)))
         assert_close(p, average, rtol=1e-4, atol=1e-5)
     with pytest.raises(KeyboardInterrupt):
-        fit(net(), images(), recipe, validation=images(20, 1), out=tmp_path / "run", objective=killer(natural, 5))
+        fit(dies(net(), 5), images(), recipe, validation=images(20, 1), out=tmp_path / "run")
     resumed = net(3)
     fit(resumed, images(), recipe, validation=images(20, 1), out=tmp_path / "run")
     assert equal(whole, resumed) and equal(load_weights_of(tmp_path / "run"), resumed)
@@ -298,7 +299,6 @@ def test_slices_of_time_make_the_same_run(tmp_path, budget):
         if len(history) == 3:
             break
         assert not (tmp_path / "last.safetensors").exists() or history
-    bare = lambda rows: [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
     assert equal(whole, sliced) and bare(history) == bare(expected)
     assert calls > 3 if budget == 0 else calls >= 1
 
@@ -312,4 +312,138 @@ def test_collapse_is_reported():
 
 def test_other_images_of_the_same_size_are_another_run(tmp_path):
     fit(net(), images(), NATURAL, out=tmp_path)
-    with pytest.raises(ValueError, match="crc32"): fit(net(), images(seed=3), NATURAL, out=tmp_path)
+    with pytest.raises(ValueError, match="pixels"): fit(net(), images(seed=3), NATURAL, out=tmp_path)
+
+
+# Nothing silently wrong
+
+def test_other_labels_or_class_names_are_another_run(tmp_path):
+    data = images()
+    fit(net(), data, NATURAL, validation=images(9), out=tmp_path)
+    relabelled = replace(images(9), labels=images(9).labels.roll(1))
+    with pytest.raises(ValueError, match="validation was"): fit(net(), data, NATURAL, validation=relabelled, out=tmp_path)
+    renamed = replace(data, classes=("b", "a", "c"))
+    with pytest.raises(ValueError, match="train was"): fit(net(), renamed, NATURAL, validation=images(9), out=tmp_path)
+
+
+def soft(model, batch):
+    return 0.5 * natural(model, batch)
+
+
+def test_own_functions_need_a_name_and_are_recorded(tmp_path):
+    fit(net(), images(), NATURAL, objective=soft, out=tmp_path / "own")
+    assert json.loads((tmp_path / "own" / "run.json").read_text())["own"] == {"objective": f"{__name__}:soft"}
+    with pytest.raises(ValueError, match="holds another run"): fit(net(), images(), NATURAL, out=tmp_path / "own")
+    madry = Recipe(objective="adversarial", attacks={"attack": [["pgd", {"steps": 1}]]}, **TINY)
+    for given in ({"objective": lambda m, b, attack: natural(m, b)}, {"probe": partial(pgd, steps=1)},
+                  {"attacks": {"attack": partial(pgd, steps=1)}}):
+        with pytest.raises(ValueError, match="has none: give it one with def"):
+            fit(net(), images(), madry, out=tmp_path / "new", **given)
+        fit(net(), images(), madry, **given)
+    assert not (tmp_path / "new").exists()
+
+
+def poisoned(model, batch):
+    "A finite loss whose gradient is not: the root of zero."
+    return natural(model, batch) + (0 * model(batch.x)).abs().sum().sqrt()
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path):
+    model = net().train()
+    before = [p.clone() for p in model.parameters()]
+    batch = next(batches(images(), 8))
+    assert poisoned(model, batch).isfinite()
+    with pytest.raises(FloatingPointError, match="length nan"):
+        train_step(model, batch, make_optimizer(model, NATURAL), poisoned)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    with pytest.raises(FloatingPointError, match="epoch 1, iteration 1 of 3"):
+        fit(model, images(), NATURAL, objective=poisoned, out=tmp_path)
+    assert not (tmp_path / "last.safetensors").exists()
+
+
+class Blind(nn.Module):
+    "Answers with NaN what it does not know."
+
+    def __init__(self): super().__init__(); self.w = nn.Parameter(torch.zeros(1))
+    def forward(self, x): return torch.full((len(x), 3), torch.nan) + self.w
+
+
+def test_a_network_that_answers_nan_is_right_about_nothing():
+    assert accuracy(Blind(), images(30)) == 0 and accuracy(Blind(), images(30), lambda model, x, y, **_: x) == 0
+
+
+def test_weights_that_are_not_finite_are_not_published(tmp_path):
+    model, held = net(), images(20, 1)
+    fit(model, images(), NATURAL, validation=held, out=tmp_path, seconds=0)
+    before = (tmp_path / RESUME).read_bytes()
+
+    def spoil(module, inputs, output):
+        module.running_var.data.fill_(torch.inf)
+    broken = net()
+    broken[1].register_forward_hook(spoil)
+    with pytest.raises(FloatingPointError, match="left as it was"):
+        fit(broken, images(), NATURAL, validation=held, out=tmp_path)
+    assert (tmp_path / RESUME).read_bytes() == before and not (tmp_path / "last.safetensors").exists()
+
+
+def test_every_stretch_of_work_is_on_record(tmp_path):
+    stretches = lambda: json.loads((tmp_path / "run.json").read_text())["stretches"]
+    done = []
+    while not finished(NATURAL, done):
+        done = fit(net(), images(), NATURAL, out=tmp_path, seconds=0)
+    seen = stretches()
+    assert [(s["from"]["epoch"], s["from"]["iteration"]) for s in seen] == [(e, i) for e in (1, 2, 3) for i in (1, 2, 3)]
+    assert all(s["processes"] == 1 and s["versions"]["torch"] for s in seen)
+    fit(net(), images(), NATURAL, out=tmp_path)
+    assert stretches() == seen  # a finished run that is called again adds nothing
+
+
+def test_a_model_that_nobody_could_rebuild_is_refused_before_training(tmp_path):
+    model = create("wrn_10_1_cifar", num_classes=3, in_chans=1)
+    model.model.fc = nn.Linear(64, 3, bias=False)
+    with pytest.raises(ValueError, match="other tensors"): fit(model, images(), NATURAL, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    fit(model, images(), replace(NATURAL, epochs=1, milestones=()))  # without a folder nothing has to be rebuilt
+
+
+def test_a_compiled_model_trains_and_its_files_are_those_of_the_network_inside(tmp_path):
+    plain, inside = net(), net()
+    recipe = replace(JOINT, ema=0.5)
+    expected = fit(plain, images(), recipe, validation=images(20, 1), out=tmp_path / "plain")
+    wrapped = torch.compile(inside, backend="eager")
+    assert bare(fit(wrapped, images(), recipe, validation=images(20, 1), out=tmp_path / "compiled")) == bare(expected)
+    assert equal(plain, inside) and equal(load_weights_of(tmp_path / "compiled"), plain)
+    again = net(5)
+    fit(again, images(), recipe, validation=images(20, 1), out=tmp_path / "compiled")
+    assert equal(again, plain)
+
+
+def test_the_averages_of_a_short_run_are_as_good_as_its_weights():
+    from jat_nb.data import load
+    data = load("digits")
+    train, held = replace(data, images=data.images[:, :, ::2, ::2]).split(360)
+    recipe = Recipe(epochs=6, batch_size=32, lr=0.03, schedule="onecycle", augment=(), ema=0.999, probe="fgsm", probe_options={},
+                    probe_images=1)
+    ends = []
+    for r in (recipe, replace(recipe, ema=0.0)):
+        torch.manual_seed(1)
+        model = create("small_cnn_mnist", in_chans=1)
+        ends.append(fit(model, train, r, validation=held)[-1]["val_clean"])
+    assert ends[1] > 0.7 and ends[0] >= ends[1] - 0.01
+
+
+def test_a_run_may_be_counted_in_iterations(tmp_path):
+    recipe = replace(NATURAL, epochs=None, iterations=5, milestones=(4,))
+    whole, resumed = net(), net(2)
+    history = fit(whole, images(), recipe, out=tmp_path / "whole")
+    assert [r["iterations"] for r in history] == [3, 2] and finished(recipe, history)
+    assert_close([r["lr"] for r in history], [0.1, 0.01])
+    with pytest.raises(KeyboardInterrupt): fit(dies(net(), 5), images(), recipe, out=tmp_path / "run")
+    assert not finished(recipe, read_jsonl(tmp_path / "run" / "log.jsonl"))
+    assert bare(fit(resumed, images(), recipe, out=tmp_path / "run")) == bare(history) and equal(whole, resumed)
+
+
+@pytest.mark.parametrize("a, b", [((0, 1), (1, 0)), ((1, 0, 1), (0, 1, 1))])
+def test_no_two_batches_share_their_randomness(a, b):
+    from jat_nb.randomness import seed_from
+    assert seed_from(*a) != seed_from(*b) and seed_from(*a, 0, "model") != seed_from(*a, 1, "model")
