@@ -46,8 +46,7 @@ class Job:
     @property
     def options(self) -> dict[str, Any]:
         "What every evaluation is told."
-        copied = {"fast": True} if self.fast else {}
-        return {"batch_size": self.batch_size, "seed": self.seed, **copied}
+        return {"batch_size": self.batch_size, "seed": self.seed, "fast": self.fast}
 
     @property
     def quantities(self) -> dict[str, float]:

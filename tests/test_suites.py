@@ -84,6 +84,21 @@ def test_a_list_of_attacks_is_the_worst_of_them(job):
     assert all(b <= a for a, b in zip(answer["one"], answer["both"])) and answer["both"].count("1") <= answer["two"].count("1")
 
 
+@pytest.mark.parametrize("name", ["jat", "curves", "surface", "transfer", "claims"])
+def test_a_fast_job_answers_in_the_same_form(job, name):
+    few = replace(job, x=job.x[:6], y=job.y[:6])
+    plain, fast = run_suite(name, few), run_suite(name, replace(few, fast=True))
+    check_answer(name, fast)
+    assert fast.keys() == plain.keys()
+    if name == "jat":
+        assert fast["correct"]["Clean"] == plain["correct"]["Clean"]  # the verdict is the original's
+        assert sum(a != b for k in plain["correct"] for a, b in zip(plain["correct"][k], fast["correct"][k])) <= 3
+
+
+def test_a_fast_job_tells_every_evaluation(job):
+    assert replace(job, fast=True).options["fast"] is True and job.options["fast"] is False
+
+
 def test_only_the_first_images_where_a_suite_says_so(job):
     answer = run_suite(Suite({"Clean": ("clean", {})}, options={"n": 5}), job)
     assert answer["n"] == 5 and answer["correct"]["Clean"] == bits(job.model(job.x).argmax(1) == job.y)[:5]
