@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['to_png', 'read_pictures', 'label_pictures', 'attack_options', 'attack_pictures']
 
-# %% ../nbs/19_own_pictures.ipynb #ceba2523
+# %% ../nbs/19_own_pictures.ipynb #698a4374
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ def to_png(
     chosen = torch.where((fools[0] | ~fools[1]).view(-1, 1, 1, 1), level.round(), away)
     return chosen.clamp(0, 255).to(torch.uint8), fools[0] | fools[1]
 
-# %% ../nbs/19_own_pictures.ipynb #264e6bd0
+# %% ../nbs/19_own_pictures.ipynb #26c1db8a
 def read_pictures(
     path: str | Path,  # A picture file, or a folder that holds some at any depth
     side: int,  # Height and width to bring them to, in pixels
@@ -53,7 +53,7 @@ def read_pictures(
     stacked = torch.from_numpy(np.stack(pixels).reshape(-1, side, side, channels))
     return files, stacked.permute(0, 3, 1, 2).float().div(255)
 
-# %% ../nbs/19_own_pictures.ipynb #29ffdfc1
+# %% ../nbs/19_own_pictures.ipynb #9dcd472a
 def label_pictures(
     files: Sequence[Path],  # Picture files
     classes: Sequence[str],  # Names of the network's classes, in the order of its outputs
@@ -69,7 +69,7 @@ def label_pictures(
                          f"{', '.join(classes)}; take them out, or put all pictures into one folder")
     return torch.tensor([list(classes).index(name) for name in folders], device=answers.device), "folder"
 
-# %% ../nbs/19_own_pictures.ipynb #7da288dd
+# %% ../nbs/19_own_pictures.ipynb #2c0f4d89
 def attack_options(
     attack: str,  # Key of ATTACKS
     budget: Budget,  # Budgets and steps, of pixels and flow
@@ -87,7 +87,7 @@ def attack_options(
     taken = {name: value for name, value in both.items() if name in ATTACKS[attack].__kwdefaults__}
     return taken | ({"loss": LOSSES[loss]} if loss else {})
 
-# %% ../nbs/19_own_pictures.ipynb #36c44399
+# %% ../nbs/19_own_pictures.ipynb #66ef321d
 def _write(out: Path, names: Sequence[str], levels: Tensor, found: Adversarial, longest: float) -> None:
     "One PNG for each image, and one for its flow if there is a flow."
     flows = [p for p in found.params if p.shape[1:] == (2, *levels.shape[2:])]
@@ -112,7 +112,7 @@ def _one_batch(model: nn.Module, x: Tensor, y: Tensor, attack: Callable[..., Adv
              "within_budget_before_rounding": bool(w), "largest_change_255": round(float(d), 1)}
             for name, a, s, f, w, d in zip(names, after, found.success, fools, found.within, change)]
 
-# %% ../nbs/19_own_pictures.ipynb #dfeaf81c
+# %% ../nbs/19_own_pictures.ipynb #c3cd6f18
 def attack_pictures(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Pictures (N, C, H, W) in [0, 1]
