@@ -76,7 +76,7 @@ def restore(
 def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     bad = [k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
     if bad:
-        raise FloatingPointError(f"{path.name} is left as it was, because {bad[0]} is not finite now")
+        raise FloatingPointError(f"{path.name} is left as it was, because {bad[0]} is not finite")
 
 
 def save_state(
@@ -127,20 +127,24 @@ def run_identity(
     "What must be the same for two calls to be one run."
     sets = {"train": _of_data(train), "validation": validation and _of_data(validation)}
     form = getattr(unwrap(model), "metadata", None) or {}
-    return json.loads(json.dumps({"recipe": asdict(recipe), "model": form, **sets, "own": own or {}}))
+    facts = {"recipe": asdict(recipe), "model": form, **sets, "own": own or {}}
+    return json.loads(json.dumps(facts))  # as it will be read back
 
 # %% ../nbs/26_checkpoints.ipynb #244f5205
 def function_names(
-    given: Mapping[str, Any],  # By what they replace: functions, dicts of functions by role, or None
+    given: Mapping[str, Any],  # By what they replace: functions, dicts of them by role, or None
 ) -> dict[str, str]:  # module:name of each
     "The names under which own functions go on record; a function without a name is refused."
     flat: dict[str, Callable[..., Any]] = {}
     for what, value in given.items():
-        inner = {f"{what}[{k!r}]": v for k, v in value.items()} if isinstance(value, Mapping) else {what: value}
-        flat |= {k: v for k, v in inner.items() if v is not None}
+        if isinstance(value, Mapping):
+            flat |= {f"{what}[{k!r}]": v for k, v in value.items()}
+        elif value is not None:
+            flat[what] = value
     for what, function in flat.items():
         if getattr(function, "__name__", "<lambda>") == "<lambda>":
-            raise ValueError(f"{what} goes into run.json by its name and has none: give it one with def")
+            raise ValueError(f"{what} goes into run.json by its name and has none: "
+                             "give it one with def")
     return {k: f"{v.__module__}:{getattr(v, '__qualname__', v.__name__)}" for k, v in flat.items()}
 
 # %% ../nbs/26_checkpoints.ipynb #5df85b8f
@@ -239,7 +243,7 @@ def finished(
 def collapsed(
     history: list[dict[str, Any]],  # Rows of `fit`, with a validation set
 ) -> bool:  # Whether the last of them shows a collapse
-    "Catastrophic overfitting: below half of the best accuracy under the probe, itself at least 10 %."
+    "Catastrophic overfitting: below half of the best accuracy under the probe, which was 10 % or more."
     best = best_row(history)["val_robust"]
     return best >= 0.1 and history[-1]["val_robust"] < best / 2
 

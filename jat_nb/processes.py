@@ -58,8 +58,8 @@ def own_device(
         return torch.device("cpu" if device is None else device)
     own = _state().device
     if device is not None and torch.device(device).type != own.type:
-        raise ValueError(f"processes on {own.type!r} were asked to compute on {device}: leave the device "
-                         f"out or name {own.type!r}; `accelerate launch --cpu` leaves cards alone")
+        raise ValueError(f"processes on {own.type!r} were asked to compute on {device}: leave it out or "
+                         f"name {own.type!r}; `accelerate launch --cpu` leaves cards alone")
     return own
 
 # %% ../nbs/27_processes.ipynb #f12abff2
@@ -185,8 +185,8 @@ def distribute(
     layers = _statistics_of_all(model) if _state().device.type == "cuda" else nullcontext()
     with layers:
         try:
-            with warnings.catch_warnings():  # from torch 2.14 on the option has another name as well
-                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            with warnings.catch_warnings():  # since torch 2.14 the option has another name as well
+                warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
                 shared = engine.prepare_model(model)
             yield shared
         finally:
@@ -229,6 +229,6 @@ def report_lost() -> Iterator[None]:
         if processes().count == 1 or not _LOST.search(str(error)):
             raise
         rank, count = processes()
-        raise ConnectionError(f"process {rank} of {count} has lost another one and stops: see why it "
-                              "ended, then start the same command again, which goes on from the "
-                              "last checkpoint") from error
+        raise ConnectionError(f"process {rank} of {count} has lost another one and stops: see why "
+                              "it ended, then start the same command again, which goes on from "
+                              "the last checkpoint") from error

@@ -25,8 +25,8 @@ from .checkpoints import (RESUME, add_stretch, claim, collapsed, function_names,
 from .data import Batch, ImageSet, batches, num_batches
 from .losses import correct
 from .models import check_rebuildable, frozen, unwrap
-from .processes import (agree, bare, copy_buffers, distribute, from_first, on_first, own_device,
-                              processes, report_lost, timer, total)
+from .processes import (agree, bare, copy_buffers, distribute, from_first, on_first,
+                              own_device, processes, report_lost, timer, total)
 from .randomness import seed_from
 from .recipes import Bound, Recipe, bind, learning_rate, make_optimizer
 from .records import environment, progress, read_jsonl
@@ -89,7 +89,7 @@ def train_step(
 def accuracy(
     model: nn.Module,  # Classifier; its mode and buffers are left as they are
     data: ImageSet,  # Images and labels
-    attack: Callable[..., Tensor] | None = None,  # attack(model, x, y, generator=...) -> images; None: clean
+    attack: Callable[..., Tensor] | None = None,  # attack(model, x, y, generator=); None: clean
     *,
     batch_size: int = 256,  # Images per pass
     seed: int = 0,  # Seed of the attack: the same starts at every call
@@ -164,7 +164,8 @@ def _follow_first(run: _Run) -> None:
     "Take weights, buffers, moments and position over from the first process."
     if processes().count > 1:
         own = state_tensors(run.model, run.optimizer, run.average)
-        tensors, position = from_first(({k: v.detach().cpu() for k, v in own.items()}, run.position()))
+        portable = {k: v.detach().cpu() for k, v in own.items()}
+        tensors, position = from_first((portable, run.position()))
         run.move(position)
         restore(tensors, run.model, run.optimizer, run.average)
 
@@ -175,6 +176,12 @@ def _save(run: _Run, folder: Path, identity: Mapping[str, Any], published: bool)
     save_state(folder / RESUME, run.model, run.optimizer, state, average=run.average)
     if published:
         publish(folder, run.judged, run.history)
+
+# %% ../nbs/28_training.ipynb #49474e9c
+def _keep(run: _Run, folder: Path | None, identity: Mapping[str, Any], published: bool) -> None:
+    "Save in the first process, where there is a folder; a full disk stops all."
+    if folder is not None:
+        on_first(partial(_save, run, folder, identity, published))
 
 # %% ../nbs/28_training.ipynb #399a3c95
 def _batch(run: _Run, shared: nn.Module, batch: Batch) -> None:
@@ -187,8 +194,8 @@ def _batch(run: _Run, shared: nn.Module, batch: Batch) -> None:
         group["lr"] = lr
     torch.manual_seed(seed_from(r.seed, epoch, i, processes().rank, "model"))
     try:
-        loss = train_step(shared, batch, run.optimizer, run.bound.objective, run.bound.attacks, r.amp,
-                          clip_norm=r.clip_norm, accumulate=r.accumulate)
+        loss = train_step(shared, batch, run.optimizer, run.bound.objective, run.bound.attacks,
+                          r.amp, clip_norm=r.clip_norm, accumulate=r.accumulate)
     except FloatingPointError as error:
         where = f"epoch {epoch + 1}, iteration {i + 1} of {run.per_epoch}"
         raise FloatingPointError(f"{error} in {where}: lower lr (here {lr:.3g}), warm it up with "
@@ -214,8 +221,9 @@ def _train_epoch(run: _Run, shared: nn.Module, train: ImageSet, ticks: Iterator[
         run.seconds = time.perf_counter() - start
         if run.iteration < here and time_is_up():
             return None
-    row = {"epoch": len(run.history) + 1, "iterations": here, "lr": run.optimizer.param_groups[0]["lr"],
-           "loss": run.loss / images, "seconds": round(run.seconds, 3)}
+    lr = run.optimizer.param_groups[0]["lr"]
+    row = {"epoch": len(run.history) + 1, "iterations": here, "lr": lr, "loss": run.loss / images,
+           "seconds": round(run.seconds, 3)}
     run.iteration, run.loss, run.seconds = 0, 0.0, 0.0
     return row
 
@@ -246,7 +254,8 @@ def _check_fit(model: nn.Module, recipe: Recipe, train: ImageSet, validation: Im
         raise ValueError("expected an nn.Module and at least one image in each set, "
                          f"got {type(model).__name__} and {counts}")
     if (smallest := min(recipe.batch_size, len(train))) < processes().count:
-        raise ValueError(f"{processes().count} processes cannot share {smallest} images: start fewer")
+        raise ValueError(f"{processes().count} processes cannot share {smallest} images: "
+                         "start fewer")
     if kept and getattr(unwrap(model), "metadata", None):
         check_rebuildable(model)
 
@@ -294,13 +303,13 @@ def fit(
     train: ImageSet,  # Training images, moved to the device as bytes
     recipe: Recipe,  # Everything that decides the result, but the initial weights
     *,
-    validation: ImageSet | None = None,  # Held-out training images, never the test set; None: no probe
-    objective: Callable[..., Tensor] | None = None,  # Instead of the recipe's: f(model, batch, **attacks)
+    validation: ImageSet | None = None,  # Held-out training images, never the test set
+    objective: Callable[..., Tensor] | None = None,  # Instead of the recipe's
     attacks: Mapping[str, Callable[..., Tensor]] | None = None,  # Instead of the recipe's, by role
-    probe: Callable[..., Tensor] | None = None,  # Instead of the recipe's: f(model, x, y, generator=)
+    probe: Callable[..., Tensor] | None = None,  # Instead of the recipe's
     out: str | Path | None = None,  # Folder for log and checkpoints; the same run there is resumed
     about: Mapping[str, Any] | None = None,  # JSON-able facts for run.json, such as a recipe's name
-    seconds: float = math.inf,  # Stop after this long, ready to be resumed; the history is then shorter
+    seconds: float = math.inf,  # Stop after this long, ready to be resumed
     device: str | torch.device | None = None,  # Where to train; None: where the model is
 ) -> list[dict[str, Any]]:  # One row per epoch: loss, lr, seconds, val_clean, val_robust, collapsed
     "Train a model by a recipe, in one process or in all that were started together."
@@ -315,7 +324,7 @@ def fit(
         per_epoch = num_batches(len(train), recipe.batch_size, processes().count)
         time_is_up = timer(seconds, device)
         run = _start(model, recipe, bound, per_epoch, folder, identity, about or {}, device)
-        keep = lambda published: folder and on_first(partial(_save, run, folder, identity, published))
+        keep = partial(_keep, run, folder, identity)
         train, validation = train.to(device), None if validation is None else validation.to(device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             _train(run, train, validation, time_is_up, keep)
