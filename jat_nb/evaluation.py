@@ -169,22 +169,24 @@ def _watched(model: nn.Module) -> Iterator[list[Tensor]]:
     "For every pass back so far: which images of the input had a gradient that was not zero."
     moved: list[Tensor] = []
     def forward(module: nn.Module, inputs: tuple, logits: Any) -> None:
-        if inputs and isinstance(inputs[0], Tensor) and inputs[0].requires_grad and torch.is_grad_enabled():
-            inputs[0].register_hook(lambda grad: moved.append(grad.detach().flatten(1).ne(0).any(dim=1)))
+        x = inputs[0] if inputs else None
+        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+            x.register_hook(lambda grad: moved.append(grad.detach().flatten(1).ne(0).any(dim=1)))
     handle = model.register_forward_hook(forward)
     try: yield moved
     finally: handle.remove()
 
 def _ever_moved(moved: Sequence[Tensor], n: int) -> Tensor:
-    "Which of n images had a gradient in some pass; one of unknown images counts for all, so no alarm is false."
+    "Which of n images had a gradient in some pass; one of unknown images counts for all."
     found = torch.zeros(n, dtype=torch.bool)
     for mask in moved: found |= (mask if len(mask) == n else mask.any().expand(n)).cpu()
     return found
 
 # %% ../nbs/30_evaluation.ipynb #51443549
 def _foldable(graph: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
-    "Convolutions and the batch norms that alone read them; modules that are called twice are left out."
-    parts, calls = dict(graph.named_modules()), [n for n in graph.graph.nodes if n.op == "call_module"]
+    "Convolutions and the batch norms that alone read them; each module called once."
+    parts = dict(graph.named_modules())
+    calls = [n for n in graph.graph.nodes if n.op == "call_module"]
     once = {n for n in calls if [c.target for c in calls].count(n.target) == 1}
     pairs = [(n.args[0], n) for n in calls if type(parts[n.target]) is nn.BatchNorm2d]
     return [(conv, norm) for conv, norm in pairs if {conv, norm} <= once and len(conv.users) == 1
@@ -192,14 +194,15 @@ def _foldable(graph: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
 
 def _folded(module: nn.Module) -> nn.Module:
     "Batch norm folded into the convolution before it, in place, wherever that is exact."
-    if type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, nn.Sequential): return module
+    torchs_own = type(module).__module__.startswith("torch.nn.modules")
+    if torchs_own and not isinstance(module, nn.Sequential): return module
     try: graph = fx.symbolic_trace(module)
     except Exception:  # whatever the module's own code raises on a stand-in for images
         for name, part in list(module.named_children()): setattr(module, name, _folded(part))
         return module
     for conv, norm in _foldable(graph):
-        fused = fuse_conv_bn_eval(graph.get_submodule(conv.target), graph.get_submodule(norm.target))
-        graph.set_submodule(conv.target, fused)
+        pair = (graph.get_submodule(conv.target), graph.get_submodule(norm.target))
+        graph.set_submodule(conv.target, fuse_conv_bn_eval(*pair))
         norm.replace_all_uses_with(conv)
         graph.graph.erase_node(norm)
     graph.recompile()
@@ -233,17 +236,18 @@ def _passes(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         return logits.detach(), torch.autograd.grad((logits * weights).sum(), live)[0]
 
 def _agrees(model: nn.Module, other: nn.Module, x: Tensor, tolerance: float) -> bool:
-    "Whether the gradients of two networks differ by at most this share, the logits by 0.05 at most."
+    "Whether two gradients differ by at most this share, the logits by 0.05 at most."
     try: theirs = _passes(other, x)
     except Exception: return False  # a copy that cannot be used does not agree
     tolerances = (min(tolerance, 0.05), tolerance)
-    return all((a - b).norm() <= t * a.norm() for a, b, t in zip(_passes(model, x), theirs, tolerances))
+    pairs = zip(_passes(model, x), theirs, tolerances)
+    return all((a - b).norm() <= most * a.norm() for a, b, most in pairs)
 
 def fast_copy(
     model: nn.Module,  # Classifier in eval mode: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # A few images on the device of the model, to try the copy on
 ) -> nn.Module:  # A faster copy for attacks; the model itself where no copy agrees with it
-    "The network made for speed: batch norm folded, channels_last, bfloat16 where the processor has it."
+    "The network made for speed: batch norm folded, channels_last, bfloat16 where it is computed."
     with frozen(model), torch.inference_mode(False), torch.autocast(x.device.type, enabled=False):
         if not _agrees(model, model, x, 1e-4): return model  # it draws
         try: plain = copy.deepcopy(unwrap(model)).to(memory_format=torch.channels_last)
@@ -280,32 +284,38 @@ class _Trial:
     device: torch.device
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return self.x[rows.to(self.x.device)].to(self.device), self.y[rows.to(self.y.device)].to(self.device)
+        x, y = self.x[rows.to(self.x.device)], self.y[rows.to(self.y.device)]
+        return x.to(self.device), y.to(self.device)
 
     def right(self) -> Tensor:
         "Which images are classified correctly as they are (N,)."
         found = torch.zeros(len(self.x), dtype=torch.bool)
-        for rows in _shares(~found, None, self.batch_size): found[rows] = _verdict(self.model, *self.batch(rows)).cpu()
+        for rows in _shares(~found, None, self.batch_size):
+            found[rows] = _verdict(self.model, *self.batch(rows)).cpu()
         return total(found.int()).bool()
 
     def attack(self, name: str, attack: Attack, part: int, standing: Tensor) -> Tensor:
         "Which images were broken, were asked for a gradient, had one that was not zero (3, N)."
         found = torch.zeros(3, len(self.x), dtype=torch.bool)
-        for rows in _shares(standing, getattr(attack, "block", None), self.batch_size):
+        block = getattr(attack, "block", None)
+        for rows in _shares(standing, block, self.batch_size):
             with _watched(self.target) as moved:
                 broken, changed = self.broken(self.target, name, attack, part, rows)
-            if self.target is not self.model and getattr(attack, "block", None) and (changed & ~broken).any():
-                again = changed & ~broken
+            again = changed & ~broken
+            if block and self.target is not self.model and again.any():
                 broken[again] = self.broken(self.model, name, attack, part, rows[again])[0]
-            found[0, rows], found[1, rows], found[2, rows] = broken, bool(moved), _ever_moved(moved, len(rows))
+            found[0, rows], found[1, rows] = broken, bool(moved)
+            found[2, rows] = _ever_moved(moved, len(rows))
         return total(found.int()).bool()
 
-    def broken(self, target: nn.Module, name: str, attack: Attack, part: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def broken(self, target: nn.Module, name: str, attack: Attack, part: int, rows: Tensor
+               ) -> tuple[Tensor, Tensor]:
         "Which images an attack on `target` broke and which it changed (B,) each; the model judges."
         x, y = self.batch(rows)
         x_adv = attack(target, x, y, generator=image_generators(self.seed, rows.tolist(), part))
         check_result(name, x, x_adv)
-        return ~_verdict(self.model, x_adv.detach(), y).cpu(), (x_adv != x).flatten(1).any(dim=1).cpu()
+        changed = (x_adv != x).flatten(1).any(dim=1).cpu()
+        return ~_verdict(self.model, x_adv.detach(), y).cpu(), changed
 
 # %% ../nbs/30_evaluation.ipynb #3227df43
 def _check_call(model: nn.Module, x: Tensor, y: Tensor, entries: Mapping[str, Sequence[Attack]], batch_size: int

@@ -60,7 +60,8 @@ def transfer(
 ) -> Evaluation:  # Its `passes` count what the target sees
     "Black-box accuracy: every attack works on the source, and the target judges (JAT Table 5)."
     def elsewhere(attack: Attack) -> Attack:
-        def made(model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> Tensor: return attack(maker, x, y, **options)
+        def made(model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> Tensor:
+            return attack(maker, x, y, **options)
         made.block = getattr(attack, "block", None)
         return made
     crafted = {k: [elsewhere(a) for a in (v if isinstance(v, Sequence) else [v])] for k, v in suite.items()}
