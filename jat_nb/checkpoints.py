@@ -145,6 +145,9 @@ def function_names(
         if getattr(function, "__name__", "<lambda>") == "<lambda>":
             raise ValueError(f"{what} goes into run.json by its name and has none: "
                              "give it one with def")
+        if getattr(function, "__closure__", None) and "<locals>" in function.__qualname__:
+            raise ValueError(f"{what} goes into run.json as {function.__qualname__}, which does not "
+                             "say with what it was made: set its __qualname__ to a name that does")
     return {k: f"{v.__module__}:{getattr(v, '__qualname__', v.__name__)}" for k, v in flat.items()}
 
 # %% ../nbs/26_checkpoints.ipynb #5df85b8f

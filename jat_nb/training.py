@@ -96,7 +96,8 @@ def accuracy(
     amp: bool = False,  # bfloat16 autocast while attacking; the verdict itself is float32
 ) -> float:  # Share of images classified correctly, in [0, 1]
     "Clean or attacked accuracy in eval mode; several processes share the images."
-    device, (rank, count) = next(model.parameters()).device, processes()
+    model, (rank, count) = bare(model), processes()
+    device = next(model.parameters()).device
     right = torch.zeros((), dtype=torch.int64, device=device)
     for batch in batches(data, batch_size, seed=seed, part=rank, parts=count, device=device):
         x = batch.x

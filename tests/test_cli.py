@@ -161,6 +161,13 @@ def test_rounding_is_checked_on_what_is_written():
     assert ((levels.double() - 255 * x_adv.double()).abs() < 1).all()
 
 
+def test_a_network_that_answers_nan_is_fooled_by_every_picture():
+    class Lost(torch.nn.Module):
+        def forward(self, x): return torch.full((len(x), 3), torch.nan) + x.mean()
+    x, y = torch.rand(6, 1, 4, 4), torch.tensor([0, 1, 2, 0, 0, 1])  # argmax of NaN alone is class 0
+    assert to_png(Lost(), x, x, y)[1].all()
+
+
 @pytest.mark.parametrize("command, words, message", [
     (jat_train, "--recipe jat/joint --out {x}", "unknown recipe 'jat/joint'"),
     (jat_train, "--out {x}", "pass --recipe"), (jat_train, "--recipe jat/natural", "pass --recipe"),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from jat_nb.attacks import pgd
+from jat_nb.attacks import chain, pgd
 from jat_nb.data import Batch, ImageSet, batches
 from jat_nb.checkpoints import RESUME, best_row, collapsed, finished, load_state, save_state
 from jat_nb.models import create, load_weights
@@ -341,6 +341,18 @@ def test_own_functions_need_a_name_and_are_recorded(tmp_path):
             fit(net(), images(), madry, out=tmp_path / "new", **given)
         fit(net(), images(), madry, **given)
     assert not (tmp_path / "new").exists()
+
+
+def test_functions_made_by_others_are_told_apart(tmp_path):
+    madry = Recipe(objective="adversarial", attacks={"attack": [["pgd", {"steps": 1}]]}, **TINY)
+    near, far = (chain([partial(pgd, eps=eps, steps=1)] * 2) for eps in (0.01, 0.3))
+    with pytest.raises(ValueError, match="does not say with what it was made: set its __qualname__"):
+        fit(net(), images(), madry, out=tmp_path / "run", attacks={"attack": near})
+    assert not (tmp_path / "run").exists()
+    near.__qualname__, far.__qualname__ = "near", "far"
+    fit(net(), images(), madry, out=tmp_path / "run", attacks={"attack": near})
+    with pytest.raises(ValueError, match="holds another run"):
+        fit(net(), images(), madry, out=tmp_path / "run", attacks={"attack": far})
 
 
 def poisoned(model, batch):
