@@ -29,7 +29,7 @@ from .attacks import ATTACKS, double_pass, mi_fgsm, pgd, plan
 from .data import Batch, available, default_budget, load
 from .differences import Share, difference
 from .evaluation import Attack, evaluate, pgd_at
-from .losses import cross_entropy, dlr_loss, margin_loss
+from .losses import correct, cross_entropy, dlr_loss, margin_loss
 from .models import create, frozen, pretrained
 from .catalogue import recipes
 from .recipes import Recipe, bind, make_optimizer
@@ -275,7 +275,7 @@ def measure_peers(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, accuraci
         interleave(cases, 1)
         timed = _timed(p, cases, count, f"peers, {name}")
         with frozen(model), torch.no_grad():  # the verdict is in single precision
-            right = {k: model(torch.cat(found)).argmax(1) == y for k, found in timed.results.items()}
+            right = {k: correct(model(torch.cat(found)), y) for k, found in timed.results.items()}
         ratios = {k: timed.ratio(*pair) for k, pair in pairs.items()}
         ratios |= {f"accuracy {m} - fp32": paired_difference(right[f"jat_nb {m}"], right["jat_nb fp32"])
                    for m in p.modes[1:]}
