@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .attacks import double_pass, fgsm, ggsm, pgd
+from .attacks import double_pass, ggsm, pgd
 from .losses import correct
 from .models import frozen, unwrap
 from .processes import own_device, processes, total

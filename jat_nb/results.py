@@ -18,7 +18,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from .checkpoints import best_row
 from .catalogue import Paper, Row, papers, recipes
