@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-import torch
 from torch.testing import assert_close
 
 from jat_nb.attacks import double_pass, fgsm, ggsm, pgd
