@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .evaluation import Attack
-from .models import frozen
-from .processes import bare
+from .models import bare, frozen
 from .randomness import Randomness
 from .threats import Pixel, check_images, check_labels
 

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .attacks import double_pass, fgsm, ggsm, pgd
+from .attacks import double_pass, ggsm, pgd
 from .losses import correct
-from .models import frozen, unwrap
-from .processes import bare, own_device, processes, total
+from .models import bare, frozen, unwrap
+from .processes import own_device, processes, total
 from .randomness import image_generators
 from .threats import check_images, check_labels
 

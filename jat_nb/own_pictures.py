@@ -85,7 +85,7 @@ def attack_options(
     moved = "flow" if attack == "ggsm" else "pixel"
     both |= {"eps": both[f"eps_{moved}"], "step": both[f"step_{moved}"]}
     taken = {name: value for name, value in both.items() if name in ATTACKS[attack].__kwdefaults__}
-    return taken | ({"loss": LOSSES[loss]} if loss else {})
+    return taken | ({"loss": loss} if loss else {})
 
 # %% ../nbs/19_own_pictures.ipynb #66ef321d
 def _write(out: Path, names: Sequence[str], levels: Tensor, found: Adversarial, longest: float) -> None:

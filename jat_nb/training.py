@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -24,8 +24,8 @@ from .checkpoints import (RESUME, add_stretch, claim, collapsed, function_names,
                                 publish, restore, run_identity, save_state, state_tensors)
 from .data import Batch, ImageSet, batches, num_batches
 from .losses import correct
-from .models import check_rebuildable, frozen, unwrap
-from .processes import (agree, bare, copy_buffers, distribute, from_first, on_first,
+from .models import bare, check_rebuildable, frozen, unwrap
+from .processes import (agree, copy_buffers, distribute, from_first, on_first,
                               own_device, processes, report_lost, timer, total)
 from .randomness import seed_from
 from .recipes import Bound, Recipe, bind, learning_rate, make_optimizer

@@ -1,5 +1,6 @@
 "The four commands, one after the other, and everything they refuse."
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -161,11 +162,17 @@ def test_rounding_is_checked_on_what_is_written():
     assert ((levels.double() - 255 * x_adv.double()).abs() < 1).all()
 
 
-def test_a_network_that_answers_nan_is_fooled_by_every_picture():
-    class Lost(torch.nn.Module):
-        def forward(self, x): return torch.full((len(x), 3), torch.nan) + x.mean()
-    x, y = torch.rand(6, 1, 4, 4), torch.tensor([0, 1, 2, 0, 0, 1])  # argmax of NaN alone is class 0
-    assert to_png(Lost(), x, x, y)[1].all()
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_picture_that_is_answered_with_no_number_fools(value):
+    class Fails(torch.nn.Module):
+        "Names class 0 everywhere, but has no number for it above mid-grey."
+
+        def forward(self, x):
+            bright = x.flatten(1).mean(1) > 0.5
+            return torch.stack([torch.where(bright, value, 1.0), torch.zeros(len(x))], dim=1)
+
+    x_adv, y = torch.tensor([0.4, 0.6]).view(2, 1, 1, 1).expand(2, 1, 4, 4), torch.tensor([0, 0])
+    assert to_png(Fails(), x_adv - 0.2, x_adv, y)[1].tolist() == [False, True]
 
 
 @pytest.mark.parametrize("command, words, message", [

@@ -177,7 +177,7 @@ def test_curve_starts_at_the_clean_accuracy_and_is_exact_at_zero(case):
     assert curve.names == ("0.0", "0.5", "2.0") and curve.accuracy[0] == 35 / 40
 
 
-# -- an attack that could not see (F15)
+# -- an attack that could not see
 
 class Steps(nn.Module):
     "Sixteen grey levels, then a network: the same classes nearly everywhere, no gradient anywhere."

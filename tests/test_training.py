@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from jat_nb.attacks import chain, pgd
 from jat_nb.data import Batch, ImageSet, batches
-from jat_nb.checkpoints import RESUME, best_row, collapsed, finished, load_state, save_state
+from jat_nb.checkpoints import RESUME, best_row, collapsed, load_state, save_state, shortfall
 from jat_nb.models import create, load_weights
 from jat_nb.objectives import OBJECTIVES, adversarial, natural
 from jat_nb.records import read_jsonl
@@ -401,7 +401,7 @@ def test_weights_that_are_not_finite_are_not_published(tmp_path):
 def test_every_stretch_of_work_is_on_record(tmp_path):
     stretches = lambda: json.loads((tmp_path / "run.json").read_text())["stretches"]
     done = []
-    while not finished(NATURAL, done):
+    while shortfall(asdict(NATURAL), done):
         done = fit(net(), images(), NATURAL, out=tmp_path, seconds=0)
     seen = stretches()
     assert [(s["from"]["epoch"], s["from"]["iteration"]) for s in seen] == [(e, i) for e in (1, 2, 3) for i in (1, 2, 3)]
@@ -448,10 +448,10 @@ def test_a_run_may_be_counted_in_iterations(tmp_path):
     recipe = replace(NATURAL, epochs=None, iterations=5, milestones=(4,))
     whole, resumed = net(), net(2)
     history = fit(whole, images(), recipe, out=tmp_path / "whole")
-    assert [r["iterations"] for r in history] == [3, 2] and finished(recipe, history)
+    assert [r["iterations"] for r in history] == [3, 2] and not shortfall(asdict(recipe), history)
     assert_close([r["lr"] for r in history], [0.1, 0.01])
     with pytest.raises(KeyboardInterrupt): fit(dies(net(), 5), images(), recipe, out=tmp_path / "run")
-    assert not finished(recipe, read_jsonl(tmp_path / "run" / "log.jsonl"))
+    assert shortfall(asdict(recipe), read_jsonl(tmp_path / "run" / "log.jsonl"))
     assert bare(fit(resumed, images(), recipe, out=tmp_path / "run")) == bare(history) and equal(whole, resumed)
 
 

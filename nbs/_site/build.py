@@ -24,6 +24,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from PIL import Image, ImageChops, ImageStat
+
 import links
 import pages
 from book import NOTEBOOKS, ROOT, SITE, Book, BuildError, settings
@@ -41,6 +43,8 @@ def build(out: Path = DOCS, readme: Path = README) -> None:
         pages.stage(book, source)
         run_sphinx(source, site, Path(temporary, "doctrees"))
         text = pages.readme(book, site / "images")
+        for picture in site.rglob("*.png"):
+            shrink(picture)
         check(site)
         fingerprint["README.md"] = digest(text.encode())
         (site / "build.json").write_text(json.dumps(fingerprint, indent=1) + "\n")
@@ -50,6 +54,15 @@ def build(out: Path = DOCS, readme: Path = README) -> None:
     draft = readme.with_name(f".{readme.name}.new")
     draft.write_text(text, encoding="utf-8")
     os.replace(draft, readme)
+
+
+def shrink(path: Path) -> None:
+    "Store a figure with at most 256 colours where the eye sees no difference, else as it is but packed tighter."
+    full = Image.open(path).convert("RGB")
+    few = full.quantize(256, dither=Image.Dither.NONE)
+    off = ImageChops.difference(full, few.convert("RGB")).convert("L").point(lambda v: 255 * (v > 8))
+    visible = ImageStat.Stat(off).mean[0] / 255  # share of pixels that are off by more than 8 of 255
+    (few if visible < 0.005 else full).save(path, optimize=True)
 
 
 def run_sphinx(source: Path, site: Path, doctrees: Path) -> None:
