@@ -21,8 +21,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .attacks import double_pass, ggsm, pgd
 from .losses import correct
-from .models import bare, frozen, unwrap
-from .processes import own_device, processes, total
+from .models import bare, frozen, plain_state, tensor_hash, unwrap
+from .processes import agree, own_device, processes, total
 from .randomness import image_generators
 from .threats import check_images, check_labels
 
@@ -332,6 +332,9 @@ def _judge(model: nn.Module, x: Tensor, y: Tensor, suite: Mapping[str, Attack | 
     entries = {name: list(a) if isinstance(a, Sequence) else [a] for name, a in suite.items()}
     _check_call(model, x, y, entries, batch_size)
     model = bare(model)  # a distributed one would wait for the others in every pass
+    if processes().count > 1:
+        agree({"seed": seed, "attacks": [*entries], "images": x.shape, "labels": tensor_hash({"": y}),
+               "weights": tensor_hash(plain_state(model))})
     device = own_device(device or next((p.device for p in model.parameters()), x.device))
     with frozen(model), ExitStack() as stack:
         target = fast_copy(model, x[:4].to(device)) if fast and len(x) else model

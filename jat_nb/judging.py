@@ -20,7 +20,7 @@ from .checkpoints import shortfall
 from .data import ImageSet, default_budget, load
 from .evaluation import counted
 from .models import NormalizedModel, load_weights
-from .processes import on_first, processes
+from .processes import on_first, processes, total
 from .records import Record, check_writable, read_jsonl
 from .suites import Job, run_suite, suites
 
@@ -155,7 +155,8 @@ def judge(
     start = time.perf_counter()
     with counted(model) as count, torch.autocast(device.split(":")[0], torch.bfloat16, enabled=amp):
         record.metrics = run_suite(suite, job)
-    record.seconds, (record.forwards, record.backwards) = time.perf_counter() - start, count
+    record.seconds = time.perf_counter() - start
+    record.forwards, record.backwards = total(torch.tensor(count)).tolist()  # of all processes
     if processes().rank == 0:
         record.save(out)
     return record, True

@@ -215,7 +215,7 @@ def read_tensors(
             facts, tensors = f.metadata(), {k: f.get_tensor(k).clone() for k in f.keys()}
         damaged = "checksum" in facts and facts["checksum"] != tensor_hash(tensors, facts["jat_nb"])
         header = {} if damaged else dict(json.loads(facts["jat_nb"]))
-    except (SafetensorError, TypeError, KeyError, ValueError) as error:
+    except (SafetensorError, TypeError, KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a file of ours ({error}); write it again") from error
     if damaged:
         raise ValueError(f"{path} is damaged: its bits are not those that were written; restore it "

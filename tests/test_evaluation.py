@@ -1,4 +1,5 @@
 """The evaluator counts what survives: closed forms, invariance, and a model left as found."""
+import copy
 import json
 import os
 import socket
@@ -311,6 +312,13 @@ def as_they_come(model, x, y, generator):
     return torch.cat([x[i:i + 1] + 0 * model(x[i:i + 1]).sum() for i in range(len(x))]).detach()
 
 
+def again(model, more):
+    "The model, with another bias."
+    other = copy.deepcopy(model)
+    other[-1].bias.data += more
+    return other
+
+
 def wrapped_as_bare():
     "A distributed model waits for all processes in every pass; here they make different numbers of them."
     torch.manual_seed(0)
@@ -323,6 +331,9 @@ def wrapped_as_bare():
         alone, found = (evaluate(m, x, y, suite, batch_size=2, **options) for m in (model, shared))
         assert torch.equal(alone.correct, found.correct) and torch.equal(alone.passes, found.passes)
         assert torch.equal(alone.blind, found.blind) and found.passes[0, 1] > 0
+    for message, given in (("weights is .* in process 1", (again(model, processes().rank), y)),
+                           ("labels is .* in process 1", (model, (y + processes().rank) % 3))):
+        with pytest.raises(ValueError, match=message): evaluate(given[0], x, given[1], suite)
     assert accuracy(shared, data, pgd_at(0.01, 3), batch_size=3) == accuracy(model, data, pgd_at(0.01, 3), batch_size=3)
 
 

@@ -14,8 +14,10 @@ from torch.testing import assert_close
 from jat_nb.attacks import chain, pgd
 from jat_nb.data import Batch, ImageSet, batches
 from jat_nb.checkpoints import RESUME, best_row, collapsed, load_state, save_state, shortfall
+from jat_nb import training
 from jat_nb.models import create, load_weights
 from jat_nb.objectives import OBJECTIVES, adversarial, natural
+from jat_nb.processes import Processes
 from jat_nb.records import read_jsonl
 from jat_nb.recipes import Recipe, make_optimizer
 from jat_nb.training import _pieces, accuracy, fit, train_step
@@ -229,9 +231,23 @@ def test_parts_make_the_batch_and_none_has_a_single_image():
     assert torch.equal(torch.cat([p.x for p, _ in parts]), whole.x)
     assert math.isclose(sum(w for _, w in parts), 1) and math.isclose(sum(p.share for p, _ in parts), 0.5)
     assert len({torch.rand(1, generator=p.generator).item() for p, _ in parts}) == 5
-    assert min(len(p.y) for p, _ in _pieces(whole, 50)) == 2  # batch norm on one vector would stop the run
+    assert min(len(p.y) for p, _ in _pieces(whole, 50, 2)) == 2  # batch norm on one vector would stop the run
     one = next(batches(images(1), 1))
     assert _pieces(one, 4) == [(one, 1.0)]
+
+
+@pytest.mark.parametrize("n, count, parts", [(7, 2, 4), (11, 3, 2), (9, 4, 3), (16, 2, 50)])
+def test_unequal_shares_are_cut_into_equally_many_parts(n, count, parts):
+    "Batch norm that sees all cards would wait for ever for a part that only some processes have."
+    shares = [next(batches(images(n), n, part=part, parts=count)) for part in range(count)]
+    assert len({len(_pieces(share, parts, count)) for share in shares}) == 1
+
+
+def test_a_probe_of_fewer_images_than_processes_is_refused_before_training(monkeypatch):
+    monkeypatch.setattr(training, "processes", lambda: Processes(0, 2))
+    for recipe, held in ((NATURAL, 1), (replace(NATURAL, probe_images=1), 20)):
+        with pytest.raises(ValueError, match="2 processes cannot share 1 images"):
+            fit(net(), images(), recipe, validation=images(held, 1))
 
 
 @pytest.mark.parametrize("parts", [2, 3, 7])
