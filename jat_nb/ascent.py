@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .losses import LOSSES, correct, cross_entropy
-from .models import frozen
+from .models import bare, frozen
 from .randomness import Randomness
 from .threats import Threat, apply_chain, check_images, check_labels, contains_chain
 
@@ -177,11 +177,6 @@ def _report(
     return Adversarial(x_adv, tuple(params), tuple(threats), loss, success, contains_chain(threats, x, params),
                        objective.n_forward, objective.n_backward)
 
-# %% ../nbs/09_ascent.ipynb #324295d5
-def _local(model: nn.Module) -> nn.Module:
-    "The module inside DistributedDataParallel, whose own forward talks to other processes."
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-
 # %% ../nbs/09_ascent.ipynb #448943cd
 def _check_call(x: Tensor, y: Tensor, threats: Sequence[Threat], target: Tensor | None, restarts: int) -> None:
     check_images(x)
@@ -219,7 +214,7 @@ def ascend(
     """
     _check_call(x, y, threats, target, restarts)
     phases = plan(len(threats), steps, schedule)
-    model = _local(model)
+    model = bare(model)
     with torch.inference_mode(False), torch.no_grad(), frozen(model):
         x, y, target = (v if v is None else v.detach().clone() for v in (x, y, target))
         objective, kept = _Objective(model, y, target, loss), None
@@ -242,7 +237,7 @@ def assemble(
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1], detached
     "One image from parameters found apart, all budgets kept."
-    model = _local(model)
+    model = bare(model)
     with torch.inference_mode(False), torch.no_grad(), frozen(model):
         x, together = x.detach().clone(), []
         for i, (threat, part) in enumerate(zip(threats, found, strict=True)):

@@ -117,7 +117,7 @@ def joint_threats(
     step_flow: float | Tensor = 0.15,  # Flow step in pixels
     order: str = "spatial-pixel",  # "spatial-pixel" (JAT section 4) or "pixel-spatial" (section 6.3)
 ) -> list[Threat]:  # The two threats in order of application
-    "JAT's joint threat: a flow and a perturbation, in either order."
+    "The joint threat: a flow and a perturbation, in either order."
     flow, pixel = Flow(eps_flow, step_flow), Pixel(eps_pixel, step_pixel)
     orders = {"spatial-pixel": [flow, pixel], "pixel-spatial": [pixel, flow]}
     if order not in orders:

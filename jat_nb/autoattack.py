@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .evaluation import Attack
-from .models import frozen
+from .models import bare, frozen
 from .randomness import Randomness
 from .threats import Pixel, check_images, check_labels
 
@@ -88,7 +88,7 @@ def autoattack(
     names = {"linf": "Linf", "l2": "L2"}
     if norm.lower() not in names or batch_size < 1:
         raise ValueError(f"expected norm 'Linf' or 'L2' and batch_size >= 1, got {norm!r} and {batch_size}")
-    threat, found = Pixel(eps, norm=norm.lower()), []
+    threat, found, model = Pixel(eps, norm=norm.lower()), [], bare(model)
     with torch.inference_mode(False), torch.no_grad(), frozen(model), _contained(x):
         x, y = x.detach().clone(), y.detach().clone()
         predict = lambda v: model(v.to(x.dtype)).float().clone()  # the library writes into the logits

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['RESUME', 'state_tensors', 'restore', 'save_state', 'load_state', 'run_identity', 'function_names', 'claim',
-           'add_stretch', 'best_row', 'finished', 'collapsed', 'publish']
+           'add_stretch', 'best_row', 'shortfall', 'collapsed', 'publish']
 
 # %% ../nbs/26_checkpoints.ipynb #4d561cf1
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,9 @@ def function_names(
         if getattr(function, "__name__", "<lambda>") == "<lambda>":
             raise ValueError(f"{what} goes into run.json by its name and has none: "
                              "give it one with def")
+        if getattr(function, "__closure__", None) and "<locals>" in function.__qualname__:
+            raise ValueError(f"{what} goes into run.json as {function.__qualname__}, which does not "
+                             "say with what it was made: set its __qualname__ to a name that does")
     return {k: f"{v.__module__}:{getattr(v, '__qualname__', v.__name__)}" for k, v in flat.items()}
 
 # %% ../nbs/26_checkpoints.ipynb #5df85b8f
@@ -230,14 +233,16 @@ def best_row(
     return max(history, key=lambda row: (row["val_robust"], row["epoch"]))
 
 # %% ../nbs/26_checkpoints.ipynb #5a928fa4
-def finished(
-    recipe: Recipe,  # What was asked
-    history: list[dict[str, Any]],  # Rows of `fit`, or of a run's log
-) -> bool:  # Whether the run has come to its end
-    "Whether a log is that of a whole run, counted in epochs or iterations as the recipe does."
-    if recipe.iterations is None:
-        return len(history) >= recipe.epochs
-    return sum(row["iterations"] for row in history) >= recipe.iterations
+def shortfall(
+    recipe: Mapping[str, Any],  # What was asked, as run.json holds it
+    history: Sequence[Mapping[str, Any]],  # Rows of `fit`, or of a run's log
+) -> str:  # "3 of 8 epochs"; "" for the log of a whole run
+    "How far a run has come, counted in epochs or iterations as its recipe does."
+    unit = "epochs" if recipe.get("iterations") is None else "iterations"
+    done = len(history)
+    if unit == "iterations":
+        done = sum(row.get("iterations", 0) for row in history)
+    return "" if done == recipe.get(unit) else f"{done} of {recipe.get(unit)} {unit}"
 
 # %% ../nbs/26_checkpoints.ipynb #31d5623b
 def collapsed(

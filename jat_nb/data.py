@@ -474,6 +474,6 @@ _BUDGETS = {"digits": Budget(0.1, 0.5), "mnist": Budget(0.3, 0.3), "fashion_mnis
 
 def default_budget(
     name: str,  # Data set, as for `load`
-) -> Budget:  # Grey sets have their own; colour photographs get JAT's 8/255 and 0.3 pixels
+) -> Budget:  # Grey sets have their own; colour photographs 8/255 and 0.3 px (JAT section 6)
     "The budget this book uses on a data set."
     return _BUDGETS.get(name, Budget(8 / 255, 0.3))

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .attacks import double_pass, fgsm, ggsm, pgd
+from .attacks import double_pass, ggsm, pgd
 from .losses import correct
-from .models import frozen, unwrap
-from .processes import own_device, processes, total
+from .models import bare, frozen, plain_state, tensor_hash, unwrap
+from .processes import agree, own_device, processes, total
 from .randomness import image_generators
 from .threats import check_images, check_labels
 
@@ -188,7 +188,7 @@ def _foldable(graph: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
     parts = dict(graph.named_modules())
     calls = [n for n in graph.graph.nodes if n.op == "call_module"]
     once = {n for n in calls if [c.target for c in calls].count(n.target) == 1}
-    pairs = [(n.args[0], n) for n in calls if type(parts[n.target]) is nn.BatchNorm2d]
+    pairs = [(n.all_input_nodes[0], n) for n in calls if type(parts[n.target]) is nn.BatchNorm2d]
     return [(conv, norm) for conv, norm in pairs if {conv, norm} <= once and len(conv.users) == 1
             and type(parts[conv.target]) is nn.Conv2d and parts[norm.target].track_running_stats]
 
@@ -331,6 +331,10 @@ def _judge(model: nn.Module, x: Tensor, y: Tensor, suite: Mapping[str, Attack | 
            fast: bool = False) -> Evaluation:
     entries = {name: list(a) if isinstance(a, Sequence) else [a] for name, a in suite.items()}
     _check_call(model, x, y, entries, batch_size)
+    model = bare(model)  # a distributed one would wait for the others in every pass
+    if processes().count > 1:
+        agree({"seed": seed, "attacks": [*entries], "images": x.shape, "labels": tensor_hash({"": y}),
+               "weights": tensor_hash(plain_state(model))})
     device = own_device(device or next((p.device for p in model.parameters()), x.device))
     with frozen(model), ExitStack() as stack:
         target = fast_copy(model, x[:4].to(device)) if fast and len(x) else model

@@ -7,14 +7,12 @@ __all__ = ['smooth_grad', 'saliency', 'skewness', 'grain', 'directions', 'landsc
 
 # %% ../nbs/16_explain.ipynb #434564cb
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .losses import cross_entropy
 from .models import frozen
-from .randomness import Randomness
 from .threats import Threat, apply_chain, check_images, check_labels
 
 # %% ../nbs/16_explain.ipynb #7020d1d2

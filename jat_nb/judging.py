@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
+from .checkpoints import shortfall
 from .data import ImageSet, default_budget, load
 from .evaluation import counted
 from .models import NormalizedModel, load_weights
-from .processes import on_first, processes
+from .processes import on_first, processes, total
 from .records import Record, check_writable, read_jsonl
 from .suites import Job, run_suite, suites
 
@@ -57,10 +58,7 @@ def unfinished(
     run: str | Path,  # Folder of a run
 ) -> str:  # "3 of 8 epochs"; "" if the run has reached its end
     "How far a run has come, if it has not come to its end."
-    recipe, log = run_facts(run)["recipe"], read_jsonl(Path(run) / "log.jsonl")
-    unit = "iterations" if recipe.get("iterations") else "epochs"
-    done = sum(row["iterations"] for row in log) if unit == "iterations" else len(log)
-    return "" if done >= recipe[unit] else f"{done} of {recipe[unit]} {unit}"
+    return shortfall(run_facts(run)["recipe"], read_jsonl(Path(run) / "log.jsonl"))
 
 # %% ../nbs/39_judging.ipynb #d9442447
 def open_run(
@@ -157,7 +155,8 @@ def judge(
     start = time.perf_counter()
     with counted(model) as count, torch.autocast(device.split(":")[0], torch.bfloat16, enabled=amp):
         record.metrics = run_suite(suite, job)
-    record.seconds, (record.forwards, record.backwards) = time.perf_counter() - start, count
+    record.seconds = time.perf_counter() - start
+    record.forwards, record.backwards = total(torch.tensor(count)).tolist()  # of all processes
     if processes().rank == 0:
         record.save(out)
     return record, True

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .attacks import ATTACKS, Adversarial
 from .data import Budget, picture_files, read_picture
-from .losses import LOSSES
+from .losses import LOSSES, correct
 from .models import frozen
 from .pictures import flow_to_rgb
 from .randomness import image_generators
@@ -35,7 +35,7 @@ def to_png(
     level = 255 * x_adv.double()
     away = torch.where(x_adv > x, level.ceil(), level.floor())
     with frozen(model), torch.no_grad():
-        fools = [model((v / 255).to(x)).argmax(1) != y for v in (level.round(), away)]
+        fools = [~correct(model((v / 255).to(x)), y) for v in (level.round(), away)]
     chosen = torch.where((fools[0] | ~fools[1]).view(-1, 1, 1, 1), level.round(), away)
     return chosen.clamp(0, 255).to(torch.uint8), fools[0] | fools[1]
 
@@ -85,7 +85,7 @@ def attack_options(
     moved = "flow" if attack == "ggsm" else "pixel"
     both |= {"eps": both[f"eps_{moved}"], "step": both[f"step_{moved}"]}
     taken = {name: value for name, value in both.items() if name in ATTACKS[attack].__kwdefaults__}
-    return taken | ({"loss": LOSSES[loss]} if loss else {})
+    return taken | ({"loss": loss} if loss else {})
 
 # %% ../nbs/19_own_pictures.ipynb #66ef321d
 def _write(out: Path, names: Sequence[str], levels: Tensor, found: Adversarial, longest: float) -> None:

@@ -197,7 +197,7 @@ def ssim(
     top = (2 * (mean_a * mean_b) + 0.01**2) * (2 * (ab - mean_a * mean_b) + 0.03**2)
     variances = (aa - mean_a * mean_a) + (bb - mean_b * mean_b)
     bottom = (mean_a * mean_a + mean_b * mean_b + 0.01**2) * (variances + 0.03**2)
-    return (top / bottom).flatten(1).mean(dim=1)  # Eq. 2
+    return (top / bottom).flatten(1).mean(dim=1)  # Eq. 4
 
 # %% ../nbs/01_pictures.ipynb #0ab447e5
 def similarity(

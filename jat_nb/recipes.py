@@ -166,6 +166,18 @@ def _check_options(what: str, name: str, known: Mapping[str, Callable], options:
         else:
             _check_kind(f"{option} of {what} {name!r}", value, kinds.get(option, Any))
 
+# %% ../nbs/25_recipes.ipynb #51585322
+def _check_attack(what: str, name: str, options: Mapping[str, Any]) -> None:
+    "Refuse options that an attack does not take, and values that make no sense to it."
+    _check_options(what, name, ATTACKS, options, hidden=_OF_THE_CALL)
+    short = {k: min(options.get(k, 1), 1) for k in ("steps", "restarts")
+             if k in ATTACKS[name].__kwdefaults__}
+    image, label = torch.full((1, 1, 4, 4), 0.5), torch.zeros(1, dtype=torch.int64)
+    try:
+        ATTACKS[name](nn.Flatten(), image, label, generator=torch.Generator(), **options | short)
+    except ValueError as error:
+        raise ValueError(f"{what} {name!r}: {error}") from error
+
 # %% ../nbs/25_recipes.ipynb #68d165e2
 def _check_attacks(r: Recipe) -> None:
     "An attack for each role of the objective, and nothing else."
@@ -180,7 +192,7 @@ def _check_attacks(r: Recipe) -> None:
             raise ValueError(f"expected attacks[{role!r}] to be [[name, options], ...], got {given}")
         for name, options in pairs:
             _check_kind(f"the options of {name!r}", options, dict)
-            _check_options("attack", name, ATTACKS, options, hidden=_OF_THE_CALL)
+            _check_attack("attack", name, options)
 
 # %% ../nbs/25_recipes.ipynb #36de4509
 def _check_numbers(r: Recipe) -> None:
@@ -224,7 +236,7 @@ def _check_length(r: Recipe) -> None:
 def _check_recipe(r: Recipe) -> None:
     "Every mistake that can be seen before the first batch."
     _check_options("objective", r.objective, OBJECTIVES, r.objective_options)
-    _check_options("probe", r.probe, ATTACKS, r.probe_options, hidden=_OF_THE_CALL)
+    _check_attack("probe", r.probe, r.probe_options)
     _check_attacks(r)
     for name in r.augment:
         _check_name("augmentation", name, AUGMENTATIONS)

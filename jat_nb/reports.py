@@ -28,7 +28,7 @@ from .catalogue import Paper, adapt, papers, recipe, recipes
 from .differences import Share
 from .masking import autoattack_agrees
 from .records import TIERS, write_atomic
-from .results import Run, _columns, overview, paper_table, recipe_names, side_by_side, survivors
+from .results import Run, overview, paper_table, recipe_names, side_by_side, survivors
 
 # %% ../nbs/38_reports.ipynb #c174e648
 def _labels(names: Sequence[str]) -> list[str]:
@@ -228,10 +228,10 @@ def _masking(runs: Sequence[Run]) -> str:
             f"<tbody>{''.join(lines)}</tbody></table></div>")
 
 # %% ../nbs/38_reports.ipynb #eb951c53
-def _bars(runs: Sequence[Run]) -> list[str]:
+def _bars(runs: Sequence[Run], **group: str) -> list[str]:
     "The columns to draw: long attacks side by side, or else what was measured."
-    usable = [run for run in runs if run.usable]
-    known = dict.fromkeys(c for run in usable for c in _columns(run) if run.share(c) is not None)
+    table = overview(runs, **group)
+    known = [column for column in table if (table[column] != "-").any()]
     usual = [column for column in ("PGD20", "PGD100", "AutoAttack") if column in known]
     return usual or [column for column in known if column not in ("Clean", "Union")][:3]
 
@@ -239,7 +239,7 @@ def _bars(runs: Sequence[Run]) -> list[str]:
 def _drawings(runs: Sequence[Run], **group: str) -> str:
     "The figures of one group, and a small one per training."
     suites = {suite for run in runs if run.usable for suite in run.evaluations}
-    columns, drawn = _bars(runs), []
+    columns, drawn = _bars(runs, **group), []
     if columns: drawn.append(_drawing(attack_bars(runs, columns, **group), f"The same images under {', '.join(columns)}"))
     words = "Accuracy as the {} budget grows; dashed: the budget of the tables"
     if "curves" in suites:

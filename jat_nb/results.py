@@ -18,9 +18,8 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
 
-from .checkpoints import best_row
+from .checkpoints import best_row, shortfall
 from .catalogue import Paper, Row, papers, recipes
 from .differences import Share
 from .masking import checks_by_name
@@ -139,15 +138,6 @@ def _named(record: Record) -> Record:
     failed = [name for name, row in rows.items() if row["held"] is False]
     return replace(record, metrics=record.metrics | {"rows": list(rows.values()), "failed": failed})
 
-# %% ../nbs/36_results.ipynb #1d201ab5
-def _unfinished(recipe: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> str:
-    "How far an unfinished run came; a recipe counts epochs or iterations."
-    wanted = recipe.get("iterations")
-    if wanted is None:
-        return f"{len(log)} of {recipe.get('epochs')} epochs" * (len(log) != recipe.get("epochs"))
-    done = sum(row.get("iterations", 0) for row in log)
-    return f"{done} of {wanted} iterations" * (done != wanted)
-
 # %% ../nbs/36_results.ipynb #28351bf2
 def _log(path: Path) -> list[dict[str, Any]]:
     return [{"loss": float(row["loss"]), "epoch": int(row["epoch"])} | row for row in read_jsonl(path)]
@@ -168,7 +158,7 @@ def _read_run(path: Path, folder: str) -> Run:
     if missing := {"name", "tier", "data", "seed"} - set(about):
         problems.append(f"about lacks {', '.join(sorted(missing))}")
     log = _attempt(problems, _log, path / "log.jsonl", [])
-    if length := _unfinished(recipe, log): problems.append(length)
+    if length := shortfall(recipe, log): problems.append(length)
     if about.get("tier", "") not in ("", *TIERS): problems.append(f"unknown tier {about['tier']!r}")
     _attempt(problems, lambda p: Run(folder, about, recipe, machine, log, {}).plan, path / "run.json", None)
     usable, read = not problems, partial(_evaluation, facts=kept, log=log)

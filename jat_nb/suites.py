@@ -23,7 +23,6 @@ from .autoattack import autoattack_at
 from .catalogue import papers
 from .data import Budget
 from .evaluation import Attack, Evaluation, budget_curve, clean, evaluate, raw_accuracy
-from .losses import LOSSES
 from .masking import budget_surface, masking_report, random_flow, random_pixels, transfer
 from .pictures import similarity
 from .randomness import image_generators
@@ -84,7 +83,6 @@ def attack_from(
     if name not in ATTACKS:
         known = ", ".join([*_OTHERS, *ATTACKS])
         raise ValueError(f"unknown attack {name!r}: choose one of {known}")
-    if "loss" in options: options["loss"] = LOSSES[options["loss"]]
     return partial(ATTACKS[name], **options)
 
 # %% ../nbs/35_suites.ipynb #fc7b8b45

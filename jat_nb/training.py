@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -24,17 +24,18 @@ from .checkpoints import (RESUME, add_stretch, claim, collapsed, function_names,
                                 publish, restore, run_identity, save_state, state_tensors)
 from .data import Batch, ImageSet, batches, num_batches
 from .losses import correct
-from .models import check_rebuildable, frozen, unwrap
-from .processes import (agree, bare, copy_buffers, distribute, from_first, on_first,
+from .models import bare, check_rebuildable, frozen, unwrap
+from .processes import (agree, copy_buffers, distribute, from_first, on_first,
                               own_device, processes, report_lost, timer, total)
 from .randomness import seed_from
 from .recipes import Bound, Recipe, bind, learning_rate, make_optimizer
 from .records import environment, progress, read_jsonl
 
 # %% ../nbs/28_training.ipynb #ee7bda9e
-def _pieces(batch: Batch, parts: int) -> list[tuple[Batch, float]]:
-    "A batch in parts, each with its own generator, and the fraction of the batch that each is."
-    n, parts = len(batch.y), min(parts, max(1, len(batch.y) // 2))
+def _pieces(batch: Batch, parts: int, count: int = 1) -> list[tuple[Batch, float]]:
+    "A share in parts, each with its own generator and fraction; equally many in all processes."
+    n, fewest = len(batch.y), round(len(batch.y) / batch.share) // count  # images of a process
+    parts = min(parts, max(1, fewest // 2))
     if parts == 1:
         return [(batch, 1.0)]
     draws = torch.randint(2**62, (parts,), generator=batch.generator, device=batch.generator.device)
@@ -67,7 +68,7 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     count = 1 if bare(model) is model else processes().count
     given = {role: _on_bare(attack) for role, attack in (attacks or {}).items()}
-    value, pieces = batch.x.new_zeros(()), _pieces(batch, accumulate)
+    value, pieces = batch.x.new_zeros(()), _pieces(batch, accumulate, count)
     for i, (piece, fraction) in enumerate(pieces, 1):
         with nullcontext() if count == 1 or i == len(pieces) else model.no_sync():
             with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=amp):
@@ -96,7 +97,8 @@ def accuracy(
     amp: bool = False,  # bfloat16 autocast while attacking; the verdict itself is float32
 ) -> float:  # Share of images classified correctly, in [0, 1]
     "Clean or attacked accuracy in eval mode; several processes share the images."
-    device, (rank, count) = next(model.parameters()).device, processes()
+    model, (rank, count) = bare(model), processes()
+    device = next(model.parameters()).device
     right = torch.zeros((), dtype=torch.int64, device=device)
     for batch in batches(data, batch_size, seed=seed, part=rank, parts=count, device=device):
         x = batch.x
@@ -253,7 +255,8 @@ def _check_fit(model: nn.Module, recipe: Recipe, train: ImageSet, validation: Im
     if not isinstance(model, nn.Module) or 0 in counts:
         raise ValueError("expected an nn.Module and at least one image in each set, "
                          f"got {type(model).__name__} and {counts}")
-    if (smallest := min(recipe.batch_size, len(train))) < processes().count:
+    probed = [] if validation is None else [recipe.probe_images]
+    if (smallest := min(recipe.batch_size, *counts, *probed)) < processes().count:
         raise ValueError(f"{processes().count} processes cannot share {smallest} images: "
                          "start fewer")
     if kept and getattr(unwrap(model), "metadata", None):

@@ -1,6 +1,6 @@
 """Small networks whose robustness is known, for the chapters that doubt an attack."""
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class Scale(nn.Module):

@@ -3,13 +3,13 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict
 
 import pytest
 import torch
 from torch import nn
 
-from jat_nb.checkpoints import RESUME, add_stretch, claim, finished, load_state, publish, restore, save_state, state_tensors
+from jat_nb.checkpoints import RESUME, add_stretch, claim, load_state, publish, restore, save_state, shortfall, state_tensors
 from jat_nb.recipes import Recipe
 
 HOLD = "import sys, time; from jat_nb.checkpoints import claim; claim(sys.argv[1], {'lr': 1}); print('mine', flush=True); time.sleep(60)"
@@ -104,8 +104,9 @@ def test_numbers_that_are_not_finite_stay_off_the_disk(tmp_path, spoil):
         assert not (tmp_path / "log.jsonl").exists()
 
 
-def test_finished():
-    by_epochs = Recipe(epochs=2)
-    by_iterations = replace(by_epochs, epochs=None, iterations=5)
+def test_shortfall():
     rows = [{"iterations": 3}, {"iterations": 2}]
-    assert [finished(r, rows[:n]) for r in (by_epochs, by_iterations) for n in (0, 1, 2)] == [False, False, True] * 2
+    assert [shortfall({"epochs": 2}, rows[:n]) for n in (0, 1, 2)] == ["0 of 2 epochs", "1 of 2 epochs", ""]
+    counted = asdict(Recipe(iterations=5))
+    assert [shortfall(counted, rows[:n]) for n in (0, 1, 2)] == ["0 of 5 iterations", "3 of 5 iterations", ""]
+    assert shortfall({"epochs": 1}, rows) == "2 of 1 epochs" and shortfall({}, rows) == "2 of None epochs"

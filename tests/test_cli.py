@@ -1,5 +1,6 @@
 "The four commands, one after the other, and everything they refuse."
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -8,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_processes import launch, well
 
 import jat_nb
 from jat_nb import cli
 from jat_nb.catalogue import papers, recipes
 from jat_nb.cli import jat_attack, jat_eval, jat_report, jat_train, run_folder
 from jat_nb.data import load
+from jat_nb.judging import judge
 from jat_nb.models import load_weights, pretrained
 from jat_nb.own_pictures import to_png
 from jat_nb.records import Record, read_jsonl
@@ -54,6 +57,20 @@ def test_slices_of_time_end_with_the_same_weights(runs, tmp_path, capsys):
     assert statuses[-1] == 0 and len(statuses) > 2 and "goes on from here" in capsys.readouterr().out
     a, b = (load_weights(p / "last.safetensors").state_dict() for p in (tmp_path / "x", runs / "jat-natural-s0"))
     assert all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def judged(run):
+    judge(run, "jat", n=11, steps=2, batch_size=4, again=True)
+
+
+def test_a_record_counts_the_passes_of_all_processes(runs, tmp_path):
+    for name in ("one", "two"):
+        shutil.copytree(runs / "jat-natural-s0", tmp_path / name)
+    judged(tmp_path / "one")
+    well(launch(judged, tmp_path / "two"))
+    one, two = (Record.load(tmp_path / name / "eval-jat.json") for name in ("one", "two"))
+    assert (one.metrics, one.forwards, one.backwards) == (two.metrics, two.forwards, two.backwards)
+    assert one.backwards > 0
 
 
 def test_judge_attack_report(runs, tmp_path, capsys):
@@ -159,6 +176,19 @@ def test_rounding_is_checked_on_what_is_written():
     nearest = model((255 * x_adv).round() / 255).argmax(1) != y
     assert (fools | ~nearest).all()  # never worse than plain rounding
     assert ((levels.double() - 255 * x_adv.double()).abs() < 1).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_picture_that_is_answered_with_no_number_fools(value):
+    class Fails(torch.nn.Module):
+        "Names class 0 everywhere, but has no number for it above mid-grey."
+
+        def forward(self, x):
+            bright = x.flatten(1).mean(1) > 0.5
+            return torch.stack([torch.where(bright, value, 1.0), torch.zeros(len(x))], dim=1)
+
+    x_adv, y = torch.tensor([0.4, 0.6]).view(2, 1, 1, 1).expand(2, 1, 4, 4), torch.tensor([0, 0])
+    assert to_png(Fails(), x_adv - 0.2, x_adv, y)[1].tolist() == [False, True]
 
 
 @pytest.mark.parametrize("command, words, message", [

@@ -1,4 +1,5 @@
 """The evaluator counts what survives: closed forms, invariance, and a model left as found."""
+import copy
 import json
 import os
 import socket
@@ -11,12 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
+from test_processes import launch, well
 from torch import nn
 from torch.testing import assert_close
 
 from jat_nb.attacks import fgsm, pgd
+from jat_nb.autoattack import autoattack_at
+from jat_nb.data import ImageSet
 from jat_nb.evaluation import (Evaluation, budget_curve, clean, evaluate, ggsm_at, joint_at, pgd_at,
                                raw_accuracy, wilson_interval)
+from jat_nb.processes import processes
+from jat_nb.training import accuracy
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +178,7 @@ def test_curve_starts_at_the_clean_accuracy_and_is_exact_at_zero(case):
     assert curve.names == ("0.0", "0.5", "2.0") and curve.accuracy[0] == 35 / 40
 
 
-# -- an attack that could not see (F15)
+# -- an attack that could not see
 
 class Steps(nn.Module):
     "Sixteen grey levels, then a network: the same classes nearly everywhere, no gradient anywhere."
@@ -299,6 +305,40 @@ def test_two_processes_find_what_one_finds(case, tmp_path):
             assert torch.equal(a[0], b[0]) and torch.equal(a[2], b[2])
             assert torch.equal(a[1], b[1])  # the passes of all processes together
     assert 0 < one[0][0][2].sum() < 35
+
+
+def as_they_come(model, x, y, generator):
+    "An attack that calls the model itself, once for every image that it is given."
+    return torch.cat([x[i:i + 1] + 0 * model(x[i:i + 1]).sum() for i in range(len(x))]).detach()
+
+
+def again(model, more):
+    "The model, with another bias."
+    other = copy.deepcopy(model)
+    other[-1].bias.data += more
+    return other
+
+
+def wrapped_as_bare():
+    "A distributed model waits for all processes in every pass; here they make different numbers of them."
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 3)).eval()
+    x = torch.rand(11, 1, 8, 8)
+    y, shared = model(x).argmax(1), nn.parallel.DistributedDataParallel(model) if processes().count > 1 else model
+    data = ImageSet("toy", (255 * x).byte(), y, tuple("abc"))
+    suite = {"PGD": pgd_at(0.01, 3), "direct": as_they_come, "AutoAttack": autoattack_at(0.01, block=3, attacks=["apgd-ce"])}
+    for options in ({}, {"fast": True}):
+        alone, found = (evaluate(m, x, y, suite, batch_size=2, **options) for m in (model, shared))
+        assert torch.equal(alone.correct, found.correct) and torch.equal(alone.passes, found.passes)
+        assert torch.equal(alone.blind, found.blind) and found.passes[0, 1] > 0
+    for message, given in (("weights is .* in process 1", (again(model, processes().rank), y)),
+                           ("labels is .* in process 1", (model, (y + processes().rank) % 3))):
+        with pytest.raises(ValueError, match=message): evaluate(given[0], x, given[1], suite)
+    assert accuracy(shared, data, pgd_at(0.01, 3), batch_size=3) == accuracy(model, data, pgd_at(0.01, 3), batch_size=3)
+
+
+def test_a_distributed_model_is_judged_without_its_wrapper():
+    well(launch(wrapped_as_bare, timeout=100))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

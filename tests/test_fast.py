@@ -57,6 +57,23 @@ def called(model: nn.Module) -> int:
     return len(seen)
 
 
+class ByName(nn.Module):
+    "Hands images on by the name of the argument."
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.out = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 10)
+
+    def forward(self, x): return self.out(self.norm(input=self.conv(input=x)).mean((2, 3)))
+
+
+def test_a_batch_norm_called_by_name_is_folded_too():
+    model, x = lively(ByName()), torch.rand(4, 3, 16, 16)
+    copied = fast_copy(model, x)
+    assert copied is not model and called(copied) == 0
+    assert_close(copied(x), model(x), rtol=5e-2, atol=5e-2)
+
+
 @pytest.mark.parametrize("name, left", [("wrn_10_1_cifar", 4), ("resnet18_cifar", 0)])
 @pytest.mark.parametrize("half", [False])
 def test_batch_norms_after_convolutions_are_folded(processor, name, left):

@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.testing import assert_close
 
 from jat_nb import processes as module
-from jat_nb.models import create
-from jat_nb.processes import agree, bare, distribute, from_first, on_first, own_device, processes, report_lost, total
+from jat_nb.models import bare, create
+from jat_nb.processes import agree, distribute, from_first, on_first, own_device, processes, report_lost, total
 
 
 def launch(work, *arguments, count=2, timeout=150):

@@ -19,7 +19,7 @@ PROMISED = {
     "randomness": "seed_from image_generators uniform",
     "threats": "Pixel Flow Affine apply_chain contains_chain check_images check_labels",
     "data": "ImageSet load available batches num_batches crop_flip random_crop_flip picture_files read_picture Batch DATASETS default_budget",
-    "models": "NormalizedModel create frozen unwrap plain_state check_rebuildable tensor_hash write_tensors read_tensors "
+    "models": "NormalizedModel create frozen unwrap bare plain_state check_rebuildable tensor_hash write_tensors read_tensors "
               "save_weights load_weights pretrained zoo",
     "backbones": "SmallCNN PreActBlock PreActResNet wide_resnet resnet18_cifar",
     "records": "Record write_json append_jsonl write_atomic environment progress",
@@ -28,11 +28,11 @@ PROMISED = {
     "attacks": "Adversarial ascend chain fgsm pgd mi_fgsm ggsm one_pass cascade double_pass",
     "objectives": "natural adversarial jat roles OBJECTIVES",
     "recipes": "Recipe Bound bind learning_rate make_optimizer",
-    "processes": "Processes processes own_device total from_first on_first agree distribute bare copy_buffers timer report_lost",
+    "processes": "Processes processes own_device total from_first on_first agree distribute copy_buffers timer report_lost",
     "training": "fit",
     "catalogue": "Row Paper Tier TIER Setting papers register recipe recipes adapt setting",
     "papers.jat": "PAPER RECIPES ROWS COLUMNS SYNONYMS OWN_SUITES CLAIMS jat_suite",
-    "checkpoints": "save_state load_state state_tensors restore claim add_stretch run_identity function_names publish finished best_row collapsed",
+    "checkpoints": "save_state load_state state_tensors restore claim add_stretch run_identity function_names publish shortfall best_row collapsed",
     "contract": "Check check_attack",
     "autoattack": "autoattack",
     "masking": "random_pixels random_flow transfer steps_curve budget_surface local_linearity masking_report",

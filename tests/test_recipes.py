@@ -73,6 +73,20 @@ def test_nested_options_are_checked_by_kind(options, message):
         Recipe(**{**BASE, **options})
 
 
+@pytest.mark.parametrize("options, message", [
+    (of(steps=0), "attack 'double_pass': expected at least one step"), (of("pgd", norm="l3"), "attack 'pgd': .*norm"),
+    (of("pgd", eps=8), "attack 'pgd': "), (of("mi_fgsm", restarts=0), "attack 'mi_fgsm': expected at least one start"),
+    (of("ggsm", eps=-0.3), "attack 'ggsm': "), (of("ggsm", padding="mirror"), "attack 'ggsm': .*padding"),
+    (of("one_pass", order="both"), "unknown order 'both'"), (dict(probe="pgd", probe_options={"eps": 80}), "probe 'pgd': "),
+    (dict(attacks={"attack": [["pgd", {}], ["cascade", {"steps": -1}]]}), "attack 'cascade': "),
+])
+def test_values_that_an_attack_would_refuse_are_refused_in_the_recipe(options, message):
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match=message): Recipe(**{**BASE, **options})
+    Recipe(**BASE)
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_recipes_share_nothing():
     options = {"steps": 1}
     a = Recipe(**{**BASE, **of(**options)})

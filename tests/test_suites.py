@@ -7,12 +7,12 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-import torch
 from torch.testing import assert_close
 
-from jat_nb.attacks import double_pass, fgsm, ggsm
+from jat_nb.attacks import double_pass, fgsm, ggsm, pgd
 from jat_nb.data import default_budget, load
 from jat_nb.evaluation import clean, evaluate, ggsm_at, pgd_at
+from jat_nb.losses import margin_loss
 from jat_nb.models import pretrained
 from jat_nb.randomness import image_generators
 from jat_nb.suites import SUITES, Job, Suite, attacks_from, bits, check_answer, quantity, run_suite, suites, with_bits
@@ -41,6 +41,15 @@ def test_masking_and_autoattack_answer(job):
     assert not set(SUITES) & set(JAT)
     answer = run_suite("autoattack", replace(job, x=job.x[:2], y=(job.y[:2] + 1) % 10))  # wrong already: nothing to attack
     assert answer["correct"] == {"Clean": "00", "AutoAttack": "00"}
+
+
+def test_a_column_names_its_loss(job):
+    column = ("pgd", {"eps": "eps_pixel", "steps": "steps", "loss": "margin"})
+    by_name = run_suite(Suite({"PGD": column}), job)["correct"]["PGD"]
+    asked = {"PGD": partial(pgd, eps=job.budget.eps_pixel, steps=job.steps, loss=margin_loss)}
+    assert by_name == bits(evaluate(job.model, job.x, job.y, asked).correct[0])
+    with pytest.raises(ValueError, match="unknown loss 'hinge': choose one of cross_entropy, margin, dlr"):
+        run_suite(Suite({"PGD": (column[0], column[1] | {"loss": "hinge"})}), job)
 
 
 def test_columns_and_their_bits(job):

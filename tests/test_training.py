@@ -11,11 +11,13 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from jat_nb.attacks import pgd
+from jat_nb.attacks import chain, pgd
 from jat_nb.data import Batch, ImageSet, batches
-from jat_nb.checkpoints import RESUME, best_row, collapsed, finished, load_state, save_state
+from jat_nb.checkpoints import RESUME, best_row, collapsed, load_state, save_state, shortfall
+from jat_nb import training
 from jat_nb.models import create, load_weights
 from jat_nb.objectives import OBJECTIVES, adversarial, natural
+from jat_nb.processes import Processes
 from jat_nb.records import read_jsonl
 from jat_nb.recipes import Recipe, make_optimizer
 from jat_nb.training import _pieces, accuracy, fit, train_step
@@ -229,9 +231,23 @@ def test_parts_make_the_batch_and_none_has_a_single_image():
     assert torch.equal(torch.cat([p.x for p, _ in parts]), whole.x)
     assert math.isclose(sum(w for _, w in parts), 1) and math.isclose(sum(p.share for p, _ in parts), 0.5)
     assert len({torch.rand(1, generator=p.generator).item() for p, _ in parts}) == 5
-    assert min(len(p.y) for p, _ in _pieces(whole, 50)) == 2  # batch norm on one vector would stop the run
+    assert min(len(p.y) for p, _ in _pieces(whole, 50, 2)) == 2  # batch norm on one vector would stop the run
     one = next(batches(images(1), 1))
     assert _pieces(one, 4) == [(one, 1.0)]
+
+
+@pytest.mark.parametrize("n, count, parts", [(7, 2, 4), (11, 3, 2), (9, 4, 3), (16, 2, 50)])
+def test_unequal_shares_are_cut_into_equally_many_parts(n, count, parts):
+    "Batch norm that sees all cards would wait for ever for a part that only some processes have."
+    shares = [next(batches(images(n), n, part=part, parts=count)) for part in range(count)]
+    assert len({len(_pieces(share, parts, count)) for share in shares}) == 1
+
+
+def test_a_probe_of_fewer_images_than_processes_is_refused_before_training(monkeypatch):
+    monkeypatch.setattr(training, "processes", lambda: Processes(0, 2))
+    for recipe, held in ((NATURAL, 1), (replace(NATURAL, probe_images=1), 20)):
+        with pytest.raises(ValueError, match="2 processes cannot share 1 images"):
+            fit(net(), images(), recipe, validation=images(held, 1))
 
 
 @pytest.mark.parametrize("parts", [2, 3, 7])
@@ -343,6 +359,18 @@ def test_own_functions_need_a_name_and_are_recorded(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_functions_made_by_others_are_told_apart(tmp_path):
+    madry = Recipe(objective="adversarial", attacks={"attack": [["pgd", {"steps": 1}]]}, **TINY)
+    near, far = (chain([partial(pgd, eps=eps, steps=1)] * 2) for eps in (0.01, 0.3))
+    with pytest.raises(ValueError, match="does not say with what it was made: set its __qualname__"):
+        fit(net(), images(), madry, out=tmp_path / "run", attacks={"attack": near})
+    assert not (tmp_path / "run").exists()
+    near.__qualname__, far.__qualname__ = "near", "far"
+    fit(net(), images(), madry, out=tmp_path / "run", attacks={"attack": near})
+    with pytest.raises(ValueError, match="holds another run"):
+        fit(net(), images(), madry, out=tmp_path / "run", attacks={"attack": far})
+
+
 def poisoned(model, batch):
     "A finite loss whose gradient is not: the root of zero."
     return natural(model, batch) + (0 * model(batch.x)).abs().sum().sqrt()
@@ -389,7 +417,7 @@ def test_weights_that_are_not_finite_are_not_published(tmp_path):
 def test_every_stretch_of_work_is_on_record(tmp_path):
     stretches = lambda: json.loads((tmp_path / "run.json").read_text())["stretches"]
     done = []
-    while not finished(NATURAL, done):
+    while shortfall(asdict(NATURAL), done):
         done = fit(net(), images(), NATURAL, out=tmp_path, seconds=0)
     seen = stretches()
     assert [(s["from"]["epoch"], s["from"]["iteration"]) for s in seen] == [(e, i) for e in (1, 2, 3) for i in (1, 2, 3)]
@@ -436,10 +464,10 @@ def test_a_run_may_be_counted_in_iterations(tmp_path):
     recipe = replace(NATURAL, epochs=None, iterations=5, milestones=(4,))
     whole, resumed = net(), net(2)
     history = fit(whole, images(), recipe, out=tmp_path / "whole")
-    assert [r["iterations"] for r in history] == [3, 2] and finished(recipe, history)
+    assert [r["iterations"] for r in history] == [3, 2] and not shortfall(asdict(recipe), history)
     assert_close([r["lr"] for r in history], [0.1, 0.01])
     with pytest.raises(KeyboardInterrupt): fit(dies(net(), 5), images(), recipe, out=tmp_path / "run")
-    assert not finished(recipe, read_jsonl(tmp_path / "run" / "log.jsonl"))
+    assert shortfall(asdict(recipe), read_jsonl(tmp_path / "run" / "log.jsonl"))
     assert bare(fit(resumed, images(), recipe, out=tmp_path / "run")) == bare(history) and equal(whole, resumed)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import nn
 
 from jat_nb.models import (NormalizedModel, check_rebuildable, create, load_weights, plain_state, pretrained,
@@ -213,6 +213,12 @@ def test_headers_that_make_no_sense_are_refused(change, tmp_path):
     with pytest.raises(ValueError, match="a.safetensors") as caught:
         load_weights(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_header_without_bottom_is_refused(tmp_path):
+    path, text = tmp_path / "deep.safetensors", "[" * 100_000 + "]" * 100_000
+    path.write_bytes(save({"a": torch.ones(1)}, metadata={"jat_nb": text}))
+    with pytest.raises(ValueError, match="is not a file of ours"): load_weights(path)
 
 
 def test_a_bad_folder_is_named(tmp_path):
