@@ -119,8 +119,8 @@ def bare(
     model: nn.Module,  # Perhaps shared by several processes
 ) -> nn.Module:  # The module of this process; the model itself where nothing is shared
     "The module to attack and to judge: its gradients are nobody else's business."
-    shared = isinstance(model, nn.parallel.DistributedDataParallel)
-    return model.module if shared else model
+    whole = getattr(model, "_orig_mod", model)  # torch.compile may have wrapped the wrapper
+    return whole.module if isinstance(whole, nn.parallel.DistributedDataParallel) else model
 
 # %% ../nbs/08_models.ipynb #9dcb555a
 def plain_state(

@@ -105,7 +105,7 @@ def accuracy(
         if attack is not None and len(x):
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 x = attack(model, x, batch.y, generator=batch.generator)
-        with frozen(model), torch.no_grad():
+        with frozen(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
             right += correct(model(x), batch.y).sum() if len(x) else 0
     return int(total(right)) / len(data)
 

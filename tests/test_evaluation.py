@@ -327,8 +327,9 @@ def wrapped_as_bare():
     y, shared = model(x).argmax(1), nn.parallel.DistributedDataParallel(model) if processes().count > 1 else model
     data = ImageSet("toy", (255 * x).byte(), y, tuple("abc"))
     suite = {"PGD": pgd_at(0.01, 3), "direct": as_they_come, "AutoAttack": autoattack_at(0.01, block=3, attacks=["apgd-ce"])}
-    for options in ({}, {"fast": True}):
-        alone, found = (evaluate(m, x, y, suite, batch_size=2, **options) for m in (model, shared))
+    compiled = torch.compile(shared, backend="eager")
+    for wrapped, options in ((shared, {}), (shared, {"fast": True}), (compiled, {})):
+        alone, found = (evaluate(m, x, y, suite, batch_size=2, **options) for m in (model, wrapped))
         assert torch.equal(alone.correct, found.correct) and torch.equal(alone.passes, found.passes)
         assert torch.equal(alone.blind, found.blind) and found.passes[0, 1] > 0
     for message, given in (("weights is .* in process 1", (again(model, processes().rank), y)),

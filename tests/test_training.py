@@ -400,6 +400,13 @@ def test_a_network_that_answers_nan_is_right_about_nothing():
     assert accuracy(Blind(), images(30)) == 0 and accuracy(Blind(), images(30), lambda model, x, y, **_: x) == 0
 
 
+def test_the_verdict_of_accuracy_is_in_single_precision():
+    seen, model = [], net()
+    model.register_forward_hook(lambda module, inputs, logits: seen.append(logits.dtype))
+    with torch.autocast("cpu", torch.bfloat16): accuracy(model, images(20), partial(pgd, steps=1), amp=True)
+    assert seen == [torch.bfloat16, torch.float32]
+
+
 def test_weights_that_are_not_finite_are_not_published(tmp_path):
     model, held = net(), images(20, 1)
     fit(model, images(), NATURAL, validation=held, out=tmp_path, seconds=0)
