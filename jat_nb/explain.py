@@ -22,14 +22,15 @@ def smooth_grad(
     y: Tensor,  # True classes (B,), int64
     *,
     n: int = 100,  # Noisy copies of each image (Pareto Eq. 10)
-    sigma: float = 0.1,  # Standard deviation of the noise, in units of each image's range (Pareto Eq. 10)
+    sigma: float = 0.1,  # Standard deviation of the noise, as a share of each image's range (ibid.)
     batch_size: int = 250,  # Copies computed at once: memory and speed, not the result
     generator: torch.Generator | None = None,  # Source of the noise
 ) -> Tensor:  # Mean gradient of the true class's logit (B, C, H, W)
     "SmoothGrad (Smilkov et al. 2017)."
     check_images(x), check_labels(y, x)
     if n < 1 or sigma < 0 or batch_size < 1:
-        raise ValueError(f"expected n >= 1, sigma >= 0 and batch_size >= 1, got {n}, {sigma} and {batch_size}")
+        raise ValueError("expected n >= 1, sigma >= 0 and batch_size >= 1, "
+                         f"got {n}, {sigma} and {batch_size}")
     scale = sigma * (x.flatten(1).amax(1) - x.flatten(1).amin(1)).view(-1, 1, 1, 1)
     total, chunk = torch.zeros_like(x), max(1, batch_size // len(x))
     with frozen(model), torch.enable_grad():
@@ -69,18 +70,18 @@ def skewness(
 def grain(
     maps: Tensor,  # Maps (B, H, W)
 ) -> Tensor:  # Share of the energy at high frequencies (B,), in [0, 1]
-    "Energy of a map above half the highest frequency in either direction, over all energy but the mean's."
+    "Energy above half the highest frequency in either direction, over all but the mean's."
     energy = torch.fft.fft2(maps - maps.mean(dim=(1, 2), keepdim=True)).abs().square()
-    across, down = (torch.fft.fftfreq(side, device=maps.device).abs() for side in (maps.shape[2], maps.shape[1]))
+    down, across = (torch.fft.fftfreq(n, device=maps.device).abs() for n in maps.shape[1:])
     high = torch.maximum(down[:, None], across[None]) > 0.25  # cycles per pixel; the highest is 0.5
-    total = energy.sum(dim=(1, 2))
-    return torch.where(total > 0, (energy * high).sum(dim=(1, 2)) / torch.where(total > 0, total, 1), 0)
+    total, coarse = energy.sum(dim=(1, 2)), (energy * ~high).sum(dim=(1, 2))
+    return torch.where(total > 0, 1 - coarse / torch.where(total > 0, total, 1), 0)
 
 # %% ../nbs/16_explain.ipynb #da559934
 def directions(
     params: Sequence[Tensor],  # Parameters of each threat, batch first
     generator: torch.Generator | None = None,  # Source of the draws
-) -> tuple[Tensor, ...]:  # A random direction of the same shape and norm for each block of each image
+) -> tuple[Tensor, ...]:  # A random direction for each block, of the same norm image by image
     "Filter normalisation applied to an attack's parameters (Pareto section 3.2, Figure 2)."
     found = []
     for p in params:
@@ -95,7 +96,7 @@ def landscape(
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
     y: Tensor,  # True classes (B,), int64
     threats: Sequence[Threat],  # Threats in the order of application
-    params: Sequence[Tensor],  # Where the slice is centred: one tensor for each threat, none of them zero
+    params: Sequence[Tensor],  # Centre of the slice: one tensor for each threat, none of them zero
     *,
     points: int = 21,  # Grid points on each side, odd: the middle one is the centre
     generator: torch.Generator | None = None,  # Source of the two directions
@@ -103,7 +104,8 @@ def landscape(
     "The loss on a plane through an attack's parameters."
     check_images(x), check_labels(y, x)
     if not all(p.abs().sum() > 0 for p in params):
-        raise ValueError("expected parameters that are not all zero: start from a random draw, as threat.init(x) does")
+        raise ValueError("expected parameters that are not all zero: "
+                         "start from a random draw, as threat.init(x) does")
     first, second = directions(params, generator), directions(params, generator)
     surface, grid = torch.empty(points, points), torch.linspace(-1, 1, points).tolist()
     with frozen(model), torch.no_grad():

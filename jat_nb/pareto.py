@@ -25,9 +25,11 @@ def moments(
     "Mean and second moment of a window of losses."
     rows = np.asarray(losses, dtype=np.float64)
     if rows.ndim != 2 or rows.shape[1] < 2 or not len(rows):
-        raise ValueError(f"expected losses (n, k) of at least two kinds, got {rows.shape}: one row for each batch")
+        raise ValueError(f"expected losses (n, k) of at least two kinds, got {rows.shape}: "
+                         "one row for each batch")
     if not np.isfinite(rows).all() or (rows < 0).any():
-        raise ValueError("expected finite losses of at least 0: leave batches with NaN or infinite losses out")
+        raise ValueError("expected finite losses of at least 0: leave batches with NaN or "
+                         "infinite losses out")
     return rows.mean(axis=0), rows.T @ rows / len(rows)
 
 # %% ../nbs/24_pareto.ipynb #abb9641b
@@ -46,7 +48,7 @@ def feasible_r(
     balanced = 0.0 if mean.min() <= 0 else (len(mean) - 1) / float((1 / mean).sum())
     return balanced, largest
 
-
+# %% ../nbs/24_pareto.ipynb #0b733e76
 def effective_r(
     r: float,  # What is required: nats, or a position in [-1, 1] for "relative"
     mean: NDArray,  # Mean losses (k,), nats, the natural one first
@@ -56,11 +58,13 @@ def effective_r(
     balanced, largest = feasible_r(mean)
     if mode == "relative":
         if not -1 <= r <= 1:
-            raise ValueError(f"expected r in [-1, 1] in mode 'relative', got {r}: it is a position, not a loss")
+            raise ValueError(f"expected r in [-1, 1] in mode 'relative', got {r}: "
+                             "it is a position, not a loss")
         return balanced * (1 + r) if r <= 0 else balanced + r * (largest - balanced), False
     if not 0 <= r < np.inf:
         raise ValueError(f"expected r of at least 0 nats, got {r}: it is a weighted robust loss")
-    return (r, r > largest) if mode != "clip" else (min(r, (1 - 1e-3) * largest), r > (1 - 1e-3) * largest)
+    most = (1 - 1e-3) * largest if mode == "clip" else largest
+    return (min(r, most) if mode == "clip" else r), r > most
 
 # %% ../nbs/24_pareto.ipynb #297e7d8f
 def _on_support(P: NDArray, mean: NDArray, r: float, support: NDArray) -> NDArray | None:
@@ -82,10 +86,11 @@ def active_set(
     r: float,  # Requirement that can be had, nats
 ) -> NDArray:  # Weights (k,) on the simplex
     "The minimum of Eq. 1, by trying every set of positive weights."
-    sets = (np.array(support) for support in product((False, True), repeat=len(mean)) if any(support))
-    found = [alpha for support in sets if (alpha := _on_support(P, mean, r, support)) is not None]
+    sets = [np.array(s) for s in product((False, True), repeat=len(mean)) if any(s)]
+    found = [alpha for s in sets if (alpha := _on_support(P, mean, r, s)) is not None]
     if not found:
-        raise ValueError(f"no weights give a robust loss of {r:.4g} nats with means {mean}: see effective_r")
+        raise ValueError(f"no weights give a robust loss of {r:.4g} nats with means {mean}: "
+                         "see effective_r")
     return min(found, key=lambda alpha: alpha @ P @ alpha)
 
 # %% ../nbs/24_pareto.ipynb #a7f9bc88
@@ -94,18 +99,20 @@ def _factor(P: NDArray) -> NDArray:
     values, vectors = np.linalg.eigh(P)
     return np.sqrt(values.clip(min=0))[:, None] * vectors.T
 
-
+# %% ../nbs/24_pareto.ipynb #3b8adbbc
 @lru_cache(maxsize=None)
 def _programme(k: int, demand: bool) -> tuple[cp.Problem, cp.Variable, dict[str, cp.Parameter]]:
     "Eq. 1 for k losses, compiled once; without `demand` the requirement is part of the objective."
     alpha = cp.Variable(k, nonneg=True)
-    given = {"S": cp.Parameter((k + 1, k)), "t": cp.Parameter(k + 1), "m": cp.Parameter(k), "r": cp.Parameter()}
+    shapes = {"S": (k + 1, k), "t": (k + 1,), "m": (k,), "r": ()}
+    given = {name: cp.Parameter(shape) for name, shape in shapes.items()}
+    differ = cp.sum_squares(given["S"] @ alpha - given["t"])
     constraints = [cp.sum(alpha) == 1] + ([given["m"] @ alpha == given["r"]] if demand else [])
-    return cp.Problem(cp.Minimize(cp.sum_squares(given["S"] @ alpha - given["t"])), constraints), alpha, given
+    return cp.Problem(cp.Minimize(differ), constraints), alpha, given
 
 # %% ../nbs/24_pareto.ipynb #4210e6fa
-SOLVERS: Mapping[str, Mapping[str, Any]] = {
-    "CLARABEL": {}, "OSQP": {"eps_abs": 1e-10, "eps_rel": 1e-10}}  # cvxpy's names in the order they are tried, options
+SOLVERS: Mapping[str, Mapping[str, Any]] = {  # cvxpy's names, in the order they are tried
+    "CLARABEL": {}, "OSQP": {"eps_abs": 1e-10, "eps_rel": 1e-10}}
 
 
 @dataclass(frozen=True)
@@ -123,8 +130,9 @@ def _ask(solver: str, P: NDArray, mean: NDArray, r: float, slack: bool) -> NDArr
     k, m = len(mean), np.r_[0.0, mean[1:]]
     row = np.sqrt(10 * np.trace(P) / k) * slack  # the mean loss is 1
     problem, alpha, given = _programme(k, not slack)
-    given["S"].value, given["t"].value = np.vstack([_factor(P), row * m]), np.r_[np.zeros(k), row * r]
-    given["m"].value, given["r"].value = m, r
+    numbers = {"S": np.vstack([_factor(P), row * m]), "t": np.r_[np.zeros(k), row * r], "m": m, "r": r}
+    for name, value in numbers.items():
+        given[name].value = value
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an inaccurate solution, which the status says too
@@ -144,7 +152,7 @@ def solve_weights(
     *,
     mode: str = "clip",  # What to do where r is out of reach: "clip", "hold", "slack" or "relative"
     previous: NDArray | None = None,  # Weights (k,) that "hold" keeps; None: equal ones
-    solvers: Iterable[str] = tuple(SOLVERS),  # Names of cvxpy's solvers to try in turn; none: the active set
+    solvers: Iterable[str] = tuple(SOLVERS),  # cvxpy's solvers to try in turn; none: the active set
 ) -> Weights:  # On the simplex whatever happens
     "Solve Eq. 1 (Pareto section 4.4)."
     if mode not in ("clip", "hold", "slack", "relative"):
@@ -157,7 +165,8 @@ def solve_weights(
     for solver in solvers:
         if (alpha := _ask(solver, P, scaled, required, mode == "slack")) is not None:
             exact = None if mode == "slack" else _on_support(P, scaled, required, alpha > 1e-6)
-            better = exact is not None and exact @ P @ exact <= alpha @ P @ alpha + 1e-12 * np.trace(P)
+            most = alpha @ P @ alpha + 1e-12 * np.trace(P)
+            better = exact is not None and exact @ P @ exact <= most
             return Weights(exact if better else alpha, used, clipped, solver)
     reachable = min(required, float(scaled[1:].max()))
     return Weights(active_set(P, scaled, reachable), used, clipped, "active set")
@@ -178,8 +187,10 @@ def pareto_front(
     "The points that no other point dominates."
     points = np.asarray(points, dtype=float)
     if points.ndim != 2 or np.isnan(points).any():
-        raise ValueError(f"expected points (n, d) without NaN, got {points.shape}: leave unjudged networks out")
-    return np.array([not any(dominates(other, point) for other in points) for point in points], dtype=bool)
+        raise ValueError(f"expected points (n, d) without NaN, got {points.shape}: "
+                         "leave unjudged networks out")
+    beaten = [any(dominates(other, point) for other in points) for point in points]
+    return ~np.array(beaten, dtype=bool)
 
 # %% ../nbs/24_pareto.ipynb #f258c121
 def universal_score(
@@ -188,7 +199,8 @@ def universal_score(
 ) -> float:  # Sum of the differences, points
     "Universal robustness (Pareto section 4.4, Table 1)."
     if set(scores) != set(natural) or not scores:
-        raise ValueError(f"expected the same families for both networks, got {sorted(scores)} and {sorted(natural)}")
+        raise ValueError(f"expected the same families for both networks, got {sorted(scores)} "
+                         f"and {sorted(natural)}: judge both by the same attacks")
     return sum(scores[family] - natural[family] for family in scores)
 
 # %% ../nbs/24_pareto.ipynb #fe214b21
@@ -212,7 +224,7 @@ def hypervolume(
 def knee(
     points: ArrayLike,  # Two qualities of each network (n, 2), larger is better
 ) -> int:  # Index of the knee; of the front's only point if there is one
-    "The point of the front farthest from the line between its ends, in units of the front's width and height."
+    "The point of the front farthest from the line between its ends, in units of width and height."
     points = np.asarray(points, dtype=float)
     front = np.flatnonzero(pareto_front(points))
     size = np.ptp(points[front], axis=0)
