@@ -77,7 +77,7 @@ def test_counts_of_the_smoke_record(smoke):
     assert metrics["peers"]["n"] == p.n and metrics["peers"]["data"] == "digits"
     assert all(0 <= a <= 100 for a in metrics["peers"]["accuracy"].values())
     fast = metrics["fast"]
-    assert {len(v) for v in fast["seconds"].values()} == {p.rounds} and fast["n"] == p.n
+    assert {len(v) for v in fast["seconds"].values()} == {2} and fast["n"] == p.n  # half the rounds, at least two
     for kind in ("natural", "joint"):  # the same images: the gap is the difference of the two accuracies
         gap = fast["accuracy"][f"digits-{kind}, fast"] - fast["accuracy"][f"digits-{kind}, fp32"]
         assert fast["findings"][f"accuracy fast - fp32, digits-{kind}"]["median"] == pytest.approx(gap, abs=1e-9)
