@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import Named
-from .data import Batch
+from .batches import Batch
 from .losses import (bilateral_labels, cross_entropy, most_confusing_target, random_target, smooth_labels,
                            soft_cross_entropy, uniform_labels)
 from .models import frozen

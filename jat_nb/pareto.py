@@ -20,7 +20,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from .data import Batch
+from .batches import Batch
 from .objectives import State, attacked_losses
 
 # %% ../nbs/24_pareto.ipynb #619d295c

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import ATTACKS, chain
-from .data import AUGMENTATIONS
+from .batches import AUGMENTATIONS
 from .losses import LOSSES
 from .objectives import OBJECTIVES, WithMemory, roles
 

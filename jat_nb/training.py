@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from .batches import Batch, batches, num_batches
 from .checkpoints import (RESUME, add_stretch, claim, collapsed, function_names, load_state,
                                 publish, restore, run_identity, save_state, state_tensors)
-from .data import Batch, ImageSet, batches, num_batches
+from .data import ImageSet
 from .losses import correct
 from .models import bare, check_rebuildable, frozen, unwrap
 from .objectives import State, WithMemory

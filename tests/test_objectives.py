@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from jat_nb.attacks import cascade, double_pass, ggsm, one_pass, pgd
-from jat_nb.data import Batch
+from jat_nb.batches import Batch
 from jat_nb.losses import bilateral_labels
 from jat_nb.objectives import (OBJECTIVES, adversarial, choose_target, clean_logits, jat, natural, roles, training_labels)
 

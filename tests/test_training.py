@@ -12,7 +12,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from jat_nb.attacks import chain, pgd
-from jat_nb.data import Batch, ImageSet, batches
+from jat_nb.batches import Batch, batches
+from jat_nb.data import ImageSet
 from jat_nb.checkpoints import RESUME, best_row, collapsed, load_state, save_state, shortfall
 from jat_nb import training
 from jat_nb.models import create, load_weights
