@@ -7,8 +7,8 @@ __all__ = ['Attack', 'ATTACKS', 'fgsm', 'pgd', 'mi_fgsm', 'ggsm', 'joint_threats
            'Named', 'Adversarial', 'Loss', 'ascend', 'plan']
 
 # %% ../nbs/10_attacks.ipynb #5f51356f
-import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pkgutil import resolve_name
 from typing import Any
 
 from torch import Tensor, nn
@@ -243,15 +243,18 @@ def chain(
     return chained
 
 # %% ../nbs/10_attacks.ipynb #96897181
-class Named(Mapping):
-    "Functions by name; one of a later chapter is written 'module:function' and fetched when asked for."
+class Named(Mapping[str, Callable[..., Any]]):
+    "Functions by name; one that is written as module:function is looked up when it is asked for."
 
     def __init__(self, entries: Mapping[str, Callable[..., Any] | str]) -> None:
         self._entries = dict(entries)
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
         entry = self._entries[name]
-        return pkgutil.resolve_name(entry) if isinstance(entry, str) else entry
+        return resolve_name(entry) if isinstance(entry, str) else entry
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -260,6 +263,5 @@ class Named(Mapping):
         return len(self._entries)
 
 
-ATTACKS: Mapping[str, Attack] = Named(
-    {f.__name__: f for f in (fgsm, pgd, mi_fgsm, ggsm, one_pass, cascade, double_pass)}
-    | {name: f"jat_nb.spatial:{name}" for name in ("affine", "integrated")})  # for recipes
+ATTACKS = Named({f.__name__: f for f in (fgsm, pgd, mi_fgsm, ggsm, one_pass, cascade, double_pass)}
+                | {name: f"jat_nb.spatial:{name}" for name in ("affine", "integrated")})  # for recipes
