@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import ATTACKS, double_pass, mi_fgsm, pgd, plan
-from .data import Batch, available, default_budget, load
+from .batches import Batch
+from .data import available, default_budget, load
 from .differences import Share, difference
 from .evaluation import Attack, evaluate, pgd_at
 from .losses import correct, cross_entropy, dlr_loss, margin_loss

@@ -23,9 +23,10 @@ import torch
 from fastcore.docments import docments
 
 import jat_nb
+from .batches import batches
 from .catalogue import Setting, papers, recipes, setting
 from .claims import judge_claims
-from .data import Budget, batches, default_budget
+from .data import Budget, default_budget
 from .judging import find_runs, judge, open_run, run_facts, sources_for, unfinished
 from .models import frozen
 from .own_pictures import attack_options, attack_pictures, label_pictures, read_pictures

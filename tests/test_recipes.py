@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from jat_nb.attacks import ATTACKS, ggsm, pgd
-from jat_nb.data import Batch
+from jat_nb.batches import Batch
 from jat_nb.losses import margin_loss
 from jat_nb.objectives import jat, natural
 from jat_nb.recipes import Recipe, bind, learning_rate, make_optimizer

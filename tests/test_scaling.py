@@ -14,7 +14,8 @@ from conftest import ROOT, cells
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from jat_nb.data import batches, load
+from jat_nb.batches import batches
+from jat_nb.data import load
 from jat_nb.models import create
 from jat_nb.recipes import Recipe, bind, make_optimizer
 from jat_nb.training import train_step
