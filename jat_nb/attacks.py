@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Attack', 'ATTACKS', 'fgsm', 'pgd', 'mi_fgsm', 'ggsm', 'joint_threats', 'double_pass', 'one_pass', 'cascade', 'chain',
-           'Adversarial', 'Loss', 'ascend', 'plan']
+           'Named', 'Adversarial', 'Loss', 'ascend', 'plan']
 
 # %% ../nbs/10_attacks.ipynb #5f51356f
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pkgutil import resolve_name
 from typing import Any
 
 from torch import Tensor, nn
@@ -242,4 +243,25 @@ def chain(
     return chained
 
 # %% ../nbs/10_attacks.ipynb #96897181
-ATTACKS = {f.__name__: f for f in (fgsm, pgd, mi_fgsm, ggsm, one_pass, cascade, double_pass)}  # by name, for recipes
+class Named(Mapping[str, Callable[..., Any]]):
+    "Functions by name; one that is written as module:function is looked up when it is asked for."
+
+    def __init__(self, entries: Mapping[str, Callable[..., Any] | str]) -> None:
+        self._entries = dict(entries)
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        entry = self._entries[name]
+        return resolve_name(entry) if isinstance(entry, str) else entry
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+ATTACKS = Named({f.__name__: f for f in (fgsm, pgd, mi_fgsm, ggsm, one_pass, cascade, double_pass)}
+                | {name: f"jat_nb.spatial:{name}" for name in ("affine", "integrated")})  # for recipes

@@ -9,7 +9,7 @@ __all__ = ['RESUME', 'state_tensors', 'restore', 'save_state', 'load_state', 'ru
 # %% ../nbs/26_checkpoints.ipynb #4d561cf1
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,13 @@ def state_tensors(
     model: nn.Module,  # Its parameters and buffers
     optimizer: torch.optim.Optimizer,  # Its momentum or moments
     average: nn.Module | None = None,  # Averaged weights, where there are any
+    memory: Mapping[str, Tensor] | None = None,  # What the objective remembers, where it does
 ) -> dict[str, Tensor]:  # By name, sharing memory with their owners
     "All numbers that a run needs to go on."
     moments = optimizer.state_dict()["state"]
     tensors = {f"optimizer.{i}.{k}": v for i, own in moments.items() for k, v in own.items()
                if isinstance(v, Tensor)}
+    tensors |= {f"objective.{k}": v for k, v in (memory or {}).items()}
     for prefix, part in _parts(model, average).items():
         tensors |= {f"{prefix}.{k}": v for k, v in plain_state(part).items()}
     return tensors
@@ -60,11 +62,17 @@ def restore(
     model: nn.Module,  # Gets the parameters and buffers
     optimizer: torch.optim.Optimizer,  # Gets the momentum or moments
     average: nn.Module | None = None,  # Gets the averages
+    memory: dict[str, Tensor] | None = None,  # Gets what the objective remembered
 ) -> None:
     "Put all numbers of a run back in place."
     for prefix, part in _parts(model, average).items():
         own = {k: v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
         _fill(part, {k.removeprefix(f"{prefix}."): v for k, v in own.items()})
+    kept = {k: v.clone() for k, v in tensors.items() if k.startswith("objective.")}
+    if {f"objective.{k}" for k in memory or {}} != kept.keys():
+        raise ValueError(f"the objective remembers {sorted(memory or {})}, not {sorted(kept)}")
+    if memory is not None:
+        memory.update({k.removeprefix("objective."): v for k, v in kept.items()})
     moments: dict[int, dict[str, Tensor]] = {}
     for key in (k for k in tensors if k.startswith("optimizer.")):
         _, i, name = key.split(".", 2)
@@ -86,9 +94,10 @@ def save_state(
     state: Mapping[str, Any],  # JSON-able rest: position, history, recipe
     *,
     average: nn.Module | None = None,  # Averaged weights, where there are any
+    memory: Mapping[str, Tensor] | None = None,  # What the objective remembers, where it does
 ) -> None:
     "Everything a run needs to go on, in one file."
-    tensors = state_tensors(model, optimizer, average)
+    tensors = state_tensors(model, optimizer, average, memory)
     _check_finite(Path(path), tensors)
     write_tensors(path, tensors, state)
 
@@ -99,11 +108,12 @@ def load_state(
     optimizer: torch.optim.Optimizer,  # Gets the stored momentum or moments
     *,
     average: nn.Module | None = None,  # Gets the stored averages
+    memory: dict[str, Tensor] | None = None,  # Gets what the objective remembered
 ) -> dict[str, Any]:  # The `state` that was saved
     "Put a run back where it was; nothing in the file is executed."
     try:
         tensors, state = read_tensors(path)
-        restore(tensors, model, optimizer, average)
+        restore(tensors, model, optimizer, average, memory)
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path} does not hold a run of this model ({error}): "
                          "use another `out`") from error
@@ -127,10 +137,24 @@ def run_identity(
     "What must be the same for two calls to be one run."
     sets = {"train": _of_data(train), "validation": validation and _of_data(validation)}
     form = getattr(unwrap(model), "metadata", None) or {}
-    facts = {"recipe": asdict(recipe), "model": form, **sets, "own": own or {}}
+    order = {"roles": list(recipe.attacks)} if len(recipe.attacks) > 1 else {}  # dicts have none
+    facts = {"recipe": asdict(recipe), **order, "model": form, **sets, "own": own or {}}
     return json.loads(json.dumps(facts))  # as it will be read back
 
 # %% ../nbs/26_checkpoints.ipynb #244f5205
+def _name_of(what: str, function: Callable[..., Any]) -> str:
+    "Module and name of a function, or of a dataclass with its fields."
+    if is_dataclass(function) and " at 0x" not in repr(function):
+        return f"{function.__module__}:{function!r}"
+    if getattr(function, "__name__", "<lambda>") == "<lambda>":
+        raise ValueError(f"{what} goes into run.json by its name and has none: "
+                         "give it one with def")
+    if getattr(function, "__closure__", None) and "<locals>" in function.__qualname__:
+        raise ValueError(f"{what} goes into run.json as {function.__qualname__}, which does not "
+                         "say with what it was made: set its __qualname__ to a name that does")
+    return f"{function.__module__}:{getattr(function, '__qualname__', function.__name__)}"
+
+
 def function_names(
     given: Mapping[str, Any],  # By what they replace: functions, dicts of them by role, or None
 ) -> dict[str, str]:  # module:name of each
@@ -141,14 +165,7 @@ def function_names(
             flat |= {f"{what}[{k!r}]": v for k, v in value.items()}
         elif value is not None:
             flat[what] = value
-    for what, function in flat.items():
-        if getattr(function, "__name__", "<lambda>") == "<lambda>":
-            raise ValueError(f"{what} goes into run.json by its name and has none: "
-                             "give it one with def")
-        if getattr(function, "__closure__", None) and "<locals>" in function.__qualname__:
-            raise ValueError(f"{what} goes into run.json as {function.__qualname__}, which does not "
-                             "say with what it was made: set its __qualname__ to a name that does")
-    return {k: f"{v.__module__}:{getattr(v, '__qualname__', v.__name__)}" for k, v in flat.items()}
+    return {what: _name_of(what, function) for what, function in flat.items()}
 
 # %% ../nbs/26_checkpoints.ipynb #5df85b8f
 _LOCKS: dict[Path, FileLock] = {}  # folders of this process, held until it ends

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .attacks import ATTACKS, chain
 from .batches import AUGMENTATIONS
 from .losses import LOSSES
-from .objectives import OBJECTIVES, roles
+from .objectives import OBJECTIVES, WithMemory, roles
 
 # %% ../nbs/25_recipes.ipynb #24cbcc46
 _Schedule = Literal["multistep", "onecycle", "cosine", "constant", "piecewise"]
@@ -156,10 +156,12 @@ def _check_options(what: str, name: str, known: Mapping[str, Callable], options:
     "Refuse an unknown function, a keyword it does not take, or a value of another kind."
     _check_name(what, name, known)
     kinds, parameters = get_type_hints(known[name]), inspect.signature(known[name]).parameters
-    named = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY and p.name not in hidden]
-    if not set(options) <= set(named):
-        raise ValueError(f"{what} {name!r} takes {', '.join(named) or 'no options'}; "
-                         f"got {', '.join(options)}")
+    named = [p for p in parameters.values() if p.kind is p.KEYWORD_ONLY and p.name not in hidden]
+    names, needed = [p.name for p in named], {p.name for p in named if p.default is p.empty}
+    if not needed <= set(options) <= set(names):
+        without = f" and needs {', '.join(sorted(needed))}" if needed else ""
+        raise ValueError(f"{what} {name!r} takes {', '.join(names) or 'no options'}{without}; "
+                         f"got {', '.join(options) or 'none'}")
     for option, value in options.items():
         if option == "loss":
             _check_name("loss", value, LOSSES)
@@ -178,13 +180,39 @@ def _check_attack(what: str, name: str, options: Mapping[str, Any]) -> None:
     except ValueError as error:
         raise ValueError(f"{what} {name!r}: {error}") from error
 
-# %% ../nbs/25_recipes.ipynb #68d165e2
-def _check_attacks(r: Recipe) -> None:
+# %% ../nbs/25_recipes.ipynb #24c59dac
+def _objective(r: Recipe) -> Callable[..., Any]:
+    "The objective of a recipe: a function with its options, or the instance of a class."
+    entry = OBJECTIVES[r.objective]
+    if not inspect.isclass(entry):
+        return partial(entry, **r.objective_options)
+    try:
+        return entry(**r.objective_options)
+    except ValueError as error:
+        raise ValueError(f"objective {r.objective!r}: {error}") from error
+
+# %% ../nbs/25_recipes.ipynb #942299f6
+def _check_roles(r: Recipe) -> None:
     "An attack for each role of the objective, and nothing else."
-    needed = roles(OBJECTIVES[r.objective])
-    if set(r.attacks) != set(needed):
+    objective = _objective(r)
+    needed, taken = roles(objective), inspect.signature(objective).parameters
+    if needed is not None and set(r.attacks) != set(needed):
         raise ValueError(f"objective {r.objective!r} needs attacks for the roles {list(needed)}, the "
                          f"recipe has them for {list(r.attacks)}: attacks={{role: [[name, options]]}}")
+    if needed is None and (not r.attacks or set(r.attacks) & set(taken)):
+        raise ValueError(f"objective {r.objective!r} needs attacks for one role or more, under names "
+                         f"other than {', '.join(taken)}, the recipe has them for {list(r.attacks)}: "
+                         "attacks={role: [[name, options]]}")
+    if isinstance(objective, WithMemory):
+        try:
+            objective.start(len(r.attacks))
+        except ValueError as error:
+            raise ValueError(f"objective {r.objective!r}: {error}") from error
+
+# %% ../nbs/25_recipes.ipynb #68d165e2
+def _check_attacks(r: Recipe) -> None:
+    "Attacks that can be carried out, under the roles that the objective asks for."
+    _check_roles(r)
     for role, given in r.attacks.items():
         links = given if isinstance(given, list) else []
         pairs = [link for link in links if isinstance(link, list) and len(link) == 2]
@@ -297,7 +325,7 @@ def make_optimizer(
 class Bound(NamedTuple):
     "The functions that a recipe names, with their options."
 
-    objective: Callable[..., Tensor]  # objective(model, batch, **attacks) -> scalar loss
+    objective: Callable[..., Any]  # objective(model, batch, **attacks) -> scalar loss, or `WithMemory`
     attacks: dict[str, Callable[..., Tensor]]  # By role: attack(model, x, y, target=, generator=)
     probe: Callable[..., Tensor]  # probe(model, x, y, generator=) -> images
 
@@ -306,7 +334,6 @@ def bind(
     recipe: Recipe,  # Names of functions, and their options
 ) -> Bound:  # The functions
     "The functions that a recipe asks for: the one place where names are looked up."
-    objective = partial(OBJECTIVES[recipe.objective], **recipe.objective_options)
     attacks = {role: chain([partial(ATTACKS[name], **options) for name, options in links])
                for role, links in recipe.attacks.items()}
-    return Bound(objective, attacks, partial(ATTACKS[recipe.probe], **recipe.probe_options))
+    return Bound(_objective(recipe), attacks, partial(ATTACKS[recipe.probe], **recipe.probe_options))

@@ -130,8 +130,10 @@ def test_passes(options, passes):
 @pytest.mark.parametrize("num_classes, channels", [(2, 1), (7, 3), (100, 2)])
 def test_any_shape(num_classes, channels):
     model, batch = small_model(num_classes, channels), batch_of(6, num_classes, channels)
-    for objective in OBJECTIVES.values():
-        assert objective(model, batch, **dict.fromkeys(roles(objective), ONE_STEP)).isfinite()
+    for name in set(OBJECTIVES) - {"pareto"}:  # which has a memory: see test_memory.py
+        asked = roles(OBJECTIVES[name])
+        given = dict.fromkeys(("near", "far") if asked is None else asked, ONE_STEP)
+        assert OBJECTIVES[name](model, batch, **given).isfinite()
 
 
 def test_bfloat16_autocast_trains_every_weight():

@@ -80,7 +80,8 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights():
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
 def test_every_objective_trains(objective, options):
     attacks = {} if objective == "natural" else ATTACKED
-    recipe = Recipe(objective=objective, attacks=attacks, **{**TINY, **options, "epochs": 4})
+    own = {"r": 0.5} if objective == "pareto" else {}
+    recipe = Recipe(objective=objective, objective_options=own, attacks=attacks, **{**TINY, **options, "epochs": 4})
     model, data = net(), images(64)
     history = fit(model, data, recipe, validation=images(20, seed=1))
     assert [r["epoch"] for r in history] == [1, 2, 3, 4] and all(math.isfinite(r["loss"]) for r in history)
