@@ -160,19 +160,22 @@ def _cut_down(recipe: Recipe, tier: Tier) -> Recipe:
     return replace(recipe, **{**shorter, **changes})
 
 # %% ../nbs/29_catalogue.ipynb #f25be82f
+_OWN = {"ggsm": "flow", "affine": None}  # the budget that `eps` and `step` belong to, if not "pixel"
+
+
 def _lengths(attack: str, budget: Budget) -> dict[str, float]:
     "The lengths that an attack takes on a data set, by keyword."
     names = ("eps_pixel", "step_pixel", "eps_flow", "step_flow")
     every = {name: getattr(budget, name) for name in names}
-    own = "flow" if attack == "ggsm" else "pixel"
-    every |= {"eps": every[f"eps_{own}"], "step": every[f"step_{own}"]}
+    if (own := _OWN.get(attack, "pixel")) is not None:
+        every |= {"eps": every[f"eps_{own}"], "step": every[f"step_{own}"]}
     return {name: value for name, value in every.items() if name in ATTACKS[attack].__kwdefaults__}
 
 
 def _scaled(attack: str, options: Mapping[str, Any], home: Budget, there: Budget) -> dict[str, Any]:
     "The options of an attack with its lengths in proportion to another budget (Eq. 1)."
     pixel, flow = there.eps_pixel / home.eps_pixel, there.eps_flow / home.eps_flow
-    own = flow if attack == "ggsm" else pixel
+    own = {"pixel": pixel, "flow": flow, None: 1.0}[_OWN.get(attack, "pixel")]
     ratio = {"eps": own, "step": own, "eps_pixel": pixel, "step_pixel": pixel,
              "eps_flow": flow, "step_flow": flow}
     return {k: v * ratio[k] if ratio.get(k, 1.0) != 1.0 else v for k, v in options.items()}
