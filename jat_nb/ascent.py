@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from .losses import LOSSES, correct, cross_entropy
 from .models import bare, frozen
 from .randomness import Randomness
-from .threats import Threat, apply_chain, check_images, check_labels, contains_chain
+from .threats import (Threat, apply_chain, check_images, check_labels, contains_chain,
+                            grid_start)
 
 # %% ../nbs/09_ascent.ipynb #1d56c017
 Loss = Callable[[Tensor, Tensor], Tensor]  # (logits (B, K), labels (B,)) -> (B,); larger is worse for the model
@@ -55,6 +56,15 @@ class Adversarial:
     within: Tensor  # every budget respected (B,), bool
     n_forward: int  # batches sent through the model
     n_backward: int  # batches differentiated
+
+    @property
+    def displacement_px(self) -> Tensor:
+        "Longest displacement of all geometric threats together (B,), in pixels."
+        field = self.x_adv.new_zeros(len(self.x_adv), 2, *self.x_adv.shape[2:])
+        for threat, p in zip(self.threats, self.params):
+            if hasattr(threat, "displacement"):
+                field = field + threat.displacement(self.x_adv, p)
+        return field.norm(dim=1).amax(dim=(1, 2))
 
 # %% ../nbs/09_ascent.ipynb #e9aefd40
 def _by_name(loss: Loss | str) -> Loss:
@@ -151,14 +161,15 @@ def _run(
         for i in starting:
             params[i] = threats[i].init(apply_chain(threats[:i], x, params[:i]), random_start, generator)
         for active in passes:
-            first = active[0]
+            first = grid_start(threats, active[0])  # what comes before it does not change in this pass
             base = apply_chain(threats[:first], x, params[:first])
             moving = tuple(i - first for i in active)
             grads, loss, success = objective.gradient(threats[first:], base, params[first:], moving)
-            if keep_best and first == starting[0]:  # otherwise a later threat has not been projected yet
+            if keep_best and active[0] == starting[0]:  # otherwise a later threat has not been projected yet
                 best = _State(tuple(params), loss, success).best(best)
             for i, g in zip(active, grads):
-                base = base if i == first else threats[i - 1].apply(base, params[i - 1])
+                start = grid_start(threats, i)
+                base = base if start == first else apply_chain(threats[:start], x, params[:start])
                 if momentum:
                     g = velocity[i] = momentum * velocity.get(i, 0) + _unit_l1(g)
                 params[i] = threats[i].step(params[i], g, base)

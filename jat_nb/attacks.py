@@ -263,4 +263,5 @@ class Named(Mapping[str, Callable[..., Any]]):
         return len(self._entries)
 
 
-ATTACKS = Named({f.__name__: f for f in (fgsm, pgd, mi_fgsm, ggsm, one_pass, cascade, double_pass)})  # for recipes
+ATTACKS = Named({f.__name__: f for f in (fgsm, pgd, mi_fgsm, ggsm, one_pass, cascade, double_pass)}
+                | {name: f"jat_nb.spatial:{name}" for name in ("affine", "integrated")})  # for recipes

@@ -172,14 +172,14 @@ def _cut_down(recipe: Recipe, tier: Tier) -> Recipe:
     return replace(recipe, **{**shorter, **changes})
 
 # %% ../nbs/29_catalogue.ipynb #f25be82f
-_UNITS = {"ggsm": "flow", "affine": ""}  # whose budget `eps` and `step` are; "pixel" for the rest
+_OWN = {"ggsm": "flow", "affine": None}  # the budget that `eps` and `step` belong to, if not "pixel"
 
 
 def _lengths(attack: str, budget: Budget) -> dict[str, float]:
     "The lengths that an attack takes on a data set, by keyword."
     names = ("eps_pixel", "step_pixel", "eps_flow", "step_flow")
     every = {name: getattr(budget, name) for name in names}
-    if own := _UNITS.get(attack, "pixel"):
+    if (own := _OWN.get(attack, "pixel")) is not None:
         every |= {"eps": every[f"eps_{own}"], "step": every[f"step_{own}"]}
     return {name: value for name, value in every.items() if name in ATTACKS[attack].__kwdefaults__}
 
@@ -187,7 +187,7 @@ def _lengths(attack: str, budget: Budget) -> dict[str, float]:
 def _scaled(attack: str, options: Mapping[str, Any], home: Budget, there: Budget) -> dict[str, Any]:
     "The options of an attack with its lengths in proportion to another budget (Eq. 2)."
     pixel, flow = there.eps_pixel / home.eps_pixel, there.eps_flow / home.eps_flow
-    own = {"pixel": pixel, "flow": flow, "": 1.0}[_UNITS.get(attack, "pixel")]
+    own = {"pixel": pixel, "flow": flow, None: 1.0}[_OWN.get(attack, "pixel")]
     ratio = {"eps": own, "step": own, "eps_pixel": pixel, "step_pixel": pixel,
              "eps_flow": flow, "step_flow": flow}
     return {k: v * ratio[k] if ratio.get(k, 1.0) != 1.0 else v for k, v in options.items()}
