@@ -82,12 +82,14 @@ def effective_r(
     return (min(r, most) if mode == "clip" else r), r > most
 
 # %% ../nbs/24_pareto.ipynb #297e7d8f
-def _on_support(P: NDArray, mean: NDArray, r: float, support: NDArray) -> NDArray | None:
-    "Solution of Eq. 3 with these weights positive (k,), or None if it breaks a constraint."
+def _on_support(P: NDArray, mean: NDArray, r: float, support: NDArray, near: NDArray) -> NDArray | None:
+    "The solution of Eq. 3 nearest to `near` (k,), or None if it breaks a constraint."
     u, size = np.flatnonzero(support), int(support.sum())
     A = np.vstack([np.where(u == 0, 0.0, mean[u]), np.ones(size)])
     system = np.block([[2 * P[np.ix_(u, u)], A.T], [A, np.zeros((2, 2))]])
-    found = np.linalg.lstsq(system, np.r_[np.zeros(size), r, 1.0], rcond=1e-13)[0][:size]
+    start = np.r_[near[u], 0.0, 0.0]
+    missing = np.r_[np.zeros(size), r, 1.0] - system @ start
+    found = (start + np.linalg.lstsq(system, missing, rcond=1e-13)[0])[:size]
     if np.abs(A @ found - (r, 1.0)).max() > 1e-7 or found.min() < -1e-8:
         return None
     alpha = np.zeros(len(mean))
@@ -99,14 +101,17 @@ def active_set(
     P: NDArray,  # From `disagreement` (k, k)
     mean: NDArray,  # Mean losses (k,), nats, the natural one first
     r: float,  # Requirement that can be had, nats
+    previous: NDArray | None = None,  # Of several minima take the one nearest to these; None: equal
 ) -> NDArray:  # Weights (k,) on the simplex
     "The minimum of Eq. 1, by trying every set of positive weights."
+    near = np.full(len(mean), 1 / len(mean)) if previous is None else previous
     sets = [np.array(s) for s in product((False, True), repeat=len(mean)) if any(s)]
-    found = [alpha for s in sets if (alpha := _on_support(P, mean, r, s)) is not None]
+    found = [alpha for s in sets if (alpha := _on_support(P, mean, r, s, near)) is not None]
     if not found:
         raise ValueError(f"no weights give a robust loss of {r:.4g} nats with means {mean}: "
                          "see effective_r")
-    return min(found, key=lambda alpha: alpha @ P @ alpha)
+    tie = 1e-12 * np.trace(P)  # far below what a solver resolves: it decides between equals
+    return min(found, key=lambda alpha: alpha @ P @ alpha + tie * np.square(alpha - near).sum())
 
 # %% ../nbs/24_pareto.ipynb #a7f9bc88
 def _factor(P: NDArray) -> NDArray:
@@ -166,23 +171,24 @@ def solve_weights(
     r: float,  # Required weighted robust loss, nats; a position in [-1, 1] for "relative"
     *,
     mode: Mode = "clip",  # What to do where r is out of reach: "clip", "hold", "slack" or "relative"
-    previous: NDArray | None = None,  # Weights (k,) that "hold" keeps; None: equal ones
-    solvers: Iterable[str] = tuple(SOLVERS),  # cvxpy's solvers to try in turn; none: the active set
+    previous: NDArray | None = None,  # Weights (k,) that "hold" keeps, ties lean to; None: equal
+    solvers: Iterable[str] = tuple(SOLVERS),  # cvxpy's, in turn, if installed; none: the active set
 ) -> Weights:  # On the simplex whatever happens
     "Solve Eq. 1 (Pareto section 4.4)."
     k, scale = len(mean), float(mean.mean()) or 1.0
+    near = np.full(k, 1 / k) if previous is None else previous
     used, clipped = effective_r(r, mean, mode)
     if mode == "hold" and clipped:
-        return Weights(np.full(k, 1 / k) if previous is None else previous, used, True, "held")
+        return Weights(near, used, True, "held")
     scaled, P, required = mean / scale, disagreement(second / scale**2), used / scale
     for solver in solvers:
         if (alpha := _ask(solver, P, scaled, required, mode == "slack")) is not None:
-            exact = None if mode == "slack" else _on_support(P, scaled, required, alpha > 1e-6)
+            exact = None if mode == "slack" else _on_support(P, scaled, required, alpha > 1e-6, near)
             most = alpha @ P @ alpha + 1e-12 * np.trace(P)
             better = exact is not None and exact @ P @ exact <= most
             return Weights(exact if better else alpha, used, clipped, solver)
     reachable = min(required, float(scaled[1:].max()))
-    return Weights(active_set(P, scaled, reachable), used, clipped, "active set")
+    return Weights(active_set(P, scaled, reachable, near), used, clipped, "active set")
 
 # %% ../nbs/24_pareto.ipynb #77f74a19
 def _or_previous(mean: NDArray, second: NDArray, r: float, mode: Mode, previous: NDArray) -> Weights:

@@ -2,6 +2,7 @@
 import cvxpy as cp
 import numpy as np
 import pytest
+from cvxpy.reductions.solvers.solving_chain import SolvingChain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -101,12 +102,65 @@ def test_out_of_reach(mode):
     else: assert found.alpha[3] > 0.95
 
 
-def test_the_programme_is_compiled_once(monkeypatch):
+def test_a_hundred_solves_compile_once(monkeypatch):
+    compiled, real = [], SolvingChain.apply
+    monkeypatch.setattr(SolvingChain, "apply", lambda self, *a, **k: compiled.append(self) or real(self, *a, **k))
     pareto._programme.cache_clear()
-    for r in (0.2, 0.5, 1.0): solve_weights(MEAN, SECOND, r)
-    assert pareto._programme.cache_info().misses == 1
-    problem = pareto._programme(4, True)[0]
-    assert problem.is_dcp(dpp=True)
+    rng = np.random.default_rng(0)
+    for r in np.linspace(0.01, 1.9, 100):
+        mean, second = moments(MEAN * rng.uniform(0.9, 1.1, (8, 4)))
+        assert solve_weights(mean, second, r).solver == "CLARABEL"
+    assert len(compiled) == 1
+    cp.Problem(cp.Minimize(cp.sum_squares(cp.Variable(2)))).solve()
+    assert len(compiled) == 2  # this is where cvxpy compiles
+
+
+@pytest.mark.parametrize("demand", [True, False])
+@pytest.mark.parametrize("k", range(2, 9))
+def test_two_to_eight_losses(k, demand):
+    assert pareto._programme(k, demand)[0].is_dcp(dpp=True)
+    rng = np.random.default_rng(k)
+    mean, second = moments(rng.uniform(0.5, 3, (50, k)))
+    P, r = disagreement(second), rng.uniform(0.2, 0.9) * feasible_r(mean)[1]
+    found = solve_weights(mean, second, r, mode="clip" if demand else "slack")
+    assert found.solver == "CLARABEL" and found.alpha.shape == (k,) and abs(found.alpha.sum() - 1) < 1e-9
+    if demand:
+        assert np.abs(found.alpha - active_set(P, mean, r)).max() < 1e-5
+    else:  # the penalised objective, on a simplex of many points
+        m, c = np.r_[0, mean[1:]], 10 * np.trace(P) / k / mean.mean() ** 2
+        value = lambda a: ((a @ P) * a).sum(-1) + c * (a @ m - r) ** 2
+        assert value(found.alpha) <= value(rng.dirichlet(np.ones(k), 20_000)).min() * (1 + 1e-6)
+
+
+INSTALLED = [s for s in ("CLARABEL", "OSQP", "CVXOPT") if s in cp.installed_solvers()]
+
+
+@pytest.mark.parametrize("solver", INSTALLED)
+def test_a_solver_that_finds_no_solution_is_not_believed(solver):
+    "CVXOPT is the paper's solver; what it returns for a requirement out of reach has negative weights."
+    P = disagreement(SECOND)
+    assert pareto._ask(solver, P, MEAN, 2.1, slack=False) is None
+    assert np.abs(pareto._ask(solver, P, MEAN, 0.75, slack=False) - (0.499932, 0.166690, 0.208490, 0.124889)).max() < 1e-4
+    for r in (2.1, 4.0):
+        for mode in ("clip", "hold", "slack"):
+            found = solve_weights(MEAN, SECOND, r, mode=mode, solvers=[solver])
+            assert found.alpha.min() >= 0 and abs(found.alpha.sum() - 1) < 1e-9
+
+
+def test_a_solver_that_is_not_installed_is_passed_over():
+    assert solve_weights(MEAN, SECOND, 0.5, solvers=["NO SUCH SOLVER", "OSQP"]).solver == "OSQP"
+
+
+@pytest.mark.parametrize("solvers", [*([s] for s in INSTALLED), []])
+def test_of_equally_good_weights_the_nearest_to_the_previous_are_taken(solvers):
+    "Two losses that are zero share what is left in any way; the shares move as little as possible."
+    window = np.array([[0.5, 1.5, 0, 0], [0.7, 1.1, 0, 0], [0.4, 1.3, 0, 0]])
+    mean, second = moments(window)
+    for previous in ([0.2, 0.2, 0.35, 0.25], [0.1, 0.3, 0.2, 0.4], [0.25] * 4):
+        found = solve_weights(mean, second, 0.4, previous=np.array(previous), solvers=solvers).alpha
+        best = active_set(disagreement(second), mean, 0.4)
+        assert np.isclose(found[1] * mean[1], 0.4) and np.allclose(found[:2], best[:2], atol=1e-6)
+        assert np.isclose(found[2] - found[3], previous[2] - previous[3], atol=1e-6)
 
 
 @pytest.mark.parametrize("call, message", [
@@ -114,6 +168,7 @@ def test_the_programme_is_compiled_once(monkeypatch):
     (lambda: moments([[1.0, np.inf]]), "finite"), (lambda: moments([[1.0, -1.0]]), "finite losses of at least 0"),
     (lambda: effective_r(np.nan, MEAN), "at least 0"), (lambda: effective_r(-1.0, MEAN), "at least 0"),
     (lambda: effective_r(2.0, MEAN, "relative"), r"\[-1, 1\]"), (lambda: solve_weights(MEAN, SECOND, 1.0, mode="x"), "unknown mode"),
+    (lambda: effective_r(1.0, MEAN, "soft"), "unknown mode 'soft'"), (lambda: effective_r(np.inf, MEAN), "at least 0"),
     (lambda: active_set(disagreement(SECOND), MEAN, 3.0), "no weights"), (lambda: pareto_front([[np.nan, 1.0]]), "without NaN")])
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message): call()
