@@ -46,6 +46,10 @@ class Paper:
     synonyms: Mapping[str, str] = field(default_factory=dict)  # {column as printed: our column}
     shown: tuple[str, ...] = ()  # Recipes that a figure with room for few lines shows first
     tables: str = ""  # Folder of its published tables, key_tableN.csv; "": the package's own
+    scores: Mapping[str, str] = field(default_factory=dict)  # {derived column: "module:function"}
+    corrections: Mapping[tuple[int, str, str], float] = field(
+        default_factory=dict)  # {(table, row, our column): the number that a misprint stands for}
+    remark: str = ""  # "module:function" that tells what must stand beside a run; "": nothing
 
     def __post_init__(self) -> None:
         foreign = [name for name in self.recipes if not name.startswith(f"{self.key}/")]
