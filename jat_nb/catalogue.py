@@ -116,18 +116,21 @@ class Tier:
     images: int | None  # Training images; None: all but those held out
     held_out: int  # Training images held out for the probe
     epochs: int | None = None  # Longest run; None: as published
+    steps: Mapping[str, int] = field(default_factory=dict)  # {attack: most steps in training}
+    probe_steps: int | None = None  # Most steps of the probe; None: as published
     changes: Mapping[str, Any] = field(default_factory=dict)  # Other fields of the recipe
 
 # %% ../nbs/29_catalogue.ipynb #28ac104b
 _FAST = dict(schedule="onecycle", milestones=(), knots=(), nesterov=True, weight_decay=5e-4,
              amp=True, channels_last=True)
-_FEW = _FAST | dict(probe_options={"steps": 5})
-_NARROW, _MIDDLE = {"wrn_28_10_cifar": "wrn_10_1_cifar"}, {"wrn_28_10_cifar": "wrn_16_4_cifar"}
+_NARROW = dict.fromkeys(("wrn_28_10_cifar", "preact_resnet18_cifar"), "wrn_10_1_cifar")
+_MIDDLE = {"wrn_28_10_cifar": "wrn_16_4_cifar"}
+_STEPS = {"pgd": 7} | dict.fromkeys(("ggsm", "affine", "integrated", "double_pass"), 5)
 
 TIER: Mapping[str, Tier] = MappingProxyType({
-    "smoke": Tier(_NARROW, 128, 32, 2, dict(_FEW, batch_size=32, probe_images=32)),
-    "cpu": Tier(_NARROW, 15_000, 1_000, 8, dict(_FEW, batch_size=64, probe_images=256)),
-    "gpu": Tier(_MIDDLE, None, 1_000, 30, _FAST),
+    "smoke": Tier(_NARROW, 128, 32, 2, _STEPS, 5, dict(_FAST, batch_size=32, probe_images=32)),
+    "cpu": Tier(_NARROW, 15_000, 1_000, 8, _STEPS, 5, dict(_FAST, batch_size=64, probe_images=256)),
+    "gpu": Tier(_MIDDLE, None, 1_000, 30, changes=_FAST),
     "paper": Tier({}, None, 1_000),
 })  # settings by name; "paper" cuts nothing down
 
@@ -147,14 +150,27 @@ def _shorter(recipe: Recipe, tier: Tier, batch_size: int) -> dict[str, Any]:
     return {unit: after, "milestones": tuple(m * after / before for m in recipe.milestones),
             "knots": tuple((place * after / before, factor) for place, factor in recipe.knots)}
 
+# %% ../nbs/29_catalogue.ipynb #f8a4b442
+def _fewer(attack: str, options: Mapping[str, Any], most: int | None) -> dict[str, Any]:
+    "The options of an attack of at most so many steps that gets as far (Eq. 1)."
+    known = {**ATTACKS[attack].__kwdefaults__, **options}
+    before = known.get("steps", 1)
+    if most is None or before <= most:
+        return dict(options)
+    lengths = {name: name.replace("eps", "step") for name in known if name.startswith("eps")}
+    far = {step: min(before * known[step], known[eps]) for eps, step in lengths.items()}
+    grown = {step: max(known[step], way / most) for step, way in far.items()}
+    return {**options, "steps": most, **{k: v for k, v in grown.items() if v != known[k]}}
+
 # %% ../nbs/29_catalogue.ipynb #caf9982d
 def _cut_down(recipe: Recipe, tier: Tier) -> Recipe:
     "A recipe at a tier; fields that it marks essential stay."
     kept = set(recipe.essential) | (_CURVE if "schedule" in recipe.essential else set())
-    changes = {"model": tier.models.get(recipe.model, recipe.model), **tier.changes}
-    if "probe_options" in changes:  # of the probe's options only those that it has
-        known = {k: v for k, v in changes["probe_options"].items() if k in recipe.probe_options}
-        changes["probe_options"] = {**recipe.probe_options, **known}
+    attacks = {role: [[name, _fewer(name, options, tier.steps.get(name))] for name, options in chain]
+               for role, chain in recipe.attacks.items()}
+    probe = _fewer(recipe.probe, recipe.probe_options, tier.probe_steps)
+    changes = {"model": tier.models.get(recipe.model, recipe.model), "attacks": attacks,
+               "probe_options": probe, **tier.changes}
     changes = {name: value for name, value in changes.items() if name not in kept}
     shorter = _shorter(recipe, tier, changes.get("batch_size", recipe.batch_size))
     return replace(recipe, **{**shorter, **changes})
@@ -173,7 +189,7 @@ def _lengths(attack: str, budget: Budget) -> dict[str, float]:
 
 
 def _scaled(attack: str, options: Mapping[str, Any], home: Budget, there: Budget) -> dict[str, Any]:
-    "The options of an attack with its lengths in proportion to another budget (Eq. 1)."
+    "The options of an attack with its lengths in proportion to another budget (Eq. 2)."
     pixel, flow = there.eps_pixel / home.eps_pixel, there.eps_flow / home.eps_flow
     own = {"pixel": pixel, "flow": flow, None: 1.0}[_OWN.get(attack, "pixel")]
     ratio = {"eps": own, "step": own, "eps_pixel": pixel, "step_pixel": pixel,
@@ -218,6 +234,7 @@ def setting(
     data: str | None = None,  # Data set, as for `load`; None: the recipe's home
     tier: str = "smoke",  # Key of TIER
     model: str | None = None,  # Network, any name that `create` takes; None: the tier's
+    images: int | None = None,  # Training images; None: the tier's
     seed: int = 0,  # Of initial weights, batches and attacks; images and split do not depend on it
     **changes: Any,  # Fields of the recipe, such as epochs=3
 ) -> Setting:  # Ready for `fit`
@@ -226,7 +243,10 @@ def setting(
     plan, size = replace(adapt(recipe(name), data, tier), **changes), TIER[tier]
     whole = load(plan.data)
     rest, validation = whole.split(min(size.held_out, len(whole) // 5))
-    train = rest if size.images is None else rest.subset(min(size.images, len(rest)))
+    if images is not None and not 1 <= images <= len(rest):
+        raise ValueError(f"expected 1 to {len(rest)} training images, got {images}")
+    most = images or size.images or len(rest)
+    train = rest if most >= len(rest) else rest.subset(most)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = create(plan.model, num_classes=whole.num_classes, in_chans=whole.channels,

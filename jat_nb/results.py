@@ -191,7 +191,8 @@ def _read_run(path: Path, folder: str) -> Run:
 # %% ../nbs/36_results.ipynb #97adacac
 def _setting(run: Run) -> dict[str, Any]:
     "All that seeds of one recipe must share."
-    return {k: v for k, v in asdict(run.plan).items() if k != "seed"} | {"variant": run.about.get("variant")}
+    about = {k: run.about.get(k) for k in ("variant", "images")}  # images: where not the tier's
+    return {k: v for k, v in asdict(run.plan).items() if k != "seed"} | about
 
 
 def _agreeing(run: Run, first: dict[Any, Any]) -> Run:

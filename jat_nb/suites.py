@@ -41,6 +41,7 @@ class Job:
     batch_size: int = 250  # images attacked at once
     sources: Mapping[str, nn.Module] = field(default_factory=dict)  # other networks, by name
     fast: bool = False  # attack a faster copy of the network; the verdict stays the original's
+    data: str = ""  # name of the data set, for suites whose attacks depend on it
 
     @property
     def options(self) -> dict[str, Any]:
