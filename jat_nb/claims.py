@@ -172,7 +172,7 @@ class Evidence:
 
     def suite(self, where: Where) -> str | None:
         "The suite that a place names, or the one that fills its column."
-        return where[2] if where[2:] else self.paper.suite_of(where[1])
+        return where[2] if where[2:] else self.paper.suite_of(where[1], self.full(where[0]))
 
     def place(self, where: Where) -> Where:
         "A place with the recipe's full name and the recorded name of a source."
@@ -340,11 +340,11 @@ COMPARISONS: Mapping[str, Callable[[Evidence, Check], Iterator[Finding]]] = Mapp
 # %% ../nbs/37_claims.ipynb #d41f47f5
 def _names(e: Evidence, check: Check) -> list[str]:
     "What a star stands for: the required recipes, and whatever else was judged."
-    data, suite, where = check.data or e.paper.home, e.suite(check.at[0]), check.at[0]
+    data, place = check.data or e.paper.home, check.at[0][1:]
     found, required = recipe_names(e.runs, data=data, tier=e.tier, paper=e.paper.key), e.required_on(data)
     more = [name for name in found if name not in required]
-    if where[1] in e.paper.scores: return required + [n for n in more if e.share((n, where[1]), data) is not None]
-    return required + [name for name in more if e.of(name, suite, data)]
+    if place[0] in e.paper.scores: return required + [n for n in more if e.share((n, *place), data) is not None]
+    return required + [name for name in more if e.of(name, e.suite((name, *place)), data)]
 
 # %% ../nbs/37_claims.ipynb #7f32f74c
 def _spread(e: Evidence, check: Check) -> Iterator[Check]:
