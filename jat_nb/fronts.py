@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,7 @@ def plot_front(
     table: pd.DataFrame,  # From `front_table`, whose first and fifth columns are the axes
     lines: Mapping[str, Sequence[str]] | None = None,  # {label: names to join, in order}; None: the front
     *,
+    labels: Mapping[str, str] | None = None,  # {name: text beside its point}; None: all by their short names
     linear: float | None = None,  # Half-width of the linear part of symmetric-log axes; None: plain axes
     ax: Axes | None = None,  # Axes to draw into; None: a new figure
 ) -> Figure:  # A point with its intervals for each network
@@ -116,8 +118,11 @@ def plot_front(
     for name, row in table.iterrows():
         errors = [[[row[c] - row[f"{c}, low"]], [row[f"{c}, high"] - row[c]]] for c in (x, y)]
         ax.errorbar(row[x], row[y], *errors[::-1], fmt="o", ms=4, lw=0.7, color=PALETTE["blue" if row["on front"] else "grey"])
-        ax.annotate(str(name).rpartition("/")[2], (row[x], row[y]), (3, 3), textcoords="offset points", fontsize=7)
-    if linear is not None: ax.set(xscale="symlog", yscale="symlog")
+        text = str(name).rpartition("/")[2] if labels is None else labels.get(name, "")
+        ax.annotate(text, (row[x], row[y]), (3, 3), textcoords="offset points", fontsize=8)
+    if linear is not None:
+        ax.set_xscale("symlog", linthresh=linear)
+        ax.set_yscale("symlog", linthresh=linear)
     ax.set(xlabel=f"{x} (%)", ylabel=f"{y} (%)")
     ax.legend(frameon=False, fontsize=8)
     return ax.figure
@@ -128,7 +133,7 @@ def export_point(
     run: Run,  # The chosen one
     out: str | Path,  # File to write, *.safetensors
     *,
-    facts: Mapping[str, Any] | None = None,  # Why it was chosen, such as its row of `front_table`
+    facts: Mapping[str, Any] | pd.Series = MappingProxyType({}),  # Why it was chosen, such as its row of `front_table`
     weights: str = "last",  # "last" or "best": which epoch
 ) -> Path:  # The file, for `load_weights`
     "Copy the network of a run with all that is known of it."
@@ -136,5 +141,5 @@ def export_point(
         raise ValueError(f"{run.folder} is set aside ({'; '.join(run.problems)}): choose a finished run")
     root = Path(root)
     about, model = open_run(root if (root / "run.json").exists() else root / run.folder, weights)
-    chosen = json.loads(pd.Series(dict(facts or {}), dtype=object).to_json())
+    chosen = json.loads(pd.Series(dict(facts), dtype=object).to_json())
     return save_weights(model, out, metadata={"run": about, "weights": weights, "chosen": chosen})
