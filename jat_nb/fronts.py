@@ -39,6 +39,13 @@ def clipped_share(
     return sum(part["steps"] * part["mean"]["clipped"] for part in said) / steps
 
 # %% ../nbs/45_fronts.ipynb #c4db7828
+def _clipped(runs: Sequence[Run], name: str, data: str, tier: str) -> float:
+    "Percent of steps, mean of the seeds; NaN for a training that has no requirement."
+    mine = [run for run in runs if run.usable and run.name == name and run.group == (tier, data)]
+    shares = [share for run in mine if (share := clipped_share(run)) is not None]
+    return 100 * sum(shares) / len(shares) if shares else math.nan
+
+
 def clipping(
     runs: Sequence[Run],  # As read
     name: str,  # Full name of the recipe
@@ -46,11 +53,9 @@ def clipping(
     tier: str,  # Tier
 ) -> str:  # Empty for a training that has no requirement
     "How many steps were clipped, mean of the seeds, and what the network is to be called for it."
-    mine = [run for run in runs if run.usable and run.name == name and run.group == (tier, data)]
-    shares = [share for run in mine if (share := clipped_share(run)) is not None]
-    if not shares: return ""
-    mean = sum(shares) / len(shares)
-    return f"{100 * mean:.0f} % of steps clipped" + (f": {LARGEST}" if mean > 0.5 else "")
+    percent = _clipped(runs, name, data, tier)
+    if math.isnan(percent): return ""
+    return f"{percent:.0f} % of steps clipped" + (f": {LARGEST}" if percent > 50 else "")
 
 # %% ../nbs/45_fronts.ipynb #37ae5c45
 def _cells(number: Share | Score, column: str) -> dict[str, float]:
@@ -92,13 +97,6 @@ def front_table(
     frame["clipped"] = [_clipped(runs, name, data, tier) for name in found]
     frame["remark"] = [remark(runs, name, **where) for name in found]
     return frame.sort_values(x, ascending=better[0] < 0)
-
-# %% ../nbs/45_fronts.ipynb #3fd2cd6f
-def _clipped(runs: Sequence[Run], name: str, data: str, tier: str) -> float:
-    "Percent of steps, mean of the seeds; NaN for a training that has no requirement."
-    mine = [run for run in runs if run.usable and run.name == name and run.group == (tier, data)]
-    shares = [share for run in mine if (share := clipped_share(run)) is not None]
-    return 100 * sum(shares) / len(shares) if shares else math.nan
 
 # %% ../nbs/45_fronts.ipynb #4816bf10
 def plot_front(
