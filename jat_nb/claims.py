@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .catalogue import Paper, papers
-from .differences import Share, difference
+from .differences import Score, Share, difference
 from .records import TIERS
 from .results import Run, printed_numbers, recipe_names, survivors, transfer_key
 
@@ -80,7 +80,7 @@ def verdict(
 
 # %% ../nbs/37_claims.ipynb #85c076f0
 def level(
-    share: Share | None,  # An accuracy, or another share of images; None if it was not measured
+    share: Share | Score | None,  # An accuracy, or a score; None if it was not measured
     what: str,  # What it is
     **bounds: Any,  # `at_least`, `at_most` and `by_estimate` of `Finding`
 ) -> Finding:  # In percent
@@ -90,8 +90,8 @@ def level(
 
 
 def compared(
-    one: Share | None,  # An accuracy; None if it was not measured
-    other: Share | None,  # The accuracy to subtract
+    one: Share | Score | None,  # An accuracy or a score; None if it was not measured
+    other: Share | Score | None,  # What to subtract
     words: tuple[str, str, str],  # What they have in common, and a name for each
     **bounds: Any,  # `at_least`, `at_most` and `by_estimate` of `Finding`
 ) -> Finding:  # Their difference in points
@@ -149,10 +149,12 @@ class Evidence:
     def _numbers(self) -> dict[tuple[str, ...], float]: return printed_numbers(self.paper)
 
     @property
-    def required(self) -> list[str]:
-        "The recipes of the paper's first table, without which nothing is decided."
-        rows = self.paper.rows
-        return list(dict.fromkeys(row.recipe for row in rows if row.table == rows[0].table))
+    def required(self) -> list[str]: return self.required_on(None)
+
+    def required_on(self, data: str | None) -> list[str]:
+        "The recipes of the paper's first table, without which nothing is decided; None: on every data set."
+        rows = [row for row in self.paper.rows if row.table == self.paper.rows[0].table]
+        return list(dict.fromkeys(row.recipe for row in rows if data in (None, row.data)))
 
     def of(self, recipe: str, suite: str | None = None, data: str = "") -> list[Run]:
         "Finished runs of one recipe, those that a suite was run on."
@@ -170,7 +172,7 @@ class Evidence:
 
     def suite(self, where: Where) -> str | None:
         "The suite that a place names, or the one that fills its column."
-        return where[2] if where[2:] else self.paper.suite_of(where[1])
+        return where[2] if where[2:] else self.paper.suite_of(where[1], self.full(where[0]))
 
     def place(self, where: Where) -> Where:
         "A place with the recipe's full name and the recorded name of a source."
@@ -178,8 +180,8 @@ class Evidence:
         if "sources" not in where: return (recipe, *where[1:])
         return (recipe, *where[1:-1], transfer_key(self.runs, recipe, self.full(where[-1])))
 
-    def share(self, where: Where, data: str = "") -> Share | None:
-        "One accuracy, all seeds together."
+    def share(self, where: Where, data: str = "") -> Share | Score | None:
+        "One accuracy, or one score of the paper, all seeds together."
         data = data or self.paper.home
         return survivors(self.runs, *self.place(where), data=data, tier=self.tier)
 
@@ -220,7 +222,6 @@ def _pair(e: Evidence, one: Where, other: Where, check: Check) -> Finding:
 def _level(e: Evidence, check: Check) -> Iterator[Finding]:
     for where in check.at:
         share, elsewhere = e.share(where, check.data), check.data not in ("", e.paper.home)
-        if share is None and check.options.get("if_measured"): continue
         what = f"{e.short(e.full(where[0]))}, {where[1]}" + f" on {check.data}" * elsewhere
         yield level(share, what, printed=e.printed(where, check.data), **check.bounds)
 
@@ -258,8 +259,9 @@ def _given(e: Evidence, check: Check) -> Iterator[Finding]:
     yield Finding(f"{name} on {check.data}, {seen}: too little learnt for a comparison")
 
 # %% ../nbs/37_claims.ipynb #9656e6c8
-def _redrawn(shares: Sequence[Share], draws: int = 1000) -> Tensor:
+def _redrawn(shares: Sequence[Share | Score], draws: int = 1000) -> Tensor:
     "Accuracies as they are and on redrawn images (1 + draws, networks)."
+    if all(isinstance(s, Score) for s in shares): return torch.stack([s.drawn for s in shares], dim=1)
     g, n = torch.Generator().manual_seed(0), min(s.n for s in shares)
     values = torch.tensor([s.value for s in shares], dtype=torch.float64)
     if all(s.bits is not None for s in shares):
@@ -285,10 +287,13 @@ def _rank_correlation(values: Tensor) -> Tensor:
 def _trend(e: Evidence, check: Check) -> Iterator[Finding]:
     "Mean rank correlation of accuracy along lines of places, all lines of one length."
     lines, what = check.options.get("lines", 1), check.options["what"]
-    size, shares = len(check.at) // lines, [e.share(where, check.data) for where in check.at]
+    shares = [e.share(where, check.data) for where in check.at]
+    known = [share for share in shares if share is not None]
+    if lines == 1 and len(known) >= check.options.get("fewest", math.inf): shares = known
     if any(share is None for share in shares):
         yield Finding(what, **check.bounds)
         return
+    size = len(shares) // lines
     rows = [shares[k * size:(k + 1) * size] for k in range(lines)]
     found = torch.stack([_rank_correlation(_redrawn(row)) for row in rows]).mean(0)
     low, high = (float(found[1:].quantile(q)) for q in (0.025, 0.975))
@@ -335,10 +340,11 @@ COMPARISONS: Mapping[str, Callable[[Evidence, Check], Iterator[Finding]]] = Mapp
 # %% ../nbs/37_claims.ipynb #d41f47f5
 def _names(e: Evidence, check: Check) -> list[str]:
     "What a star stands for: the required recipes, and whatever else was judged."
-    data, suite = check.data or e.paper.home, e.suite(check.at[0])
-    found = recipe_names(e.runs, data=data, tier=e.tier, paper=e.paper.key)
-    more = [name for name in found if name not in e.required]
-    return e.required + [name for name in more if e.of(name, suite, data)]
+    data, place = check.data or e.paper.home, check.at[0][1:]
+    found, required = recipe_names(e.runs, data=data, tier=e.tier, paper=e.paper.key), e.required_on(data)
+    more = [name for name in found if name not in required]
+    if place[0] in e.paper.scores: return required + [n for n in more if e.share((n, *place), data) is not None]
+    return required + [name for name in more if e.of(name, e.suite((name, *place)), data)]
 
 # %% ../nbs/37_claims.ipynb #7f32f74c
 def _spread(e: Evidence, check: Check) -> Iterator[Check]:
@@ -363,7 +369,9 @@ def compare(
         known = ", ".join(COMPARISONS)
         raise ValueError(f"unknown comparison {check.kind!r}: choose one of {known}")
     kind = pkgutil.resolve_name(check.kind) if ":" in check.kind else COMPARISONS[check.kind]
-    for one in _spread(evidence, check): yield from kind(evidence, one)
+    found = (finding for one in _spread(evidence, check) for finding in kind(evidence, one))
+    optional = check.options.get("if_measured", False)
+    yield from (f for f in found if not (optional and math.isnan(f.value)))
 
 # %% ../nbs/37_claims.ipynb #fd2c9d64
 def _judged(runs: Sequence[Run]) -> Iterator[tuple[Evidence, Claim, list[Finding]]]:

@@ -265,8 +265,11 @@ def _finished(runs: Sequence[str]) -> list[Path]:
 
 # %% ../nbs/50_cli.ipynb #48cf7d2e
 def _first_suite(run: Path) -> str:
-    "What a run is asked if nothing is said: the first suite of its paper, else the first there is."
-    paper = papers().get(str(run_facts(run)["about"].get("name")).split("/")[0])
+    "What a run is asked if nothing is said: the suite of its paper's first column, else the first there is."
+    name = str(run_facts(run)["about"].get("name"))
+    paper = papers().get(name.split("/")[0])
+    if paper and name in paper.recipes and (suite := paper.suite_of("", name)):
+        return suite
     return next(iter(paper.suites if paper and paper.suites else suites()))
 
 # %% ../nbs/50_cli.ipynb #f1be62bb

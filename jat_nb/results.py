@@ -106,7 +106,7 @@ class Run:
 
     def suite_of(self, column: str) -> str:
         "The suite that fills a column: the paper says; a run of no paper has what it has."
-        if (paper := papers().get(self.paper)) is not None and paper.columns: return paper.suite_of(column)
+        if (paper := papers().get(self.paper)) is not None and paper.columns: return paper.suite_of(column, self.name)
         return next((s for s, record in self.evaluations.items() if column in record.metrics.get("rows", ())), "")
 
     def share(self, column: str, suite: str | None = None, *part: str) -> Share | None:
