@@ -192,6 +192,13 @@ def _summary(history: list[dict[str, Any]], recipe: Recipe, left: str) -> str:
             f"under {recipe.probe} {100 * last['val_robust']:.1f} %"
             + (f", CATASTROPHIC OVERFITTING from epoch {fallen[0]}" if fallen else ""))
 
+# %% ../nbs/50_cli.ipynb #b033e2a4
+def _attacked(r: Recipe) -> str:
+    "The attacks of a recipe in words: links of a chain one after the other, roles side by side."
+    used = [[(attack, o.get("steps", 1)) for attack, o in chain] for chain in r.attacks.values()]
+    words = [", then ".join(f"{attack}, {n} step{'s' * (n > 1)}" for attack, n in chain) for chain in used]
+    return " + ".join(words) or "clean images"
+
 # %% ../nbs/50_cli.ipynb #4f4cf33b
 def _listing() -> str:
     "The recipes by paper, what they train with, and the rows of the paper that they fill."
@@ -201,9 +208,7 @@ def _listing() -> str:
         width = 2 + max(map(len, paper.recipes))
         for name, r in paper.recipes.items():
             rows = "; ".join(f"table {row.table} {row.label!r}" for row in paper.rows if row.recipe == name)
-            used = [(attack, o.get("steps", 1)) for chain in r.attacks.values() for attack, o in chain]
-            how = ", then ".join(f"{attack}, {n} step{'s' * (n > 1)}" for attack, n in used) or "clean images"
-            lines.append(f"  {name:<{width}}{how:<24}{rows}")
+            lines.append(f"  {name:<{width}}{_attacked(r):<24}{rows}".rstrip())
     return "\n".join(lines)
 
 # %% ../nbs/50_cli.ipynb #c2d68324
@@ -216,6 +221,7 @@ def jat_train(
     data: str | None = None,  # Data set, a name or folder:PATH; the recipe's own if not given
     model: str | None = None,  # Network, any timm name; the tier's if not given
     tier: Literal["smoke", "cpu", "gpu", "paper"] = "cpu",  # How far the published setting is cut down
+    images: int | None = None,  # Training images; the tier's if not given
     seed: list[int] | None = None,  # One run for each seed; 0 if not given
     set_: list[str] | None = None,  # FIELD=VALUE replaces a field of the recipe, such as epochs=3
     time_budget: float = math.inf,  # Seconds after which training stops, ready to go on
@@ -230,14 +236,14 @@ def jat_train(
         raise ValueError("pass --recipe NAME and --out FOLDER, or --list to see the recipes")
     for name in (n for n in recipe if n not in recipes()):
         raise ValueError(f"unknown recipe {name!r}: jat_train --list shows all")
-    _threads(threads), _check(time_budget=(time_budget, 0), seed=(min(seed or [0]), 0))
+    _threads(threads), _check(time_budget=(time_budget, 0), seed=(min(seed or [0]), 0), images=(images, 1))
     deadline, changes = time.perf_counter() + time_budget, _changes(set_ or [])
     jobs = [(name, s) for s in seed or [0] for name in recipe]
     for name, number in jobs:
-        s = setting(name, data=data, tier=tier, model=model, seed=number, **changes)
+        s = setting(name, data=data, tier=tier, model=model, images=images, seed=number, **changes)
         about = {"name": name, "tier": tier, "data": s.recipe.data, "variant": s.train.variant, "seed": number,
                  "model": s.model.metadata["name"], "changes": changes, "classes": s.train.classes,
-                 "size": s.train.images.shape[-1]}
+                 "size": s.train.images.shape[-1]} | ({"images": images} if images else {})
         place = run_folder(out, name, number) if len(jobs) > 1 else Path(out)
         if not _train_one(s, about, place, device, deadline):
             _say("the time allowed is over; the same command goes on from here")
@@ -259,8 +265,11 @@ def _finished(runs: Sequence[str]) -> list[Path]:
 
 # %% ../nbs/50_cli.ipynb #48cf7d2e
 def _first_suite(run: Path) -> str:
-    "What a run is asked if nothing is said: the first suite of its paper, else the first there is."
-    paper = papers().get(str(run_facts(run)["about"].get("name")).split("/")[0])
+    "What a run is asked if nothing is said: the suite of its paper's first column, else the first there is."
+    name = str(run_facts(run)["about"].get("name"))
+    paper = papers().get(name.split("/")[0])
+    if paper and name in paper.recipes and (suite := paper.suite_of("", name)):
+        return suite
     return next(iter(paper.suites if paper and paper.suites else suites()))
 
 # %% ../nbs/50_cli.ipynb #f1be62bb

@@ -191,18 +191,18 @@ def read_picture(
 def _read(name: str, files: list[tuple[Path, int]], classes: list[str], size: int | None) -> ImageSet:
     images: np.ndarray | None = None
     for i, (path, _) in enumerate(files):
-        one = read_picture(path, size)
+        one = read_picture(path, size).transpose(2, 0, 1)  # (3, H, W)
         if images is None:
             images = np.empty((len(files), *one.shape), np.uint8)
         if one.shape != images.shape[1:]:
-            (h, w), (h0, w0) = one.shape[:2], images.shape[1:3]
+            (h, w), (h0, w0) = one.shape[1:], images.shape[2:]
             raise ValueError(f"{name!r} holds images of {w0} x {h0} and of {w} x {h} ({path.name}); pass size=")
         images[i] = one
     if images is None:
         raise FileNotFoundError(f"{name!r} holds no pictures; expected files such as CLASS/NAME.png")
     kind = "jpeg" if {p.suffix.lower() for p, _ in files} <= {".jpg", ".jpeg"} else "folder"
-    return ImageSet(name, torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
-                    torch.tensor([label for _, label in files]), tuple(classes), f"{kind}, {size} px" if size else kind)
+    return ImageSet(name, torch.from_numpy(images), torch.tensor([label for _, label in files]),
+                    tuple(classes), f"{kind}, {size} px" if size else kind)
 
 # %% ../nbs/07_data.ipynb #661bd868
 def _split_folder(root: Path, split: str) -> Path | None:
@@ -234,7 +234,7 @@ _OFFICIAL = {  # name: class in torchvision, what is on disk once it has been fe
     "svhn": ("SVHN", "{split}_32x32.mat"),
     "caltech256": ("Caltech256", "caltech256/256_ObjectCategories"),
 }
-DATASETS = ("digits", *_OFFICIAL)
+DATASETS = ("digits", *_OFFICIAL, "tiny-imagenet-10")
 
 # %% ../nbs/07_data.ipynb #7bb5beb1
 def _caltech(root: Path, split: str, size: int | None) -> ImageSet:
@@ -249,18 +249,23 @@ def _caltech(root: Path, split: str, size: int | None) -> ImageSet:
     return _read("caltech256", files, [c.split(".", 1)[-1] for c in classes], size or 224)
 
 # %% ../nbs/07_data.ipynb #21ff7de0
+def _check_one_size(name: str, size: int | None) -> None:
+    if size:
+        raise ValueError(f"size= is for folders of pictures; {name!r} comes in one size")
+
+
 def _official(name: str, split: str, root: Path, download: bool, size: int | None) -> ImageSet:
     from torchvision import datasets
 
     which = {"svhn": {"split": split}, "caltech256": {}}.get(name, {"train": split == "train"})
     try:
         found = getattr(datasets, _OFFICIAL[name][0])(str(root), **which, download=download)
-    except RuntimeError as error:
-        raise FileNotFoundError(f"{name!r} in {root} is incomplete ({error}); pass download=True") from error
+    except (RuntimeError, OSError) as error:
+        mend = f"put {_OFFICIAL[name][1]} there by other means" if download else "pass download=True"
+        raise FileNotFoundError(f"{name!r} in {root} is incomplete ({error}); {mend}") from error
     if name == "caltech256":
         return _caltech(root, split, size)
-    if size:
-        raise ValueError(f"size= is for folders of pictures; {name!r} comes in one size")
+    _check_one_size(name, size)
     images, labels = torch.as_tensor(found.data), found.labels if name == "svhn" else found.targets
     if name.startswith("cifar"):
         images = images.permute(0, 3, 1, 2)  # (N, H, W, C) on disk
@@ -311,13 +316,15 @@ def _read_split(
     name: str, split: str, root: str | Path | None, download: bool, size: int | None
 ) -> ImageSet:
     if name == "digits":
+        _check_one_size(name, size)
         return _digits(split)
     found, looked = _find(name, split, root), " and ".join(map(str, _roots(root)))
     if name in _OFFICIAL and download and (found is None or found[0] == "folder"):
         found = "official", _roots(root)[0]
-    if found is None and name in _OFFICIAL:
+    if found is None and name in DATASETS:
+        last = "pass download=True" if name in _OFFICIAL else f"put {name}/train/CLASS there"
         raise FileNotFoundError(f"{name!r} is not in {looked}; set JAT_DATA to the folder that "
-                                "holds it, pass root=, or pass download=True")
+                                f"holds it, pass root=, or {last}")
     if found is None:
         raise ValueError(f"unknown data set {name!r}; expected one of {', '.join(DATASETS)}, "
                          f"'folder:PATH', or a folder {name}/{split}/CLASS in {looked}")
@@ -333,7 +340,7 @@ def load(
     *,
     root: str | Path | None = None,  # Where sets lie; None: JAT_DATA, then ~/.cache/jat_nb
     download: bool = False,  # Fetch a missing set through torchvision
-    size: int | None = None,  # Folders: scale the short side to this, cut out the centre
+    size: int | None = None,  # Folders, Caltech-256: scale the short side to it, cut the centre out
     classes: Sequence[str] | None = None,  # Names that number the labels, of a run; None: the set's
 ) -> ImageSet:  # The whole split, as bytes on the CPU
     "Load a data set by name."
@@ -361,11 +368,12 @@ class Budget:
         return self.eps_flow / 2
 
 # %% ../nbs/07_data.ipynb #74055246
-_BUDGETS = {"digits": Budget(0.1, 0.5), "mnist": Budget(0.3, 0.3), "fashion_mnist": Budget(0.1, 0.3)}
+_BUDGETS = {"digits": Budget(0.1, 0.5), "mnist": Budget(0.3, 0.3), "fashion_mnist": Budget(0.1, 0.3),
+            "tiny-imagenet-10": Budget(8 / 255, 0.6), "caltech256": Budget(8 / 255, 2.1)}
 
 
 def default_budget(
     name: str,  # Data set, as for `load`
-) -> Budget:  # Grey sets have their own; colour photographs 8/255 and 0.3 px (JAT section 6)
+) -> Budget:  # Grey and large sets have their own; all others 8/255 and 0.3 px (JAT section 6)
     "The budget this book uses on a data set."
     return _BUDGETS.get(name, Budget(8 / 255, 0.3))

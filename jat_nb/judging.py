@@ -151,7 +151,8 @@ def judge(
         return old, False
     record = Record("jat_eval", config, about["tier"], about["data"], about["variant"], seed, device=device)
     others = {path.name: open_run(path, weights, device)[1] for path in sources}
-    job = Job(model, test.x.to(device), test.labels.to(device), budget, steps, seed, batch_size, others, fast=fast)
+    job = Job(model, test.x.to(device), test.labels.to(device), budget, steps, seed, batch_size, others, fast=fast,
+              data=about["data"])
     start = time.perf_counter()
     with counted(model) as count, torch.autocast(device.split(":")[0], torch.bfloat16, enabled=amp):
         record.metrics = run_suite(suite, job)

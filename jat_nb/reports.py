@@ -121,7 +121,7 @@ def _commands(run: Run) -> list[str]:
     made = asdict(run.plan)
     changed = [f"{k}={json.dumps(v)}" for k, v in made.items() if json.dumps(plan[k]) != json.dumps(v)]
     words = ["jat_train", "--recipe", about["name"]]
-    for key in ("data", "tier", "seed"): words += [f"--{key}", about[key]]
+    for key in ("data", "tier", "images", "seed"): words += [f"--{key}", about[key]] if key in about else []
     if made["model"] != plan["model"]: words += ["--model", made["model"]]
     changed = [text for text in changed if not text.startswith(("model=", "data=", "seed="))]
     lines = [[*words, *(["--set", *changed] if changed else []), "--out", folder]]

@@ -9,7 +9,7 @@ __all__ = ['Spec', 'KINDS', 'SUITES', 'Job', 'quantity', 'attack_from', 'attacks
 # %% ../nbs/35_suites.ipynb #f1e51c34
 import pkgutil
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from .attacks import ATTACKS
 from .autoattack import autoattack_at
-from .catalogue import papers
-from .data import Budget
+from .catalogue import in_proportion, papers
+from .data import Budget, default_budget
 from .evaluation import Attack, Evaluation, budget_curve, clean, evaluate, raw_accuracy
 from .masking import budget_surface, masking_report, random_flow, random_pixels, transfer
 from .pictures import similarity
@@ -41,6 +41,7 @@ class Job:
     batch_size: int = 250  # images attacked at once
     sources: Mapping[str, nn.Module] = field(default_factory=dict)  # other networks, by name
     fast: bool = False  # attack a faster copy of the network; the verdict stays the original's
+    data: str = ""  # name of the data set, for suites whose attacks depend on it
 
     @property
     def options(self) -> dict[str, Any]:
@@ -121,12 +122,28 @@ class Suite:
     columns: Mapping[str, Spec | Sequence[Spec]] = field(default_factory=dict)  # name to attack(s)
     needs: tuple[str, ...] = ()  # fields of the job that must not be empty, such as "sources"
     options: Mapping[str, Any] = field(default_factory=dict)  # of the kind; "n": first images only
+    home: str = ""  # data set that lengths given as numbers are meant for; "": for every one
     kind: str = "table"  # key of KINDS, or "module:function"
     also: Mapping[str, "Suite"] = field(default_factory=dict)  # further questions, by key of answer
 
+# %% ../nbs/35_suites.ipynb #29360fef
+def _fitted(what: Spec | Sequence[Spec], home: Budget, there: Budget) -> Spec | list[Spec]:
+    "A column with its lengths in proportion to another budget."
+    if not isinstance(what[0], str):
+        return [_fitted(spec, home, there) for spec in what]
+    name, options = what
+    return (name, in_proportion(name, options, home, there) if name in ATTACKS else options)
+
+
+def _attacks(suite: Suite, job: Job) -> dict[str, Attack | list[Attack]]:
+    "The columns of a suite at the budgets of a job."
+    home = default_budget(suite.home) if suite.home else job.budget
+    columns = {name: _fitted(what, home, job.budget) for name, what in suite.columns.items()}
+    return attacks_from(columns, job.quantities)
+
 # %% ../nbs/35_suites.ipynb #3f251f18
 def _table(suite: Suite, job: Job) -> dict[str, Any]:
-    attacks = attacks_from(suite.columns, job.quantities)
+    attacks = _attacks(suite, job)
     return with_bits(evaluate(job.model, job.x, job.y, attacks, **job.options))
 
 # %% ../nbs/35_suites.ipynb #7177b890
@@ -190,7 +207,7 @@ def _check_surface(suite: Suite, answer: Mapping[str, Any]) -> None:
 
 # %% ../nbs/35_suites.ipynb #5bd54b44
 def _transfer(suite: Suite, job: Job) -> dict[str, Any]:
-    attacks = attacks_from(suite.columns, job.quantities)
+    attacks = _attacks(suite, job)
     made_on = lambda source: transfer(source, job.model, job.x, job.y, attacks, **job.options)
     return {"sources": {name: with_bits(made_on(source)) for name, source in job.sources.items()}}
 
@@ -220,7 +237,7 @@ def as_they_are(
 
 # %% ../nbs/35_suites.ipynb #136c7ea4
 def _raw(suite: Suite, job: Job) -> dict[str, str]:
-    attacks = attacks_from(suite.columns, job.quantities)
+    attacks = _attacks(suite, job)
     return with_bits(raw_accuracy(job.model, job.x, job.y, attacks, **job.options))["correct"]
 
 # %% ../nbs/35_suites.ipynb #13e7fbbe
@@ -229,16 +246,35 @@ def _check_raw(suite: Suite, answer: Mapping[str, Any]) -> None:
         raise ValueError("a raw verdict is a text of 0 and 1")
 
 # %% ../nbs/35_suites.ipynb #346d10b4
-def _similarity(suite: Suite, job: Job) -> dict[str, list[float]]:
-    [attack], found = attacks_from(suite.columns, job.quantities).values(), []
+def _attacked(job: Job, attack: Attack, **options: Any) -> Iterator[Any]:
+    "What an attack returns for batch after batch of the job, each image with its own randomness."
     for rows in torch.arange(len(job.y)).split(job.batch_size):
         own = image_generators(job.seed, rows.tolist())
-        found.append(attack(job.model, job.x[rows], job.y[rows], generator=own))
-    return similarity(job.x, torch.cat(found)).to_dict("list")
+        yield attack(job.model, job.x[rows], job.y[rows], generator=own, **options)
+
+
+def _similarity(suite: Suite, job: Job) -> dict[str, list[float]]:
+    [attack] = _attacks(suite, job).values()
+    return similarity(job.x, torch.cat([*_attacked(job, attack)])).to_dict("list")
+
+
+def _displacement(suite: Suite, job: Job) -> dict[str, list[float]]:
+    "The longest displacement of each image in pixels, by attack."
+    attacks, found = _attacks(suite, job), {}
+    for name, attack in attacks.items():
+        records = _attacked(job, attack, return_info=True)
+        found[name] = torch.cat([record.displacement_px for record in records]).tolist()
+    return found
 
 # %% ../nbs/35_suites.ipynb #b9215626
 def _check_similarity(suite: Suite, answer: Mapping[str, Any]) -> None:
     [float(v) for values in answer.values() for v in values]
+
+
+def _check_displacement(suite: Suite, answer: Mapping[str, Any]) -> None:
+    lengths = {name: [float(v) for v in values] for name, values in answer.items()}
+    if any(v < 0 for values in lengths.values() for v in values):
+        raise ValueError("a displacement is a length in pixels, at least 0")
 
 # %% ../nbs/35_suites.ipynb #dbc50d36
 class Kind(NamedTuple):
@@ -250,7 +286,8 @@ class Kind(NamedTuple):
 
 KINDS: Mapping[str, Kind] = MappingProxyType({
     "table": Kind(_table, _check_table), "raw": Kind(_raw, _check_raw),
-    "similarity": Kind(_similarity, _check_similarity), "curves": Kind(_curves, _check_curves),
+    "similarity": Kind(_similarity, _check_similarity),
+    "displacement": Kind(_displacement, _check_displacement), "curves": Kind(_curves, _check_curves),
     "surface": Kind(_surface, _check_surface), "transfer": Kind(_transfer, _check_transfer),
     "masking": Kind(_masking, _check_masking)})  # kinds of question by name
 

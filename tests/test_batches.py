@@ -1,14 +1,19 @@
 "Augmentation and batches as laws: against the slow way, image by image."
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import ks_2samp
 from torch import nn
+from torch.testing import assert_close
+from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from jat_nb.batches import AUGMENTATIONS, Batch, batches, num_batches, random_crop_flip
+from jat_nb.batches import (AUGMENTATIONS, Batch, _boxes, batches, crop_flip, num_batches, random_crop_flip,
+                            random_resized_crop_flip, resized_crop_flip)
 from jat_nb.data import ImageSet
 
 
@@ -43,6 +48,39 @@ def test_flip_rate_and_offsets_are_uniform():
     rows = (place // 5).bincount(minlength=5)[1:4] / 9000
     assert (rows - 1 / 3).abs().max() < 3 * (2 / 9 / 9000) ** 0.5
     assert abs((place % 5 >= 3).float().mean() - 1 / 3) < 3 * (2 / 9 / 9000) ** 0.5  # mirrored, shift 0 or 1 inwards
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 5), st.sampled_from([1, 3]), st.integers(2, 24), st.integers(2, 24), st.floats(0.01, 1),
+       st.booleans(), st.booleans(), st.integers(0, 99))
+def test_boxes_lie_in_their_images_and_are_resized_as_torchvision_does(b, c, h, w, least, flip, as_float, seed):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randint(256, (b, c, h, w), generator=g, dtype=torch.uint8)
+    x = x.float() / 255 if as_float else x
+    out = random_resized_crop_flip(x, scale=(least, 1.0), flip=flip, generator=g.manual_seed(seed))
+    boxes = _boxes(b, h, w, (least, 1.0), g.manual_seed(seed), x.device).T.int().tolist()
+    mirror = torch.randint(2, (b, 1), generator=g).squeeze(1).tolist()
+    assert out.dtype == x.dtype and out.shape == x.shape
+    for image, (top, left, height, width), m, ours in zip(x, boxes, mirror, out, strict=True):
+        assert 0 <= top <= top + height <= h and 0 <= left <= left + width <= w and min(height, width) >= 1
+        slow = TF.resized_crop(image.float(), top, left, height, width, [h, w], antialias=False)
+        slow = TF.hflip(slow) if m and flip else slow
+        assert_close(ours.float(), slow, atol=1e-4 if as_float else 0.51, rtol=0)
+
+
+def test_boxes_are_drawn_as_torchvision_draws_them():
+    torch.manual_seed(1)
+    image = torch.zeros(3, 30, 40)
+    theirs = np.array([RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(3000)]).T
+    ours = _boxes(3000, 30, 40, (0.08, 1.0), torch.Generator().manual_seed(0), image.device).numpy()
+    for place in (lambda box: box[2] * box[3], lambda box: box[2] / box[3], lambda box: box[0], lambda box: box[1]):
+        assert ks_2samp(place(ours), place(theirs)).statistic < 0.05  # 1 in 1,000 for equal distributions
+
+
+def test_an_image_too_long_for_any_box_is_taken_whole():
+    "One row: a box of half the area would be higher than the image."
+    boxes = _boxes(50, 1, 64, (0.5, 1.0), torch.Generator().manual_seed(0), torch.device("cpu"))
+    assert (boxes.T == torch.tensor([0, 0, 1, 64])).all()
 
 
 @settings(max_examples=40, deadline=None)
@@ -150,8 +188,22 @@ def test_augmentation_policy(name, may_flip, pad_px):
     assert black.max() == pad_px
 
 
+@pytest.mark.parametrize("name, cropped", [("digits", False), ("mnist", False), ("svhn", False), ("cifar10", True),
+                                           ("caltech256", True), ("tiny-imagenet-10", True)])
+def test_only_photographs_are_cropped_at_every_size(name, cropped):
+    x = toy(side=32, name=name).images
+    draws = lambda: torch.Generator().manual_seed(3)
+    policy = random_resized_crop_flip(x, generator=draws()) if cropped else crop_flip(x, name, draws())
+    assert torch.equal(resized_crop_flip(x, name, draws()), policy)
+    batch = next(batches(toy(side=32, name=name), 40, augment=("resized_crop_flip",)))
+    assert torch.equal(batch.x * 255, (batch.x * 255).round()), "bytes stay bytes"
+
+
 def test_bad_sizes():
     with pytest.raises(ValueError, match="got 0"):
         next(batches(toy(), 0))
     with pytest.raises(ValueError, match="got -1"):
         random_crop_flip(toy().images, pad_px=-1)
+    for scale in ((0, 1), (0.6, 0.5), (0.5, 1.1)):
+        with pytest.raises(ValueError, match="shares of the area"):
+            random_resized_crop_flip(toy().images, scale=scale)

@@ -194,8 +194,11 @@ def test_missing_and_unknown_sets(tmp_path, monkeypatch):
         assert not available(name)
         with pytest.raises(FileNotFoundError) as error:
             load(name)
-        for part in (str(tmp_path), "jat_nb", "JAT_DATA", "root=", "download=True"):
+        mend = "train/CLASS" if name == "tiny-imagenet-10" else "download=True"
+        for part in (str(tmp_path), "jat_nb", "JAT_DATA", "root=", mend):
             assert part in str(error.value)
+    with pytest.raises(FileNotFoundError, match="tiny-imagenet-10/train/CLASS"):
+        load("tiny-imagenet-10", download=True)
     with pytest.raises(ValueError, match="expected one of digits, mnist"):
         load("cifar-10")
     with pytest.raises(ValueError, match="'train' or 'test', got 'val'"):
@@ -240,6 +243,40 @@ def test_caltech_layout(tmp_path):
     assert torch.equal(again.images, test.images)
 
 
+def test_caltech_is_brought_to_224_pixels_and_says_what_is_missing(tmp_path, monkeypatch):
+    folder = tmp_path / "caltech256" / "256_ObjectCategories" / "001.ak47"
+    folder.mkdir(parents=True)
+    tall = np.zeros((300, 250, 3), np.uint8)
+    tall[:25], tall[-25:] = 255, 255  # cut away: the middle 250 of 300 rows stay
+    Image.fromarray(tall).save(folder / "001_0001.png")
+    data = load("caltech256", root=tmp_path)
+    assert data.images.shape == (1, 3, 224, 224) and data.variant == "folder, 224 px"
+    assert data.images.is_contiguous() and data.images[:, :, 2:-2].max() == 0
+
+    def refused(*args, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(datasets, "Caltech256", refused)
+    with pytest.raises(FileNotFoundError, match=r"no route to host\); put caltech256/256_ObjectCategories there"):
+        load("caltech256", root=tmp_path / "empty", download=True)
+
+
+def test_tiny_imagenet_layout(tmp_path):
+    for split, count in (("train", 4), ("val", 2)):
+        for i, name in enumerate(("n01443537_goldfish", "n02129165_lion")):
+            large = pictures[i:i + 1].repeat(8, axis=1).repeat(8, axis=2).repeat(count, axis=0)  # 64 x 64
+            put(tmp_path / "tiny-imagenet-10", split, name, large, ".JPEG")
+    grey = Image.fromarray(pictures[0, ..., 0].repeat(8, axis=0).repeat(8, axis=1))
+    grey.save(tmp_path / "tiny-imagenet-10" / "train" / "n02129165_lion" / "grey.JPEG")
+    train, val = (load("tiny-imagenet-10", split, root=tmp_path) for split in ("train", "test"))
+    assert train.images.shape == (9, 3, 64, 64) and val.labels.tolist() == [0, 0, 1, 1]
+    assert train.classes == ("n01443537_goldfish", "n02129165_lion") and train.variant == "jpeg"
+    assert (train.images[8] - train.images[8][:1] == 0).all(), "grey.JPEG comes after the numbers"
+    theirs = datasets.ImageFolder(str(tmp_path / "tiny-imagenet-10" / "val"), TF.to_tensor)
+    assert_close(val.x, torch.stack([image for image, _ in theirs]), rtol=0, atol=0)
+    assert load("tiny-imagenet-10", root=tmp_path, size=96).images.shape[2:] == (96, 96)
+
+
 def test_mnist_layout(tmp_path, monkeypatch):
     (tmp_path / "MNIST" / "raw").mkdir(parents=True)
     images, labels = pictures[..., 0], np.arange(6, dtype=np.uint8)
@@ -250,12 +287,14 @@ def test_mnist_layout(tmp_path, monkeypatch):
     data = load("mnist", "test", root=tmp_path)
     assert torch.equal(data.images[:, 0], torch.from_numpy(images.copy())) and data.labels.tolist() == [*range(6)]
     assert data.classes == tuple("0123456789") and data.variant == "official"
-    with pytest.raises(ValueError, match="one size"):
-        load("mnist", root=tmp_path, size=32)
+    for name in ("mnist", "digits"):
+        with pytest.raises(ValueError, match=f"'{name}' comes in one size"):
+            load(name, root=tmp_path, size=48)
 
 
 @pytest.mark.parametrize("name, train, test, classes", [("cifar10", 50_000, 10_000, 10), ("mnist", 60_000, 10_000, 10),
-                                                        ("cifar100", 50_000, 10_000, 100), ("svhn", 73_257, 26_032, 10)])
+                                                        ("cifar100", 50_000, 10_000, 100), ("svhn", 73_257, 26_032, 10),
+                                                        ("tiny-imagenet-10", 5_000, 500, 10)])
 def test_published_sizes(name, train, test, classes):
     if not available(name):
         pytest.skip(f"{name} is not at hand")
@@ -282,6 +321,9 @@ def test_a_subset_larger_than_the_set_is_refused():
 
 def test_budgets():
     assert default_budget("mnist") == Budget(0.3, 0.3) and default_budget("digits") == Budget(0.1, 0.5)
-    for name in ("cifar10", "cifar100", "svhn", "caltech256", "folder:/x"):
+    for name in ("cifar10", "cifar100", "svhn", "folder:/x"):
         assert default_budget(name) == Budget(8 / 255, 0.3)
+    for name, side in (("tiny-imagenet-10", 64), ("caltech256", 224)):  # the same share of the side
+        budget = default_budget(name)
+        assert budget.eps_pixel == 8 / 255 and budget.eps_flow / side == pytest.approx(0.3 / 32)
     assert default_budget("cifar10").step_pixel == 2 / 255 and default_budget("cifar10").step_flow == 0.15

@@ -4,14 +4,27 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from jat_nb.explain import curvature, directions, grain, landscape, saliency, skewness, smooth_grad
+from jat_nb.explain import (curvature, difference_map, directions, gallery, grain, landscape, local_maxima, saliency, skewness,
+                            smooth_grad, surfaces, to_grey)
 from jat_nb.losses import cross_entropy
-from jat_nb.threats import Flow, Pixel
+from jat_nb.randomness import image_generators
+from jat_nb.threats import Affine, Flow, Pixel
 
 
 def linear(channels=2, side=5, classes=3):
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(channels * side * side, classes))
+
+
+def curved(side=5):
+    "A small network whose gradient depends on the image."
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(2 * side * side, 20), nn.Tanh(), nn.Linear(20, 3))
+
+
+def gradient(model, x, y):
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(model(x).gather(1, y[:, None]).sum(), x)[0]
 
 
 def images(n=4, channels=2, side=5):
@@ -36,11 +49,49 @@ def test_the_noise_has_the_size_of_each_images_range():
     assert abs(float(noise[:, 1].std()) / (0.5 * 0.6) - 1) < 0.05
 
 
+@pytest.mark.parametrize("n, batch_size", [(1, 1), (4, 7), (2, 100)])
+def test_without_noise_it_is_the_gradient(n, batch_size):
+    model, (x, y) = curved(), images()
+    assert_close(smooth_grad(model, x, y, n=n, sigma=0.0, batch_size=batch_size), gradient(model, x, y))
+
+
+def test_the_variance_falls_like_one_over_n():
+    model, (x, y) = curved(), images(2)
+    draws = lambda n: torch.stack([smooth_grad(model, x, y, n=n, sigma=0.5, generator=torch.Generator().manual_seed(s))
+                                   for s in range(400)])
+    one, sixteen = draws(1).var(0).mean(), draws(16).var(0).mean()
+    assert abs(float(one / sixteen) / 16 - 1) < 0.15
+
+
+def test_the_average_goes_to_the_mean_gradient_of_the_cloud():
+    "In closed form: the gradient of a sum of cubes, averaged over a normal cloud."
+    class Cubic(nn.Module):
+        def forward(self, x): return x.flatten(1).pow(3).sum(1, keepdim=True).repeat(1, 2)
+    x, y = images(2, channels=1)
+    y, sigma = y % 2, 0.3 * (x.flatten(1).amax(1) - x.flatten(1).amin(1)).view(-1, 1, 1, 1)
+    found = smooth_grad(Cubic(), x, y, n=6000, sigma=0.3, generator=torch.Generator().manual_seed(0))
+    assert_close(found, 3 * (x.square() + sigma.square()), atol=0.05, rtol=0.02)  # E 3 (x + q)^2
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+def test_an_images_map_and_surface_do_not_depend_on_the_batch(batch_size):
+    model, (x, y) = curved(), images()
+    own = lambda rows: image_generators(5, rows)
+    whole = smooth_grad(model, x, y, n=5, generator=own(range(4)), batch_size=batch_size)
+    alone = smooth_grad(model, x[2:3], y[2:3], n=5, generator=own([2]))
+    assert_close(alone[0], whole[2])
+    params = [Affine(0.3).init(x, True, own(range(4)))]
+    both = surfaces(model, x, y, [Affine(0.3)], params, points=3, generator=own(range(4)))
+    one = surfaces(model, x[2:3], y[2:3], [Affine(0.3)], [params[0][2:3]], points=3, generator=own([2]))
+    assert_close(one[0], both[2])
+
+
 def test_the_model_is_left_as_it_was():
     model = nn.Sequential(nn.BatchNorm2d(2), nn.Dropout(0.5), linear()).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     smooth_grad(model, *images(), n=3)
     landscape(model, *images(), [Pixel(0.1)], [torch.full((4, 2, 5, 5), 0.1)], points=3)
+    with pytest.raises(ValueError, match="expected labels"): smooth_grad(model, images()[0], torch.full((4,), 9))
     assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
@@ -52,6 +103,66 @@ def test_maps_are_distributions_and_skewness_is_odd():
     assert_close(skewness(a, b), -skewness(b, a))
     assert skewness(a, a).abs().max() == 0
     assert (grain(torch.rand(6, 8, 8)) <= 1).all() and grain(torch.ones(1, 8, 8)) == 0
+
+
+@pytest.mark.parametrize("side", [3, 8, 28])
+def test_a_spike_is_sparser_than_a_plain(side):
+    spike, plain = torch.zeros(1, side, side), torch.full((1, side, side), side**-2.0)
+    spike[0, 1, 1] = 1
+    p = side**-2.0
+    wanted = torch.tensor([(1 - 2 * p) / (p * (1 - p)) ** 0.5], dtype=torch.float64)  # of a coin with chance p
+    assert_close(skewness(spike, plain), wanted, rtol=1e-5, atol=1e-6)
+    assert_close(skewness(plain, spike), -wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 3), (4, 2, 5, 5), (4, 7)])
+def test_directions_have_the_length_of_their_block(shape):
+    torch.manual_seed(6)
+    blocks = [torch.randn(shape), 0.01 * torch.randn(4, 2, 3)]
+    first, second = (directions(blocks, torch.Generator().manual_seed(s)) for s in (0, 1))
+    for p, a, b in zip(blocks, first, second):
+        assert a.shape == p.shape and not torch.allclose(a, b)
+        assert_close(a.flatten(1).norm(dim=1), p.flatten(1).norm(dim=1))
+
+
+def test_surfaces_average_to_the_landscape_and_meet_the_attack_in_the_middle():
+    model, (x, y) = curved(), images()
+    p = [0.3 * torch.randn(4, 2, 5, 5, generator=torch.Generator().manual_seed(0))]
+    each = surfaces(model, x, y, [Flow(2.0)], p, points=5, generator=torch.Generator().manual_seed(1))
+    mean = landscape(model, x, y, [Flow(2.0)], p, points=5, generator=torch.Generator().manual_seed(1))
+    assert each.shape == (4, 5, 5)
+    assert_close(each.mean(0), mean)
+    assert_close(each[:, 2, 2], cross_entropy(model(Flow(2.0).apply(x, p[0])), y).detach())
+
+
+@pytest.mark.parametrize("waves", [1, 2, 4])
+def test_peaks_are_counted(waves):
+    u = torch.linspace(0, waves, 20 * waves + 1)
+    bumps = -(2 * torch.pi * u[:, None]).cos() - (2 * torch.pi * u[None]).cos()
+    assert int(local_maxima(bumps).sum()) == waves**2
+    assert local_maxima(torch.stack([bumps, -bumps])).sum(dim=(1, 2)).tolist() == [waves**2, (waves - 1) ** 2]
+
+
+def test_slopes_ridges_and_plateaus_have_no_peak():
+    u = torch.linspace(-1, 1, 9)
+    for surface in (u[:, None] + u[None], -u[:, None].square().expand(9, 9), torch.zeros(9, 9)):
+        assert not local_maxima(surface).any()
+    spike = torch.zeros(5, 5)
+    spike[0, 2] = spike[3, 3] = 1
+    assert local_maxima(spike).nonzero().tolist() == [[3, 3]]  # the one on the rim cannot be judged
+
+
+def test_maps_for_the_eye():
+    torch.manual_seed(2)
+    a, b = (saliency(torch.randn(3, 2, 20, 20)) for _ in range(2))
+    grey = to_grey(a)
+    assert grey.shape == (3, 1, 20, 20) and grey.min() >= 0 and (grey == 1).flatten(1).sum(1).tolist() == [4, 4, 4]
+    assert_close(to_grey(5 * a), grey)
+    colours = difference_map(a, b)
+    assert ((colours[:, 0] > colours[:, 2]) == (a > b)).all()  # red where the first map is larger
+    assert_close(difference_map(a, a), torch.ones(3, 3, 20, 20))
+    figure = gallery({"image": torch.rand(3, 3, 20, 20), "one": a, "difference": colours})
+    assert len(figure.axes) == 9 and [ax.get_ylabel() for ax in figure.axes[::3]] == ["image", "one", "difference"]
 
 
 def test_a_landscape_is_the_loss_on_its_plane():
@@ -79,6 +190,10 @@ def test_curvature_of_a_quadratic():
 @pytest.mark.parametrize("call, message", [
     (lambda x, y: smooth_grad(linear(), x, y, n=0), "n >= 1"), (lambda x, y: smooth_grad(linear(), x, y, sigma=-1), "sigma >= 0"),
     (lambda x, y: smooth_grad(linear(), 255 * x, y), "divide bytes"), (lambda x, y: skewness(x[:, 0], x[:2, 0]), "same images"),
-    (lambda x, y: landscape(linear(), x, y, [Pixel(0.1)], [torch.zeros_like(x)]), "not all zero")])
+    (lambda x, y: landscape(linear(), x, y, [Pixel(0.1)], [torch.zeros_like(x)]), "not all zero"),
+    (lambda x, y: landscape(linear(), x, y, [Pixel(0.1)], [x * (y == 0).view(-1, 1, 1, 1)]), "not all zero"),
+    (lambda x, y: surfaces(linear(), x, y, [Pixel(0.1)], [x], points=4), "odd number of points"),
+    (lambda x, y: local_maxima(x[:, 0, :2]), "at least 3 points"),
+    (lambda x, y: gallery({"a": x[:, 0], "b": x[:1, 0]}), "the same images")])
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message): call(*images())
