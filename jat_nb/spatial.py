@@ -6,6 +6,8 @@
 __all__ = ['grid_to_px', 'affine', 'integrated', 'displacement_frequency', 'flow_loss', 'smooth_flow']
 
 # %% ../nbs/11_spatial.ipynb #d765ad68
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -65,13 +67,16 @@ def integrated(
     loss: Loss | str = cross_entropy,  # Per-example loss to climb, or its name in LOSSES
     target: Tensor | None = None,  # Classes (B,) to be mistaken for
     random_start: bool = False,  # Start at random instead of at the image itself
+    start_std_flow: float | None = None,  # Of a Gaussian start of the flow, in pixels; None: uniform
+    start_std_affine: float | None = None,  # Of a Gaussian start of the map; None: uniform
     restarts: int = 1,  # Independent starts; per image the best end is kept
     keep_best: bool = False,  # Per image the best iterate instead of the last
     generator: Randomness = None,  # One generator, or one per image
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "Integrated spatial attack: a flow and an affine map on one grid (Pareto section 2.3, Eq. 7 to 9)."
-    threats = [Flow(eps_flow, step_flow, norm, padding), Affine(eps_affine, step_affine, padding)]
+    threats = [Flow(eps_flow, step_flow, norm, padding, start_std_flow),
+               Affine(eps_affine, step_affine, padding, start_std_affine)]
     return ascend(model, x, y, threats, steps=steps, schedule=schedule, loss=loss, target=target,
                   random_start=random_start, restarts=restarts, keep_best=keep_best,
                   generator=generator, return_info=return_info)
@@ -105,34 +110,39 @@ def flow_loss(
         total = total + 2 * lengths.flatten(1).sum(dim=1)
     return total
 
-# %% ../nbs/11_spatial.ipynb #e8f29fe5
+# %% ../nbs/11_spatial.ipynb #78ed7ed8
 def _shortfall(logits: Tensor, y: Tensor, target: Tensor | None, kappa: float) -> Tensor:
     "First term of Eq. 1: what is missing to the mistake that is wanted (B,), not below -kappa."
     missing = -margin_loss(logits, y) if target is None else margin_loss(logits, target)
     return missing.clamp(min=-kappa)
 
 
-_Found = tuple[Tensor, Tensor, Tensor]  # flow (B, 2, H, W), cost (B,), fooled (B,)
+class _Found(NamedTuple):
+    "Flows with their price, and whether they fool, image by image."
+
+    flow: Tensor  # (B, 2, H, W)
+    cost: Tensor  # (B,)
+    fooled: Tensor  # (B,)
+
+    def best(self, other: "_Found") -> "_Found":
+        "Per image the flow that fools, and of two equals the cheaper one."
+        wins = self.fooled & ~other.fooled
+        wins |= (self.fooled == other.fooled) & (self.cost < other.cost)
+        flow = torch.where(wins.view(-1, 1, 1, 1), self.flow, other.flow)
+        return _Found(flow, torch.where(wins, self.cost, other.cost), torch.where(wins, self.fooled, other.fooled))
 
 
-def _better(best: _Found | None, now: _Found) -> _Found:
-    "Per image the flow that fools, and of two equals the cheaper one."
-    if best is None:
-        return now
-    wins = (now[2] & ~best[2]) | ((now[2] == best[2]) & (now[1] < best[1]))
-    flow = torch.where(wins.view(-1, 1, 1, 1), now[0], best[0])
-    return flow, torch.where(wins, now[1], best[1]), torch.where(wins, now[2], best[2])
-
-
-def _check_smooth(x: Tensor, y: Tensor, target: Tensor | None, **numbers: float) -> None:
+def _check_smooth(x: Tensor, y: Tensor, target: Tensor | None, steps: int, **prices: float) -> None:
     check_images(x)
     for labels in (y, y if target is None else target):
         check_labels(labels, x)
-    for name, value in numbers.items():
-        if not 0 <= value < torch.inf:
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"expected at least one step, got steps={steps!r}")
+    for name, value in prices.items():
+        if not isinstance(value, (int, float)) or not 0 <= value < torch.inf:
             raise ValueError(f"expected {name} finite and >= 0, got {value!r}")
 
-
+# %% ../nbs/11_spatial.ipynb #e8f29fe5
 def smooth_flow(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -148,27 +158,27 @@ def smooth_flow(
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "The flow without a budget that fools and is smooth (Pareto Eq. 1; Xiao et al. 2018)."
-    _check_smooth(x, y, target, tau_flow=tau_flow, kappa=kappa, step_flow=step_flow, steps=steps)
+    _check_smooth(x, y, target, steps, tau_flow=tau_flow, kappa=kappa, step_flow=step_flow)
     model = bare(model)
     with torch.inference_mode(False), torch.enable_grad(), frozen(model):
         x, y, target = (v if v is None else v.detach().clone() for v in (x, y, target))
-        flow = torch.zeros_like(x[:, :1]).repeat(1, 2, 1, 1).requires_grad_()
+        flow = x.new_zeros(len(x), 2, *x.shape[2:]).requires_grad_()
         adam, best = torch.optim.Adam([flow], lr=step_flow), None
-        shrink = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(steps, 1))
+        shrink = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
         for step in range(steps + 1):
             logits = model(warp(x, flow, padding=padding)).to(x.dtype)
             cost = _shortfall(logits, y, target, kappa) + tau_flow * flow_loss(flow)
             fooled = correct(logits, y if target is None else target) != (target is None)
-            best = _better(best, (flow.detach().clone(), cost.detach(), fooled))
+            now = _Found(flow.detach().clone(), cost.detach(), fooled)
+            best = now if best is None else now.best(best)
             if step < steps:
                 grad, = torch.autograd.grad(cost.sum(), flow)
                 flow.grad = grad.nan_to_num(0.0, 0.0, 0.0)
                 adam.step()
                 shrink.step()
-    flow, cost, fooled = best
-    x_adv = warp(x, flow, padding=padding).clamp(0, 1)
+    x_adv = warp(x, best.flow, padding=padding).clamp(0, 1)
     if not return_info:
         return x_adv
-    reached = Flow(l2inf_norm(flow), 0.0, "l2inf", padding)  # no budget: the record states the length
-    return Adversarial(x_adv, (flow,), (reached,), -cost, fooled, torch.ones_like(fooled),
-                       steps + 1, steps)
+    reached = Flow(l2inf_norm(best.flow), 0.0, "l2inf", padding)  # no budget: the length is stated
+    return Adversarial(x_adv, (best.flow,), (reached,), -best.cost, best.fooled,
+                       torch.ones_like(best.fooled), steps + 1, steps)
