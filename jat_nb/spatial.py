@@ -32,7 +32,7 @@ def affine(
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
     y: Tensor,  # True classes (B,), int64
     *,
-    eps: float | Tensor = 0.3,  # Bound on each entry, image spans [-1, 1] (Pareto section 4.4, MNIST)
+    eps: float | Tensor = 0.3,  # Bound on each entry, image spans [-1, 1] (Pareto 4.4, MNIST)
     step: float | Tensor = 0.1,  # Step in the same unit (ibid.)
     steps: int = 20,  # Steps, one gradient each
     padding: str = "zeros",  # What lies outside the image
@@ -67,14 +67,14 @@ def integrated(
     loss: Loss | str = cross_entropy,  # Per-example loss to climb, or its name in LOSSES
     target: Tensor | None = None,  # Classes (B,) to be mistaken for
     random_start: bool = False,  # Start at random instead of at the image itself
-    start_std_flow: float | None = None,  # Of a Gaussian start of the flow, in pixels; None: uniform
+    start_std_flow: float | None = None,  # Of a Gaussian start, in pixels; None: uniform
     start_std_affine: float | None = None,  # Of a Gaussian start of the map; None: uniform
     restarts: int = 1,  # Independent starts; per image the best end is kept
     keep_best: bool = False,  # Per image the best iterate instead of the last
     generator: Randomness = None,  # One generator, or one per image
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
-    "Integrated spatial attack: a flow and an affine map on one grid (Pareto section 2.3, Eq. 7 to 9)."
+    "Integrated spatial attack: a flow and an affine map on one grid (Pareto Eq. 7 to 9)."
     threats = [Flow(eps_flow, step_flow, norm, padding, start_std_flow),
                Affine(eps_affine, step_affine, padding, start_std_affine)]
     return ascend(model, x, y, threats, steps=steps, schedule=schedule, loss=loss, target=target,
@@ -100,7 +100,7 @@ def displacement_frequency(
 def flow_loss(
     flow: Tensor,  # Displacements (B, 2, H, W) in pixels
 ) -> Tensor:  # Unevenness (B,), in pixels summed over all pairs of neighbours, both ways
-    "How much the displacements of neighbouring pixels differ (Pareto Eq. 1); 0 for a constant flow."
+    "How much displacements of neighbouring pixels differ (Pareto Eq. 1); 0 for a constant flow."
     if flow.ndim != 4 or flow.shape[1] != 2:
         raise ValueError(f"expected displacements (B, 2, H, W), got {tuple(flow.shape)}")
     total = flow.new_zeros(len(flow))
@@ -110,7 +110,7 @@ def flow_loss(
         total = total + 2 * lengths.flatten(1).sum(dim=1)
     return total
 
-# %% ../nbs/11_spatial.ipynb #5debadc1
+# %% ../nbs/11_spatial.ipynb #17de2d6a
 def _shortfall(logits: Tensor, y: Tensor, target: Tensor | None, kappa: float) -> Tensor:
     "First term of Eq. 1: what is missing to the mistake that is wanted (B,), not below -kappa."
     missing = -margin_loss(logits, y) if target is None else margin_loss(logits, target)
@@ -129,7 +129,8 @@ class _Found(NamedTuple):
         wins = self.fooled & ~other.fooled
         wins |= (self.fooled == other.fooled) & (self.cost < other.cost)
         flow = torch.where(wins.view(-1, 1, 1, 1), self.flow, other.flow)
-        return _Found(flow, torch.where(wins, self.cost, other.cost), torch.where(wins, self.fooled, other.fooled))
+        cost = torch.where(wins, self.cost, other.cost)
+        return _Found(flow, cost, self.fooled | other.fooled)
 
 
 def _check_smooth(x: Tensor, y: Tensor, target: Tensor | None, steps: int, **prices: float) -> None:
