@@ -85,6 +85,7 @@ def soft_margin(
     y: Tensor,  # (B,) int64 true class
 ) -> Tensor:  # (B,), positive where the wrong classes together outweigh the true one
     "Log of the summed exponentials of the wrong classes minus the true logit (Pareto, Proposition 1)."
+    logits = _check(logits, y)
     true = logits.gather(1, y[:, None])
     wrong = logits.scatter(1, y[:, None], -torch.inf)
     return wrong.logsumexp(dim=1) - true[:, 0]

@@ -202,6 +202,13 @@ def _or_previous(mean: NDArray, second: NDArray, r: float, mode: Mode, previous:
     used, clipped = effective_r(r, mean, mode)
     return Weights(previous, used, clipped, "failed")
 
+
+def _facts(found: Weights, mean: NDArray) -> dict[str, Any]:
+    "What the log of a training says of a step."
+    return {"alpha": found.alpha.round(6).tolist(), "mean": mean.round(6).tolist(), "r": found.r,
+            "clipped": int(found.clipped), "held": int(found.solver in ("held", "failed")),
+            "solver": found.solver}
+
 # %% ../nbs/24_pareto.ipynb #b5d709b4
 @dataclass(frozen=True, kw_only=True)
 class Pareto:
@@ -225,9 +232,8 @@ class Pareto:
         "Equal weights (k,), an empty window (window, k), and how many batches it has seen."
         k = roles + 1
         if roles < 1 or k > self.window:
-            raise ValueError(f"expected at least two losses and a window no shorter than their number, "
-                             f"got {k} losses and a window of {self.window}: one is natural, "
-                             "each attack adds one")
+            raise ValueError("expected at least two losses, one natural and one for each attack, and a "
+                             f"window no shorter, got {k} losses and a window of {self.window}")
         alpha = torch.full((k,), 1 / k, dtype=torch.float64)
         return {"alpha": alpha, "window": alpha.new_zeros(self.window, k), "seen": alpha.new_zeros(())}
 
@@ -251,11 +257,8 @@ class Pareto:
         found = Weights(previous, float(previous[1:] @ mean[1:]), False, "warm-up")
         if seen >= self.warm_up:
             found = _or_previous(mean, second, self.r, self.mode, previous)
-        facts = {"alpha": found.alpha.round(6).tolist(), "mean": mean.round(6).tolist(), "r": found.r,
-                 "clipped": int(found.clipped), "held": int(found.solver in ("held", "failed")),
-                 "solver": found.solver}
         alpha = torch.from_numpy(found.alpha.copy())
-        return {"alpha": alpha, "window": window, "seen": state["seen"] + 1}, facts
+        return {"alpha": alpha, "window": window, "seen": state["seen"] + 1}, _facts(found, mean)
 
 # %% ../nbs/24_pareto.ipynb #b1cbee13
 def dominates(

@@ -310,13 +310,14 @@ def transfer_key(
     runs: Iterable[Run],  # As read
     recipe: str,  # Full name of the recipe that was attacked
     source: str,  # Full name of the recipe whose network made the images
+    suite: str = "transfer",  # The suite that was given sources
 ) -> str:  # As the record names it; the source's own name if it is in no record
     "Under which key the record of a transfer holds a source."
     runs, paper = list(runs), recipe.partition("/")[0]
     trained: dict[str, set[str]] = {}
     for run in runs: trained.setdefault(Path(run.folder).name, set()).add(run.name)
     attacked = [run for run in runs if run.usable and run.name == recipe]
-    for key in sorted({k for run in attacked for k in run.metrics("transfer").get("sources", {})}):
+    for key in sorted({k for run in attacked for k in run.metrics(suite).get("sources", {})}):
         stem = key.rpartition("-s")[0]  # folders are named after the recipe, with or without its paper
         if source in trained.get(key, {f"{paper}/{stem}", stem.replace("-", "/", 1)}): return key
     return source.rpartition("/")[2]

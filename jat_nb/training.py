@@ -228,7 +228,7 @@ _TRACED = 16  # steps of an epoch that its row shows in full, at most
 
 def _tally(said: Mapping[str, Any], facts: Mapping[str, Any], iteration: int,
            every: int) -> dict[str, Any]:
-    "What was said in an epoch so far: numbers summed, words counted, and every so manieth in full."
+    "What was said in an epoch so far: numbers summed, words counted, some steps in full."
     sums = dict(said.get("sums", {}))
     counts = {name: dict(own) for name, own in said.get("counts", {}).items()}
     trace = list(said.get("trace", []))

@@ -1,4 +1,5 @@
 """The engine under odd formats, odd logits, compiled models and chains."""
+import inspect
 from functools import partial
 
 import pytest
@@ -12,6 +13,11 @@ from jat_nb.losses import LOSSES, margin_loss
 from jat_nb.models import create
 
 HALF, BRAIN = torch.float16, torch.bfloat16
+
+
+def zero_budget(attack):
+    "Every budget of an attack, by its name in the signature, at zero."
+    return {name: 0.0 for name in inspect.signature(attack).parameters if name.startswith("eps")}
 
 
 class Sure(nn.Module):
@@ -105,7 +111,7 @@ def test_logits_that_are_no_numbers_are_broken_and_hit_no_target(name, value, wh
     y = torch.tensor([where, 0, 0, 0])
     y[2:] = model(x)[2:].argmax(1)
     options = dict(random_start=False, return_info=True) | ({} if name == "fgsm" else {"steps": 1})
-    still = dict(eps=0.0) if name in ("fgsm", "pgd", "mi_fgsm", "ggsm") else dict(eps_pixel=0.0, eps_flow=0.0)
+    still = zero_budget(ATTACKS[name])
     found = ATTACKS[name](model, x, y, **options, **still)
     assert found.success.tolist() == [True, True, False, False]
     target = torch.full_like(y, where)
@@ -120,7 +126,7 @@ def test_losses_go_by_name():
         for attack in (partial(pgd, steps=2), partial(double_pass, steps=2), partial(ATTACKS["cascade"], steps=2, independent=True)):
             runs = [attack(model, x, y, loss=given, generator=torch.Generator().manual_seed(0)) for given in (name, loss)]
             assert torch.equal(*runs)
-    with pytest.raises(ValueError, match="unknown loss 'carlini': choose one of cross_entropy, margin, dlr"):
+    with pytest.raises(ValueError, match="unknown loss 'carlini': choose one of cross_entropy, margin, soft_margin, dlr"):
         pgd(model, x, y, loss="carlini")
 
 

@@ -1,4 +1,5 @@
 """The attack contract: every attack of the package keeps it, and every planted fault is caught."""
+import inspect
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,12 +12,13 @@ from torch import nn
 from jat_nb.attacks import ATTACKS, double_pass, ggsm, joint_threats, pgd
 from jat_nb.contract import Check, check_attack
 from jat_nb.models import frozen
-from jat_nb.threats import Flow, Pixel
+from jat_nb.threats import Affine, Flow, Pixel
 from jat_nb.randomness import uniform
 from jat_nb.warp import warp
 
 EPS = 8 / 255
-PIXEL, FLOW = ("fgsm", "pgd", "mi_fgsm"), ("ggsm",)
+BUDGETS = {"fgsm": [Pixel()], "pgd": [Pixel()], "mi_fgsm": [Pixel()], "ggsm": [Flow()], "affine": [Affine()],
+           "integrated": [Flow(norm="linf", padding="zeros"), Affine()]}
 
 
 def broken(checks):
@@ -29,10 +31,9 @@ def test_every_attack_of_the_package_keeps_the_contract(name, options):
     if name == "fgsm" and options.keys() - {"random_start"}:
         pytest.skip("one step from one start")
     fn = partial(ATTACKS[name], **options, **({} if name == "fgsm" else dict(steps=2)))
-    joint = name not in PIXEL + FLOW
-    threats = joint_threats() if joint else [Flow()] if name in FLOW else [Pixel()]
-    zero = partial(fn, eps_pixel=0.0, eps_flow=0.0) if joint else partial(fn, eps=0.0)
-    checks = check_attack(fn, threats=threats, zero=zero)
+    parameters = inspect.signature(ATTACKS[name]).parameters
+    zero = partial(fn, **{budget: 0.0 for budget in parameters if budget.startswith("eps")})
+    checks = check_attack(fn, threats=BUDGETS.get(name, joint_threats()), zero=zero)
     assert len(checks) == 14 and broken(checks) == set(), [c for c in checks if not c.passed]
 
 

@@ -230,7 +230,8 @@ def test_verdict_refuses_what_losses_refuse():
 
 def test_losses_by_name_agree_with_the_verdict():
     logits, y = case(3)
-    assert list(LOSSES) == ["cross_entropy", "margin", "dlr"]
+    assert list(LOSSES) == ["cross_entropy", "margin", "soft_margin", "dlr"]
+    assert (LOSSES["soft_margin"](logits, y) >= LOSSES["margin"](logits, y)).all()
     for name in ("margin", "dlr"):
         assert torch.equal(LOSSES[name](logits, y) <= 0, correct(logits, y))
     assert LOSSES["cross_entropy"] is cross_entropy and LOSSES["margin"] is margin_loss and LOSSES["dlr"] is dlr_loss

@@ -60,7 +60,7 @@ def test_refused_recipes(options, message):
     (of(random_start="False"), "expected random_start of attack 'double_pass' to be bool, got 'False'"),
     (of(steps=2.5), "expected steps of attack 'double_pass' to be int, got 2.5"), (of(steps=True), "expected steps"),
     (of("pgd", eps="8/255"), "expected eps of attack 'pgd' to be float"), (of("ggsm", norm=2), "expected norm"),
-    (of("fgsm", loss="hinge"), "unknown loss 'hinge': choose one of cross_entropy, margin, dlr"),
+    (of("fgsm", loss="hinge"), "unknown loss 'hinge': choose one of cross_entropy, margin, soft_margin, dlr"),
     (of("pgd", loss=None), "unknown loss None"), (of("cascade", independent=1), "expected independent"),
     (dict(probe_options={"keep_best": "yes"}), "expected keep_best of probe 'double_pass'"),
     (dict(objective_options={"labels": "sharp"}), "labels of objective 'jat' .*'bilateral'"),

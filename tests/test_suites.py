@@ -48,7 +48,7 @@ def test_a_column_names_its_loss(job):
     by_name = run_suite(Suite({"PGD": column}), job)["correct"]["PGD"]
     asked = {"PGD": partial(pgd, eps=job.budget.eps_pixel, steps=job.steps, loss=margin_loss)}
     assert by_name == bits(evaluate(job.model, job.x, job.y, asked).correct[0])
-    with pytest.raises(ValueError, match="unknown loss 'hinge': choose one of cross_entropy, margin, dlr"):
+    with pytest.raises(ValueError, match="unknown loss 'hinge': choose one of cross_entropy, margin, soft_margin, dlr"):
         run_suite(Suite({"PGD": (column[0], column[1] | {"loss": "hinge"})}), job)
 
 
