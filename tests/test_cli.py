@@ -60,7 +60,7 @@ def test_fewer_images_are_another_run_and_say_so(tmp_path, capsys):
     [run] = read_runs(tmp_path)
     assert run.usable and jat_report([str(tmp_path), "--out", str(tmp_path / "page.html")]) == 0
     assert "--images 40" in (tmp_path / "page.html").read_text()
-    assert jat_train(f"{words} --images 9999".split()) == 2 and "1 to 1150 training images, got 9999" in capsys.readouterr().err
+    assert jat_train(f"{words} --images 9999".split()) == 2 and "1 to 1405 training images, got 9999" in capsys.readouterr().err
 
 
 def test_seeds_of_a_recipe_share_their_number_of_images(tmp_path):
