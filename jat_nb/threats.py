@@ -53,6 +53,12 @@ def _check_unit(**budgets: float | Tensor) -> None:
                              "divide grey levels by 255")
 
 
+def _check_std(start_std: float | None) -> None:
+    "Refuse a deviation that is no number or negative."
+    if start_std is not None and not (isinstance(start_std, (int, float)) and 0 <= start_std < torch.inf):
+        raise ValueError(f"start_std must be None or one finite number >= 0, got {start_std!r}")
+
+
 def _check_norm(norm: str, known: tuple[str, ...]) -> None:
     if norm not in known:
         raise ValueError(f"unknown norm {norm!r}: choose one of {', '.join(known)}")
@@ -108,12 +114,13 @@ class Pixel:
 
     def __post_init__(self) -> None:
         _check_budget(eps_pixel=self.eps_pixel, step_pixel=self.step_pixel)
+        _check_std(self.start_std)
         _check_norm(self.norm, ("linf", "l2"))
         if self.norm == "linf":
             _check_unit(eps_pixel=self.eps_pixel)
 
     def init(self, x: Tensor, random: bool = True, generator: Randomness = None) -> Tensor:
-        "Zeros, or uniform in the ball and then projected."
+        "Zeros, or a random start: uniform in the ball, or Gaussian; then projected."
         if not random:
             return torch.zeros_like(_wide(x))
         if self.start_std is not None:
@@ -155,10 +162,11 @@ class Flow:
 
     def __post_init__(self) -> None:
         _check_budget(eps_flow=self.eps_flow, step_flow=self.step_flow)
+        _check_std(self.start_std)
         _check_norm(self.norm, ("l2inf", "linf"))
 
     def init(self, x: Tensor, random: bool = True, generator: Randomness = None) -> Tensor:
-        "The zero flow, or uniform in the disc (box) at every pixel."
+        "The zero flow, or a random start: uniform in each disc (box), or Gaussian and projected."
         flow = _wide(x).new_zeros(len(x), 2, *x.shape[2:])
         if not random:
             return flow
@@ -200,9 +208,10 @@ class Affine:
 
     def __post_init__(self) -> None:
         _check_budget(eps_affine=self.eps_affine, step_affine=self.step_affine)
+        _check_std(self.start_std)
 
     def init(self, x: Tensor, random: bool = True, generator: Randomness = None) -> Tensor:
-        "The identity, or every entry uniform in its interval."
+        "The identity, or a random start: every entry uniform, or Gaussian and projected."
         w = _wide(x).new_zeros(len(x), 2, 3)
         if random and self.start_std is not None:
             return self.step(_normal(w, generator) * self.start_std, w, x)  # zero gradient: projects
