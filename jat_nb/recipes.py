@@ -12,7 +12,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import partial
+from functools import lru_cache, partial
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -169,14 +169,21 @@ def _check_options(what: str, name: str, known: Mapping[str, Callable], options:
             _check_kind(f"{option} of {what} {name!r}", value, kinds.get(option, Any))
 
 # %% ../nbs/25_recipes.ipynb #51585322
+@lru_cache(maxsize=None)
+def _try_attack(attack: Callable[..., Any], written: str) -> None:
+    "Carry an attack out on one small image; what went well once is not tried again."
+    options = json.loads(written)
+    short = {k: min(options.get(k, 1), 1) for k in ("steps", "restarts")
+             if k in attack.__kwdefaults__}
+    image, label = torch.full((1, 1, 4, 4), 0.5), torch.zeros(1, dtype=torch.int64)
+    attack(nn.Flatten(), image, label, generator=torch.Generator(), **options | short)
+
+
 def _check_attack(what: str, name: str, options: Mapping[str, Any]) -> None:
     "Refuse options that an attack does not take, and values that make no sense to it."
     _check_options(what, name, ATTACKS, options, hidden=_OF_THE_CALL)
-    short = {k: min(options.get(k, 1), 1) for k in ("steps", "restarts")
-             if k in ATTACKS[name].__kwdefaults__}
-    image, label = torch.full((1, 1, 4, 4), 0.5), torch.zeros(1, dtype=torch.int64)
     try:
-        ATTACKS[name](nn.Flatten(), image, label, generator=torch.Generator(), **options | short)
+        _try_attack(ATTACKS[name], json.dumps(options))
     except ValueError as error:
         raise ValueError(f"{what} {name!r}: {error}") from error
 

@@ -49,6 +49,40 @@ def test_training_again_changes_nothing(runs, capsys):
     assert capsys.readouterr().out.count("all of 1 epochs") == 4
 
 
+def test_fewer_images_are_another_run_and_say_so(tmp_path, capsys):
+    words = f"--recipe jat/natural {SMOKE} --set epochs=1 amp=false batch_size=16 --out {tmp_path / 'x'}"
+    assert jat_train(f"{words} --images 40".split()) == 0
+    facts = json.loads((tmp_path / "x" / "run.json").read_text())
+    assert facts["train"]["images"] == facts["about"]["images"] == 40
+    assert (facts["recipe"]["amp"], facts["recipe"]["batch_size"]) == (False, 16)
+    capsys.readouterr()
+    assert jat_train(words.split()) == 2 and "train" in capsys.readouterr().err  # the folder is another run's
+    [run] = read_runs(tmp_path)
+    assert run.usable and jat_report([str(tmp_path), "--out", str(tmp_path / "page.html")]) == 0
+    assert "--images 40" in (tmp_path / "page.html").read_text()
+    assert jat_train(f"{words} --images 9999".split()) == 2 and "1 to 1405 training images, got 9999" in capsys.readouterr().err
+
+
+def test_seeds_of_a_recipe_share_their_number_of_images(tmp_path):
+    words = f"--recipe jat/natural {SMOKE} --set epochs=1"
+    assert jat_train(f"{words} --images 32 --out {tmp_path / 'a'}".split()) == 0
+    assert jat_train(f"{words} --images 64 --seed 1 --out {tmp_path / 'b'}".split()) == 0
+    first, second = read_runs(tmp_path)
+    assert first.usable and second.problems == ("not as a: images",)
+
+
+def test_a_run_of_the_pareto_paper_from_the_command_line(tmp_path, capsys):
+    words = f"--recipe pareto/mnist-average {SMOKE} --images 16 --set epochs=1 batch_size=8 amp=false probe_images=4"
+    assert jat_train(f"{words} --out {tmp_path / 'run'}".split()) == 0
+    assert jat_eval(f"{tmp_path / 'run'} --n 1 --threads 1".split()) == 0
+    record = Record.load(tmp_path / "run" / "eval-pareto-mnist.json")  # the suite of its home
+    assert list(record.metrics["correct"])[:2] == ["Clean", "PGD10"] and len(record.metrics["displacement"]["RT5"]) == 1
+    assert jat_report([str(tmp_path), "--out", str(tmp_path / "page.html")]) == 0
+    assert jat_train(["--list"]) == 0
+    said = capsys.readouterr().out
+    assert "pgd, 30 steps + ggsm, 20 steps + affine, 20 steps" in said and "table 1 'Ave AT, MNIST'" in said
+
+
 def test_slices_of_time_end_with_the_same_weights(runs, tmp_path, capsys):
     words = f"--recipe jat/natural {SMOKE} --set epochs=1 --out {tmp_path / 'x'} --time-budget 0.001".split()
     statuses = []
