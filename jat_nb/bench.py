@@ -31,7 +31,7 @@ from .data import available, default_budget, load
 from .differences import Share, difference
 from .evaluation import Attack, evaluate, pgd_at
 from .losses import correct, cross_entropy, dlr_loss, margin_loss
-from .models import create, frozen, pretrained
+from .models import create, frozen, half_precision, pretrained
 from .catalogue import recipes
 from .recipes import Recipe, bind, make_optimizer
 from .records import progress
@@ -142,7 +142,7 @@ def _contenders(p: Plan) -> dict[str, Callable[[int], Any]]:
 def measure_floor(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, findings "attack / floor", passes of each attack
     "Time of each attack over the time of its model passes."
     calls = _contenders(p)
-    with torch.autocast(p.device, torch.bfloat16):
+    with half_precision(p.device):
         interleave({name: lambda i, call=call: call(1) for name, call in calls.items()}, 1)
         timed = _timed(p, {name: lambda i, call=call: call(p.steps) for name, call in calls.items()}, p.rounds, "floor")
     passes = {a: floor_passes(a, p.steps) for a in p.attacks}
@@ -159,7 +159,7 @@ def _peaks(p: Plan, rounds: int) -> dict[str, list[float]]:
         names = ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated")
         reset, now, most = (getattr(torch.cuda, name) for name in names)
     peaks = {name: [] for name in calls}
-    with torch.autocast(p.device, torch.bfloat16):
+    with half_precision(p.device):
         interleave({name: lambda i, call=call: call(1) for name, call in _contenders(replace(p, batch=1)).items()}, 1)
         for name in progress([*calls] * rounds, description="memory", unit="case"):
             reset()
@@ -321,7 +321,7 @@ def measure_active(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, images 
     "A worst case of four attacks with and without skipping images whose verdict is known."
     data, x, y = _test_images(p, p.n // 4)
     model = pretrained(f"{data}-natural").to(p.device, memory_format=torch.channels_last)
-    with torch.autocast(p.device, torch.bfloat16):
+    with half_precision(p.device):
         eps = half_budget(model, x, y, partial(pgd_at, steps=p.steps), high=default_budget(data).eps_pixel)
         worst = {"Worst": [*(partial(pgd_at(eps, p.steps), loss=f) for f in (cross_entropy, margin_loss, dlr_loss)),
                            partial(mi_fgsm, eps=eps, step=eps / 4, steps=p.steps)]}
@@ -346,7 +346,7 @@ def measure_scaling(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, findin
         model, x, y = _stage(p, "wrn_10_1_cifar", side, batch)
         return lambda i: double_pass(model, x, y, steps=steps)
 
-    with torch.autocast(p.device, torch.bfloat16):
+    with half_precision(p.device):
         for axis in sizes:
             cases = {str(size): case(axis, size) for size in sizes[axis]}
             interleave(cases, 1)

@@ -21,7 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .attacks import double_pass, ggsm, pgd
 from .losses import correct
-from .models import bare, frozen, plain_state, tensor_hash, unwrap
+from .models import bare, computes_bfloat16, frozen, plain_state, tensor_hash, unwrap
 from .processes import agree, own_device, processes, total
 from .randomness import image_generators
 from .threats import check_images, check_labels
@@ -209,12 +209,6 @@ def _folded(module: nn.Module) -> nn.Module:
     return graph
 
 # %% ../nbs/30_evaluation.ipynb #2cf3e40a
-def _computes_bfloat16(device: torch.device) -> bool:
-    "Whether the processor has instructions for bfloat16."
-    if device.type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
-    known = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
-
 class _Quick(nn.Module):
     "A network in channels_last, in bfloat16 if asked; images and logits as before."
 
@@ -254,7 +248,7 @@ def fast_copy(
         except Exception: return model
         folded = _folded(copy.deepcopy(plain))
         body = folded if _agrees(model, folded, x, 1e-2) else plain
-        for half in (True, False) if _computes_bfloat16(x.device) else (False,):
+        for half in (True, False) if computes_bfloat16(x.device) else (False,):
             quick = _Quick(body, half).eval()
             if _agrees(model, quick, x, 0.5 if half else 1e-2): return quick
     return model

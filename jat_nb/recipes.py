@@ -52,7 +52,7 @@ class Recipe:
     warmup: float = 0.3  # Share of the run in which "onecycle" climbs; PyTorch's default
     knots: tuple[tuple[float, float], ...] = ()  # "piecewise": (place, factor of lr)
     augment: tuple[str, ...] = ("crop_flip",)  # Names out of AUGMENTATIONS, in order; (): none
-    amp: bool = False  # bfloat16 autocast: three to four times faster, third digit differs
+    amp: bool = False  # bfloat16 where the processor computes in it; third digit differs
     channels_last: bool = False  # Memory layout that convolutions prefer together with `amp`
     ema: float = 0.0  # Decay per iteration of the averaged weights that are kept; 0: none
     clip_norm: float = 0.0  # A gradient longer than this is shortened to it; 0: never

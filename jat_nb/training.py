@@ -26,7 +26,7 @@ from .checkpoints import (RESUME, add_stretch, claim, collapsed, function_names,
                                 publish, restore, run_identity, save_state, state_tensors)
 from .data import ImageSet
 from .losses import correct
-from .models import bare, check_rebuildable, frozen, unwrap
+from .models import bare, check_rebuildable, frozen, half_precision, unwrap
 from .objectives import State, WithMemory
 from .processes import (agree, copy_buffers, distribute, from_first, on_first,
                               own_device, processes, report_lost, timer, total)
@@ -79,7 +79,7 @@ def train_step(
     optimizer: torch.optim.Optimizer,  # Holds the parameters of `model`
     objective: Callable[..., Any],  # objective(model, batch, **attacks) -> scalar loss, or `WithMemory`
     attacks: Mapping[str, Callable[..., Tensor]] | None = None,  # By role, handed to the objective
-    amp: bool = False,  # bfloat16 autocast in attack and loss
+    amp: bool = False,  # bfloat16 in attack and loss, where it is fast
     *,
     clip_norm: float = 0.0,  # A gradient longer than this is shortened to it; 0: never
     accumulate: int = 1,  # Parts in which each process works through its share
@@ -94,7 +94,7 @@ def train_step(
     value, terms, pieces = batch.x.new_zeros(()), torch.zeros(()), _pieces(batch, accumulate, count)
     for i, (piece, fraction) in enumerate(pieces, 1):
         with nullcontext() if count == 1 or i == len(pieces) else model.no_sync():
-            with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=amp):
+            with half_precision(batch.x.device, amp):
                 loss, said = _loss_and_terms(objective, model, piece, memory, given)
             loss = loss * fraction * (1 if count == 1 else batch.share * count)
             loss.backward()
@@ -122,7 +122,7 @@ def accuracy(
     *,
     batch_size: int = 256,  # Images per pass
     seed: int = 0,  # Seed of the attack: the same starts at every call
-    amp: bool = False,  # bfloat16 autocast while attacking; the verdict itself is float32
+    amp: bool = False,  # bfloat16 while attacking, where it is fast; the verdict is float32
 ) -> float:  # Share of images classified correctly, in [0, 1]
     "Clean or attacked accuracy in eval mode; several processes share the images."
     model, (rank, count) = bare(model), processes()
@@ -131,7 +131,7 @@ def accuracy(
     for batch in batches(data, batch_size, seed=seed, part=rank, parts=count, device=device):
         x = batch.x
         if attack is not None and len(x):
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            with half_precision(device, amp):
                 x = attack(model, x, batch.y, generator=batch.generator)
         with frozen(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
             right += correct(model(x), batch.y).sum() if len(x) else 0

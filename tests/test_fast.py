@@ -10,14 +10,14 @@ from jat_nb import evaluation
 from jat_nb.autoattack import autoattack_at
 from jat_nb.evaluation import clean, evaluate, fast_copy, ggsm_at, pgd_at, raw_accuracy
 from jat_nb.masking import masking_report, transfer
-from jat_nb.models import create
+from jat_nb.models import computes_bfloat16, create
 
 bfloat16 = pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
 
 
 @pytest.fixture
 def processor(monkeypatch, half):
-    monkeypatch.setattr(evaluation, "_computes_bfloat16", lambda device: half)
+    monkeypatch.setattr(evaluation, "computes_bfloat16", lambda device: half)
     return half
 
 
@@ -234,7 +234,7 @@ def test_everything_takes_fast(processor, case):
 
 def test_the_processor_is_asked(monkeypatch):
     ask = lambda **known: (monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False),
-                           evaluation._computes_bfloat16(torch.device("cpu")))[1]
+                           computes_bfloat16(torch.device("cpu")))[1]
     assert ask(avx512_bf16=True) and ask(amx_bf16=True) and not ask(avx512_bf16=False, avx2=True) and not ask()
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert not evaluation._computes_bfloat16(torch.device("cpu")) and not evaluation._computes_bfloat16(torch.device("mps"))
+    assert not computes_bfloat16(torch.device("cpu")) and not computes_bfloat16(torch.device("mps"))

@@ -466,7 +466,7 @@ def test_the_averages_of_a_short_run_are_as_good_as_its_weights():
         torch.manual_seed(1)
         model = create("small_cnn_mnist", in_chans=1)
         ends.append(fit(model, train, r, validation=held)[-1]["val_clean"])
-    assert ends[1] > 0.7 and ends[0] >= ends[1] - 0.01
+    assert ends[1] > 0.7 and ends[0] >= ends[1] - 0.03  # of 360 images, whose standard error is 0.02
 
 
 def test_a_run_may_be_counted_in_iterations(tmp_path):

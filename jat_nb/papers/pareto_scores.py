@@ -41,9 +41,12 @@ def family_score(
     return conditional(runs, name, list(family_columns(family, RECIPES[name].data)), given, data=data, tier=tier)
 
 
-SENSITIVITY, LOCAL, GLOBAL = (partial(family_score, family=family) for family in ("pgd", "flow", "rt"))
-PLAIN_SENSITIVITY, PLAIN_LOCAL, PLAIN_GLOBAL = (
-    partial(family_score, family=family, given=None) for family in ("pgd", "flow", "rt"))
+SENSITIVITY = partial(family_score, family="pgd")
+LOCAL = partial(family_score, family="flow")
+GLOBAL = partial(family_score, family="rt")
+PLAIN_SENSITIVITY = partial(SENSITIVITY, given=None)
+PLAIN_LOCAL = partial(LOCAL, given=None)
+PLAIN_GLOBAL = partial(GLOBAL, given=None)
 
 # %% ../../nbs/44_pareto_scores.ipynb #a4340258
 def _natural(name: str) -> str:

@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,8 @@ from PIL import Image, ImageChops, ImageStat
 import links
 import pages
 from book import NOTEBOOKS, ROOT, SITE, Book, BuildError, settings
+
+PLAIN = re.compile(r'<span class="[npw]">([^<]*)</span>')
 
 DOCS, README = ROOT / "docs", ROOT / "README.md"
 
@@ -45,6 +48,8 @@ def build(out: Path = DOCS, readme: Path = README) -> None:
         text = pages.readme(book, site / "images")
         for picture in site.rglob("*.png"):
             shrink(picture)
+        for page in site.rglob("*.html"):
+            lighten(page)
         check(site)
         fingerprint["README.md"] = digest(text.encode())
         (site / "build.json").write_text(json.dumps(fingerprint, indent=1) + "\n")
@@ -63,6 +68,12 @@ def shrink(path: Path) -> None:
     off = ImageChops.difference(full, few.convert("RGB")).convert("L").point(lambda v: 255 * (v > 8))
     visible = ImageStat.Stat(off).mean[0] / 255  # share of pixels that are off by more than 8 of 255
     (few if visible < 0.005 else full).save(path, optimize=True)
+
+
+def lighten(path: Path) -> None:
+    "Take the marks off names, punctuation and white space in code: they have the colour of plain code anyway."
+    text = path.read_text(encoding="utf-8")
+    path.write_text(PLAIN.sub(r"\1", text), encoding="utf-8")
 
 
 def run_sphinx(source: Path, site: Path, doctrees: Path) -> None:
