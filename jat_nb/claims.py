@@ -375,12 +375,12 @@ def _names(e: Evidence, check: Check) -> list[str]:
 # %% ../nbs/37_claims.ipynb #7f32f74c
 def _spread(e: Evidence, check: Check) -> Iterator[Check]:
     "A check with stars as one check for each recipe, and each budget."
-    first = check.at[0]
-    if first[0] == "*":
+    first = check.at[0] if check.at else ()
+    if first[:1] == ("*",):
         for name in _names(e, check):
             at = tuple((name, *where[1:]) for where in check.at)
             yield from _spread(e, replace(check, at=at))
-    elif first[1] == "*" and check.kind != "falls":
+    elif first[1:2] == ("*",) and check.kind != "falls":
         for budget in _budgets(e, check):
             yield replace(check, at=tuple((where[0], budget, *where[2:]) for where in check.at))
     else: yield check

@@ -14,13 +14,14 @@ for path in NOTEBOOKS:
             RANK[cell["source"].split()[2]] = path.name.split("_")[0]
 
 
-def imported(source: str) -> set[str]:
-    "Modules of jat_nb that some code imports; magics and shell lines are not Python."
+def imported(source: str, package: str = "jat_nb") -> set[str]:
+    "Modules of jat_nb that some code in a package imports; magics and shell lines are not Python."
     lines = [line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))]
     found = set()
     for node in ast.walk(ast.parse("\n".join(lines))):
         if isinstance(node, ast.ImportFrom):
-            names = [node.module or ""] if node.level == 0 else ["jat_nb." + (node.module or "")]  # two dots in papers/
+            above = {0: "", 1: package + ".", 2: "jat_nb."}[node.level]
+            names = [above + (node.module or "")]
             names += [f"{n}.{a.name}" for n in names if n.rstrip(".") == "jat_nb" for a in node.names]
         elif isinstance(node, ast.Import):
             names = [a.name for a in node.names]
@@ -42,7 +43,8 @@ def test_a_chapter_uses_only_earlier_chapters(path):
 
 @pytest.mark.parametrize("module", sorted(RANK))
 def test_a_module_imports_only_earlier_modules(module):
-    used = imported((ROOT / "jat_nb" / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+    package = ".".join(["jat_nb", *module.split(".")[:-1]])
+    used = imported((ROOT / "jat_nb" / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"), package)
     late = {m for m in used - {module} if not RANK[m] < RANK[module]}
     assert not late, f"jat_nb.{module} imports later modules: {late}"
 

@@ -9,7 +9,8 @@ import torch
 from jat_nb.catalogue import TIER, adapt, papers, recipe, setting
 from jat_nb.data import default_budget, load
 from jat_nb.models import create
-from jat_nb.papers.pareto import COLUMNS, NUMBERS, OWN_SUITES, PAPER, RECIPES, ROWS, family_columns, paper_attack
+from jat_nb.papers.pareto import COLUMNS, NUMBERS, OWN_SUITES, RECIPES, ROWS, family_columns, paper_attack
+from jat_nb.papers.pareto_claims import PAPER
 from jat_nb.recipes import Recipe, bind
 from jat_nb.results import paper_table, printed_numbers, published
 from jat_nb.suites import Job, attack_from, check_answer, run_suite
