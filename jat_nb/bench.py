@@ -53,6 +53,13 @@ def floor_passes(
     return sum(len(passes) for _, passes in plan(threats, steps, schedule))
 
 # %% ../nbs/52_bench.ipynb #f4204aa6
+def _kinds(recipe: Recipe) -> int:
+    "How many kinds of images a step computes the loss on whose gradient moves the weights."
+    if recipe.objective == "pareto": return len(recipe.attacks) + 1
+    clean = bool(recipe.objective_options.get("include_natural"))
+    return len(recipe.attacks) + clean if recipe.objective in ("average", "maximum") else 1
+
+
 def step_cost(
     recipe: Recipe,  # Its objective and attack are read
 ) -> int:  # Cost of one update in forward passes; natural training costs 3
@@ -60,7 +67,7 @@ def step_cost(
     options, attacks = recipe.objective_options, [pair for chain in recipe.attacks.values() for pair in chain]
     attack = sum(floor_passes(name, keywords.get("steps", 1)) for name, keywords in attacks)
     soft = options.get("labels", "bilateral") == "bilateral" or options.get("target") == "most_confusing"
-    return 3 + 2 * attack + (recipe.objective == "jat" and soft)
+    return 3 * _kinds(recipe) + 2 * attack + (recipe.objective == "jat" and soft)
 
 # %% ../nbs/52_bench.ipynb #3ae3a05e
 @dataclass(frozen=True)

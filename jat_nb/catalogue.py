@@ -12,6 +12,7 @@ import math
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import torch
 
 from .attacks import ATTACKS
 from .data import Budget, ImageSet, default_budget, load
-from .models import NormalizedModel, create
+from .models import NormalizedModel, create, start_from
 from .recipes import Recipe
 
 # %% ../nbs/29_catalogue.ipynb #0040ef56
@@ -232,10 +233,25 @@ def adapt(
 class Setting(NamedTuple):
     "What `fit` needs for one row of a table: fit(model, train, recipe, validation=validation)."
 
-    model: NormalizedModel  # Freshly initialised from the seed
+    model: NormalizedModel  # Freshly initialised from the seed, or from a file
     train: ImageSet  # Training images of the tier
     recipe: Recipe  # The recipe at this tier, with the seed
     validation: ImageSet  # Training images held out
+
+# %% ../nbs/29_catalogue.ipynb #e31eade6
+def _fresh(plan: Recipe, data: ImageSet) -> NormalizedModel:
+    "The network of a recipe, for the images and classes of a data set."
+    return create(plan.model, num_classes=data.num_classes, in_chans=data.channels, mean=data.mean,
+                  std=data.std, **plan.model_options)
+
+
+def _continued(init: Path, data: ImageSet) -> NormalizedModel:
+    "The network of a file, for the classes of a data set."
+    network = start_from(init, data.num_classes)
+    if (channels := network.metadata["in_chans"]) != data.channels:
+        raise ValueError(f"{init} takes images of {channels} channels, {data.name} has {data.channels}: "
+                         "choose weights that were trained on such images")
+    return network
 
 # %% ../nbs/29_catalogue.ipynb #0d3495fb
 def setting(
@@ -246,9 +262,12 @@ def setting(
     model: str | None = None,  # Network, any name that `create` takes; None: the tier's
     images: int | None = None,  # Training images; None: the tier's
     seed: int = 0,  # Of initial weights, batches and attacks; images and split do not depend on it
+    init: str | Path | None = None,  # Weights to start from, which bring their network (`start_from`)
     **changes: Any,  # Fields of the recipe, such as epochs=3
 ) -> Setting:  # Ready for `fit`
     "Everything to train one published model at a tier."
+    if init is not None and model:
+        raise ValueError(f"{init} brings its own network: leave out model={model!r}")
     changes |= {"seed": seed} | ({"model": model} if model else {})
     plan, size = replace(adapt(recipe(name), data, tier), **changes), TIER[tier]
     whole = load(plan.data)
@@ -259,6 +278,7 @@ def setting(
     train = rest if most >= len(rest) else rest.subset(most)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = create(plan.model, num_classes=whole.num_classes, in_chans=whole.channels,
-                         mean=whole.mean, std=whole.std, **plan.model_options)
+        network = _fresh(plan, whole) if init is None else _continued(Path(init), whole)
+    form = network.metadata
+    if init is not None: plan = replace(plan, model=form["name"], model_options=form["options"])
     return Setting(network, train, plan, validation)

@@ -220,6 +220,7 @@ def jat_train(
     out: str | None = None,  # The run's folder; with several recipes or seeds OUT/PAPER-NAME-sSEED
     data: str | None = None,  # Data set, a name or folder:PATH; the recipe's own if not given
     model: str | None = None,  # Network, any timm name; the tier's if not given
+    init: str | None = None,  # Weights to start from, such as a run's best.safetensors; they bring their network
     tier: Literal["smoke", "cpu", "gpu", "paper"] = "cpu",  # How far the published setting is cut down
     images: int | None = None,  # Training images; the tier's if not given
     seed: list[int] | None = None,  # One run for each seed; 0 if not given
@@ -240,10 +241,12 @@ def jat_train(
     deadline, changes = time.perf_counter() + time_budget, _changes(set_ or [])
     jobs = [(name, s) for s in seed or [0] for name in recipe]
     for name, number in jobs:
-        s = setting(name, data=data, tier=tier, model=model, images=images, seed=number, **changes)
+        s = setting(name, data=data, tier=tier, model=model, images=images, seed=number, init=init,
+                    **changes)
         about = {"name": name, "tier": tier, "data": s.recipe.data, "variant": s.train.variant, "seed": number,
                  "model": s.model.metadata["name"], "changes": changes, "classes": s.train.classes,
                  "size": s.train.images.shape[-1]} | ({"images": images} if images else {})
+        about |= {"start": s.model.metadata["start"]} if init else {}
         place = run_folder(out, name, number) if len(jobs) > 1 else Path(out)
         if not _train_one(s, about, place, device, deadline):
             _say("the time allowed is over; the same command goes on from here")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NormalizedModel', 'frozen', 'unwrap', 'bare', 'plain_state', 'computes_bfloat16', 'half_precision', 'create',
-           'tensor_hash', 'write_tensors', 'read_tensors', 'check_rebuildable', 'save_weights', 'load_weights', 'zoo',
-           'pretrained']
+           'tensor_hash', 'write_tensors', 'read_tensors', 'check_rebuildable', 'save_weights', 'load_weights',
+           'start_from', 'zoo', 'pretrained']
 
 # %% ../nbs/08_models.ipynb #b224fad1
 import json
@@ -349,6 +349,20 @@ def load_weights(
     model.load_state_dict(state)
     model.metadata = header
     return model.eval()
+
+# %% ../nbs/08_models.ipynb #2b004619
+def start_from(
+    path: str | Path,  # File written by `save_weights`, such as the best.safetensors of a run
+    num_classes: int,  # Width of the last layer, which is fresh unless the file has the same
+) -> NormalizedModel:  # In train mode; `.metadata["start"]` is the fingerprint of the file's weights
+    "The network of a file, to be trained on."
+    old = load_weights(path)
+    name, options = _call(old.metadata)
+    model = create(name, **options | {"num_classes": num_classes})
+    known, fresh = old.state_dict(), model.state_dict()
+    model.load_state_dict({k: known[k] if known[k].shape == v.shape else v for k, v in fresh.items()})
+    model.metadata["start"] = tensor_hash(known)
+    return model
 
 # %% ../nbs/08_models.ipynb #47d8b012
 def _zoo_folder() -> Path:

@@ -122,8 +122,10 @@ def _commands(run: Run) -> list[str]:
     changed = [f"{k}={json.dumps(v)}" for k, v in made.items() if json.dumps(plan[k]) != json.dumps(v)]
     words = ["jat_train", "--recipe", about["name"]]
     for key in ("data", "tier", "images", "seed"): words += [f"--{key}", about[key]] if key in about else []
-    if made["model"] != plan["model"]: words += ["--model", made["model"]]
-    changed = [text for text in changed if not text.startswith(("model=", "data=", "seed="))]
+    if "start" in about: words += ["--init", "FILE"]  # which one says its fingerprint in run.json
+    elif made["model"] != plan["model"]: words += ["--model", made["model"]]
+    told = ("model=", "data=", "seed=", *(["model_options="] if "start" in about else []))
+    changed = [text for text in changed if not text.startswith(told)]
     lines = [[*words, *(["--set", *changed] if changed else []), "--out", folder]]
     for suite, record in run.evaluations.items():
         c, fast = record.config, bool(record.config.get("fast"))

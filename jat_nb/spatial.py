@@ -26,6 +26,13 @@ def grid_to_px(
     "The paper's unit of displacement in pixels (resolution D-P07: half a side is 1)."
     return value * side / 2
 
+# %% ../nbs/11_spatial.ipynb #337f168b
+def _check_start(random_start: bool, **stds: float | None) -> None:
+    "A Gaussian is a kind of random start: refuse one that would not be used."
+    unused = [name for name, std in stds.items() if std is not None and not random_start]
+    if unused:
+        raise ValueError(f"{' and '.join(unused)} would be ignored: pass random_start=True as well")
+
 # %% ../nbs/11_spatial.ipynb #e269cd27
 def affine(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
@@ -46,6 +53,7 @@ def affine(
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "Projected ascent on the six entries of an affine map (Pareto section 2.2, Eq. 6)."
+    _check_start(random_start, start_std=start_std)
     return ascend(model, x, y, [Affine(eps, step, padding, start_std)], steps=steps, loss=loss,
                   target=target, random_start=random_start, restarts=restarts,
                   keep_best=keep_best, generator=generator, return_info=return_info)
@@ -75,6 +83,7 @@ def integrated(
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "Integrated spatial attack: a flow and an affine map on one grid (Pareto Eq. 7 to 9)."
+    _check_start(random_start, start_std_flow=start_std_flow, start_std_affine=start_std_affine)
     threats = [Flow(eps_flow, step_flow, norm, padding, start_std_flow),
                Affine(eps_affine, step_affine, padding, start_std_affine)]
     return ascend(model, x, y, threats, steps=steps, schedule=schedule, loss=loss, target=target,

@@ -10,14 +10,15 @@ import pytest
 import torch
 from PIL import Image
 from test_processes import launch, well
+from torch.testing import assert_close
 
 import jat_nb
 from jat_nb import cli
-from jat_nb.catalogue import papers, recipes
+from jat_nb.catalogue import papers, recipes, setting
 from jat_nb.cli import jat_attack, jat_eval, jat_report, jat_train, run_folder
 from jat_nb.data import load
 from jat_nb.judging import judge
-from jat_nb.models import load_weights, pretrained
+from jat_nb.models import create, load_weights, pretrained, save_weights, start_from, tensor_hash
 from jat_nb.own_pictures import to_png
 from jat_nb.records import Record, read_jsonl
 from jat_nb.results import read_runs, transfer_key
@@ -69,6 +70,37 @@ def test_seeds_of_a_recipe_share_their_number_of_images(tmp_path):
     assert jat_train(f"{words} --images 64 --seed 1 --out {tmp_path / 'b'}".split()) == 0
     first, second = read_runs(tmp_path)
     assert first.usable and second.problems == ("not as a: images",)
+
+
+def test_a_run_starts_from_the_weights_of_another(runs, tmp_path, capsys):
+    old, place = runs / "jat-natural-s0" / "last.safetensors", tmp_path / "on"
+    words = f"--recipe jat/natural {SMOKE} --images 32 --set epochs=1 batch_size=32 lr=1e-9 --out {place}"
+    assert jat_train(f"{words} --init {old}".split()) == 0
+    before, after = load_weights(old), load_weights(place / "last.safetensors")
+    for (name, p), q in zip(before.named_parameters(), after.parameters()): assert_close(p, q, rtol=0, atol=1e-5, msg=name)
+    facts = json.loads((place / "run.json").read_text())
+    assert facts["model"]["start"] == facts["about"]["start"] == after.metadata["start"] == tensor_hash(before.state_dict())
+    other = runs / "jat-natural-s1" / "last.safetensors"
+    assert jat_train(f"{words} --init {old}".split()) == 0  # nothing left to do
+    capsys.readouterr()
+    for end in ("", f"--init {other}"):
+        assert jat_train(f"{words} {end}".split()) == 2 and "holds another run (model was" in capsys.readouterr().err
+    assert jat_train(f"--recipe jat/natural {SMOKE} --images 32 --set epochs=1 --seed 1 --out {tmp_path / 'fresh'}".split()) == 0
+    fresh, on = sorted(read_runs(tmp_path), key=lambda run: run.folder)
+    assert fresh.usable and "start" in on.problems[0]  # not pooled as a second seed
+    assert jat_report([str(tmp_path), "--out", str(tmp_path / "page.html")]) == 0
+    assert "--init FILE" in (tmp_path / "page.html").read_text()
+
+
+def test_a_new_data_set_gets_a_new_last_layer(runs, tmp_path):
+    old = runs / "jat-natural-s0" / "last.safetensors"
+    for n in (3, 10):
+        model, known = start_from(old, n), load_weights(old).state_dict()
+        odd = [k for k, v in model.state_dict().items() if v.shape != known[k].shape or not torch.equal(v, known[k])]
+        assert odd == (["model.fc.weight", "model.fc.bias"] if n == 3 else []) and model.training
+    colour = save_weights(create("wrn_10_1_cifar"), tmp_path / "colour.safetensors")
+    with pytest.raises(ValueError, match="images of 3 channels, digits has 1"):
+        setting("jat/natural", data="digits", init=colour)
 
 
 def test_a_run_of_the_pareto_paper_from_the_command_line(tmp_path, capsys):

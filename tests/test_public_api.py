@@ -20,7 +20,7 @@ PROMISED = {
     "threats": "Pixel Flow Affine apply_chain contains_chain check_images check_labels",
     "data": "ImageSet load available picture_files read_picture DATASETS default_budget",
     "batches": "Batch batches num_batches crop_flip random_crop_flip resized_crop_flip random_resized_crop_flip AUGMENTATIONS",
-    "models": "NormalizedModel create frozen unwrap bare plain_state check_rebuildable tensor_hash write_tensors read_tensors "
+    "models": "NormalizedModel create start_from frozen unwrap bare plain_state check_rebuildable tensor_hash write_tensors read_tensors "
               "save_weights load_weights pretrained zoo",
     "backbones": "SmallCNN PreActBlock PreActResNet wide_resnet resnet18_cifar",
     "records": "Record write_json append_jsonl write_atomic environment progress",

@@ -371,5 +371,9 @@ def test_bent_pictures_refuse():
         integrated(NET, X, Y, norm="l2")
     with pytest.raises(ValueError, match="start_std must be None or one finite number"):
         integrated(NET, X, Y, random_start=True, start_std_affine=-1.0)
+    with pytest.raises(ValueError, match="start_std would be ignored: pass random_start=True"):
+        affine(NET, X, Y, start_std=0.01)
+    with pytest.raises(ValueError, match="start_std_flow and start_std_affine would be ignored"):
+        integrated(NET, X, Y, start_std_flow=0.01, start_std_affine=0.01)
     with pytest.raises(ValueError, match=r"images in \[0, 1\]"):
         smooth_flow(NET, 2 * X, Y)
