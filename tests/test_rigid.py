@@ -1,0 +1,232 @@
+"""Rotations, translations, and the searches among them."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from torch import nn
+from torch.testing import assert_close
+
+from jat_nb.attacks import pgd
+from jat_nb.losses import cross_entropy
+from jat_nb.models import create
+from jat_nb.randomness import image_generators
+from jat_nb.rigid import Rigid, grid_adv, grid_plus, pgd_plus, rand_adv, rigid, rigid_grid, search, worst_of_k
+from jat_nb.warp import rigid_flow, warp
+
+SIDE, N, LITTLE = 12, 9, (4.0, 0.2)  # movements that fool some images and not all
+
+
+def seeded(seed): return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def case():
+    g = seeded(3)
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.Tanh(), nn.BatchNorm2d(8, momentum=1.0), nn.Flatten(), nn.Linear(8 * SIDE * SIDE, 4))
+    x = torch.rand(N, 2, SIDE, SIDE, generator=g)
+    with torch.no_grad():
+        model.train()(x)  # batch statistics, so that no class wins everywhere
+        y = model.eval()(x).argmax(1)  # right without an attack
+    return model, x, y
+
+
+def own(n=N): return image_generators(0, range(n))
+
+
+def brute_force(model, x, y, points):
+    "Success and the best loss under the rule, image by image and movement by movement."
+    rows = []
+    for image, label in zip(x, y):
+        outcomes = []
+        for p in [torch.zeros(3), *points]:
+            moved = warp(image[None], rigid_flow(*p[:, None], *image.shape[1:]), padding="zeros")
+            with torch.no_grad(): logits = model(moved)
+            outcomes.append((bool(logits.argmax() != label), float(cross_entropy(logits, label[None]))))
+        rows.append(max(outcomes))
+    return rows
+
+
+@pytest.mark.parametrize("images_per_pass", [1, 4, 7, 1000])
+def test_the_search_is_brute_force(case, images_per_pass):
+    model, x, y = case
+    small = dict(max_deg=LITTLE[0], max_px=LITTLE[1], n_deg=5, n_px=3)
+    points = rigid_grid(**small)
+    expected = brute_force(model, x, y, points)
+    found = search(model, x, y, Rigid(), points, until_fooled=False, images_per_pass=images_per_pass, return_info=True)
+    assert [s for s, _ in expected] == found.success.tolist() and 0 < found.success.sum() < N
+    assert_close(found.loss, torch.tensor([v for _, v in expected]), rtol=1e-4, atol=1e-5)
+    quick = grid_adv(model, x, y, **small, images_per_pass=images_per_pass, return_info=True)
+    assert quick.success.tolist() == found.success.tolist() and quick.n_forward <= found.n_forward
+    standing = ~found.success
+    assert_close(quick.loss[standing], found.loss[standing], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_reported_is_true(case):
+    model, x, y = case
+    for attack in (rand_adv, worst_of_k, grid_adv):
+        found = attack(model, x, y, generator=own(), return_info=True)
+        with torch.no_grad(): logits = model(found.x_adv)
+        assert_close(found.loss, cross_entropy(logits, y), rtol=1e-4, atol=1e-5)
+        assert found.success.tolist() == (logits.argmax(1) != y).tolist() and found.within.all() and found.n_backward == 0
+        assert torch.equal(found.x_adv, Rigid().apply(x, found.params[0]))
+
+
+def test_halves_never_break_more_than_the_whole(case):
+    model, x, y = case
+    whole = grid_adv(model, x, y, return_info=True).success
+    for half in (dict(max_px=0.0), dict(max_deg=0.0)):
+        assert not (grid_adv(model, x, y, **half, return_info=True).success & ~whole).any()
+    assert not grid_adv(model, x, y, n_deg=1, n_px=1, return_info=True).success.any()
+
+
+def test_each_image_has_its_own_movements_whatever_the_batch(case):
+    model, x, y = case
+    together = worst_of_k(model, x, y, generator=own(), return_info=True).params[0]
+    alone = torch.cat([worst_of_k(model, x[i:i + 1], y[i:i + 1], generator=[own()[i]], return_info=True).params[0] for i in range(N)])
+    assert_close(together, alone, rtol=0, atol=0)
+    assert len({tuple(p) for p in together.tolist()}) > N // 2
+
+
+def test_more_draws_find_no_less(case):
+    model, x, y = case
+    found = [worst_of_k(model, x, y, k=k, generator=own(), return_info=True) for k in (1, 2, 5, 17, 40)]
+    for fewer, more in zip(found, found[1:]):
+        assert not (fewer.success & ~more.success).any()
+        same = fewer.success == more.success
+        assert (more.loss[same] >= fewer.loss[same] - 1e-5).all()
+
+
+def test_an_image_that_fell_is_not_asked_again(case):
+    model, x, y = case
+    seen = []
+    handle = model.register_forward_hook(lambda module, given, logits: seen.append(len(logits)))
+    try: grid_adv(model, x, y, images_per_pass=N)
+    finally: handle.remove()
+    points = torch.cat([torch.zeros(1, 3), rigid_grid()])
+    first = [next((i for i, p in enumerate(points) if model(Rigid().apply(x[j:j + 1], p[None])).argmax() != y[j]), len(points) - 1) + 1
+             for j in range(N)]
+    assert sum(first) <= sum(seen) <= 1.1 * sum(first) + N
+
+
+def test_memory_stays_under_the_cap(case):
+    model, x, y = case
+    largest = 0
+    def note(module, given, logits):
+        nonlocal largest
+        largest = max(largest, given[0].numel() * given[0].element_size())
+    handle = model.register_forward_hook(note)
+    cap = 5 * x[0].numel() * 4
+    try: found = grid_adv(model, x, y, n_deg=5, n_px=3, max_bytes=cap, images_per_pass=10**6, return_info=True)
+    finally: handle.remove()
+    assert 0 < largest <= cap
+    assert found.success.tolist() == grid_adv(model, x, y, n_deg=5, n_px=3, return_info=True).success.tolist()
+
+
+def test_a_target_is_aimed_at(case):
+    model, x, y = case
+    target = (y + 1) % 4
+    found = worst_of_k(model, x, y, k=50, target=target, generator=own(), return_info=True)
+    with torch.no_grad(): logits = model(found.x_adv)
+    assert found.success.tolist() == (logits.argmax(1) == target).tolist() and found.success.any()
+    assert_close(found.loss, -cross_entropy(logits, target), rtol=1e-4, atol=1e-5)
+
+
+def test_no_number_counts_as_fallen(case):
+    _, x, y = case
+    class Blind(nn.Module):
+        def forward(self, x): return x.new_full((len(x), 4), math.nan)
+    assert rand_adv(Blind(), x, y, generator=own(), return_info=True).success.all()
+
+
+@pytest.mark.parametrize("angle", [-30.0, 11.0, 90.0])
+@pytest.mark.parametrize("side", [9, 16])
+def test_rotation_is_scipys(angle, side):
+    x = torch.rand(1, 1, side, side, generator=seeded(1))
+    ours = Rigid(max_deg=180).apply(x, torch.tensor([[angle, 0.0, 0.0]]))[0, 0].double().numpy()
+    theirs = ndimage.rotate(x[0, 0].double().numpy(), -angle, reshape=False, order=1)
+    v, u = np.mgrid[:side, :side] - (side - 1) / 2
+    inside = v**2 + u**2 < (side / 2 - 1)**2
+    assert np.abs(ours - theirs)[inside].max() < 1e-5
+
+
+@pytest.mark.parametrize("padding", ["zeros", "border", "reflection"])
+def test_whole_shifts_are_exact(padding):
+    x = torch.rand(2, 1, 8, 6, generator=seeded(2))
+    moved = Rigid(padding=padding).apply(x, torch.tensor([[0.0, 2, 1], [0.0, -1, -3]]))
+    assert torch.equal(moved[0, :, 1:, 2:], x[0, :, :-1, :-2]) and torch.equal(moved[1, :, :-3, :-1], x[1, :, 3:, 1:])
+    if padding == "zeros": assert not moved[0, :, 0].any() and not moved[0, ..., :2].any()
+
+
+def test_turning_comes_before_shifting():
+    x = torch.rand(1, 1, 9, 9, generator=seeded(4))
+    both = Rigid(max_deg=90).apply(x, torch.tensor([[90.0, 2.0, 0.0]]))
+    turned = torch.rot90(x, -1, (2, 3))
+    assert_close(both[..., 2:], turned[..., :-2], rtol=0, atol=1e-5)
+
+
+def test_starts_and_steps_stay_within(case):
+    _, x, _ = case
+    threat = Rigid(max_deg=10, max_px=1)
+    p = threat.init(x.expand(N, -1, -1, -1), generator=own())
+    assert threat.contains(x, p).all() and p[:, 0].abs().max() > 5 and not threat.init(x, random=False).any()
+    for _ in range(5): p = threat.step(p, torch.randn_like(p), x)
+    assert threat.contains(x, p).all() and not threat.contains(x, p + 11).any()
+
+
+def test_the_first_order_attack_climbs(case):
+    model, x, y = case
+    start = cross_entropy(model(x), y)
+    found = rigid(model, x, y, steps=6, random_start=False, keep_best=True, return_info=True)
+    assert (found.loss >= start.detach() - 1e-6).all() and (found.loss > start + 0.01).any() and found.within.all()
+
+
+def test_compound_attacks_are_their_parts(case):
+    model, x, y = case
+    pace = dict(eps=0.1, step=0.03, steps=3)
+    changed = pgd(model, x, y, **pace, generator=own())
+    assert torch.equal(pgd_plus(model, x, y, **pace, n_deg=3, n_px=3, generator=own()), grid_adv(model, changed, y, n_deg=3, n_px=3))
+    moved = grid_adv(model, x, y, n_deg=3, n_px=3)
+    found = grid_plus(model, x, y, **pace, n_deg=3, n_px=3, generator=own())
+    assert torch.equal(found, pgd(model, moved, y, **pace, generator=own())) and (found - moved).abs().max() <= 0.1 + 1e-6
+    for attack in (pgd_plus, grid_plus): assert torch.equal(attack(model, x, y, fraction=0.0, generator=own()), x)
+
+
+def test_the_model_is_left_as_it_was(case):
+    model, x, y = case
+    model.train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ZeroDivisionError):
+        def burst(*_): raise ZeroDivisionError
+        search(model, x, y, Rigid(), rigid_grid(n_deg=3, n_px=1), loss=burst)
+    grid_adv(model, x, y, n_deg=3, n_px=1)
+    assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    model.eval()
+
+
+def test_odd_sizes():
+    model = create("small_cnn_mnist", in_chans=1).eval()
+    tall = torch.rand(2, 1, 37, 26, generator=seeded(5))
+    assert rand_adv(model, tall, torch.tensor([1, 2]), generator=own(2)).shape == tall.shape
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: Rigid(max_deg=-1), "max_deg=-1"), (lambda: Rigid(max_deg=181), "max_deg <= 180"),
+    (lambda: Rigid(max_px=math.inf), "max_px=inf"), (lambda: Rigid(step_px=math.nan), "step_px=nan"),
+    (lambda: rigid_grid(n_deg=0), "at least 1"), (lambda: rigid_grid(max_px=-2), "max_px=-2"),
+])
+def test_bad_numbers(call, message):
+    with pytest.raises(ValueError, match=message): call()
+
+
+@pytest.mark.parametrize("attack, options, message", [
+    (rand_adv, dict(k=0), "k of at least 1"), (rand_adv, dict(max_px=12.0), "out of sight"), (grid_adv, dict(max_px=12.0), "out of sight"),
+    (grid_adv, dict(n_px=0), "at least 1"), (grid_adv, dict(padding="mirror"), "unknown padding"), (grid_adv, dict(max_bytes=0), "max_bytes"),
+    (pgd_plus, dict(fraction=-0.1), r"fraction in \[0, 1\]"), (grid_plus, dict(fraction=math.nan), r"fraction in \[0, 1\]"),
+    (worst_of_k, dict(loss="mse"), "unknown loss"), (rand_adv, dict(generator=own(2)), "one generator per image"),
+])
+def test_bad_calls(case, attack, options, message):
+    model, x, y = case
+    with pytest.raises(ValueError, match=message): attack(model, x, y, **options)
