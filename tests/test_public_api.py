@@ -27,6 +27,7 @@ PROMISED = {
     "pictures": "show_images show_attack flow_to_rgb quiver budget_strip ssim similarity",
     "ascent": "Adversarial ascend assemble plan",
     "attacks": "Adversarial ascend chain fgsm pgd mi_fgsm ggsm one_pass cascade double_pass Named",
+    "risks": "Risks risks",
     "rigid": "Rigid search rigid_grid rand_adv grid_adv worst_of_k rigid pgd_plus grid_plus",
     "objectives": "natural adversarial jat attacked_losses average maximum WithMemory roles OBJECTIVES",
     "pareto": "Pareto Weights solve_weights active_set moments disagreement effective_r feasible_r pareto_front dominates "
