@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Rigid', 'search', 'rigid_grid', 'rand_adv', 'grid_adv', 'worst_of_k', 'rigid', 'pgd_plus', 'grid_plus']
 
-# %% ../nbs/12_rigid.ipynb #34961a2b
+# %% ../nbs/12_rigid.ipynb #88a45a60
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from .randomness import Randomness, uniform
 from .threats import check_images, check_labels
 from .warp import rigid_flow, warp
 
-# %% ../nbs/12_rigid.ipynb #72421f4c
+# %% ../nbs/12_rigid.ipynb #2ee02b6f
 def _check_limits(max_deg: float, max_px: float, **steps: float) -> None:
     values = {"max_deg": max_deg, "max_px": max_px, **steps}
     wrong = [f"{name}={value!r}" for name, value in values.items()
@@ -36,7 +36,7 @@ def _check_shift(x: Tensor, max_px: float) -> None:
         raise ValueError(f"max_px={max_px:g} moves images of {x.shape[2]} x {x.shape[3]} out of sight: "
                          "give the largest shift in pixels")
 
-# %% ../nbs/12_rigid.ipynb #3dc7f698
+# %% ../nbs/12_rigid.ipynb #6b3146b3
 @dataclass(frozen=True)
 class Rigid:
     "Turn and shift each image, both bounded (SRT section 4.1)."
@@ -75,7 +75,7 @@ class Rigid:
         "Angle and shifts within their bounds."
         return (p.abs() <= self._limits(p) * (1 + 1e-6)).all(1)
 
-# %% ../nbs/12_rigid.ipynb #b89afc77
+# %% ../nbs/12_rigid.ipynb #5426435b
 @dataclass
 class _Best:
     "The best candidate so far of every image."
@@ -96,7 +96,7 @@ class _Best:
         self.p[won] = p[torch.arange(len(p)), pick[:, 0]][better]
         self.loss[won], self.success[won] = loss[better], success[better]
 
-# %% ../nbs/12_rigid.ipynb #80036f33
+# %% ../nbs/12_rigid.ipynb #0581da74
 def _look(model: nn.Module, x: Tensor, y: Tensor, target: Tensor | None, threat: Any, p: Tensor, loss: Loss | str
           ) -> tuple[Tensor, Tensor]:
     "Objective and success (A, k) of candidates p (A, k, 3) for images x (A, C, H, W)."
@@ -111,7 +111,7 @@ def _portions(left: int, per_pass: int, k: int) -> tuple[int, int]:
     images = min(left, per_pass)
     return images, min(k, max(1, per_pass // images))
 
-# %% ../nbs/12_rigid.ipynb #780366e7
+# %% ../nbs/12_rigid.ipynb #326b0efd
 def search(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -149,7 +149,7 @@ def search(
     if not return_info: return x_adv
     return Adversarial(x_adv, (best.p,), (threat,), best.loss, best.success, threat.contains(x, best.p), best.n_forward, 0)
 
-# %% ../nbs/12_rigid.ipynb #99eed6c2
+# %% ../nbs/12_rigid.ipynb #c3f1e2ed
 def rigid_grid(
     *,
     max_deg: float = 30.0,  # Largest angle to either side, in degrees
@@ -166,7 +166,7 @@ def rigid_grid(
     size = (points / points.new_tensor([max(max_deg, 1e-9), *[max(max_px, 1e-9)] * 2])).abs().sum(1)
     return points[size.argsort(descending=True, stable=True)]
 
-# %% ../nbs/12_rigid.ipynb #13f94b1a
+# %% ../nbs/12_rigid.ipynb #6b837191
 def _drawn(x: Tensor, threat: Rigid, k: int, generator: Randomness) -> Tensor:
     "k movements for each image (B, k, 3), uniform within the bounds; the first of more are those of fewer."
     if k < 1: raise ValueError(f"expected k of at least 1 movement to try, got {k}")
@@ -197,7 +197,7 @@ def rand_adv(
     return search(model, x, y, threat, _drawn(x, threat, k, generator), loss=loss, target=target,
                   until_fooled=until_fooled, images_per_pass=images_per_pass, max_bytes=max_bytes, return_info=return_info)
 
-# %% ../nbs/12_rigid.ipynb #ef60ab65
+# %% ../nbs/12_rigid.ipynb #b34a226c
 def grid_adv(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -223,7 +223,7 @@ def grid_adv(
     return search(model, x, y, threat, points, loss=loss, target=target, until_fooled=until_fooled,
                   images_per_pass=images_per_pass, max_bytes=max_bytes, return_info=return_info)
 
-# %% ../nbs/12_rigid.ipynb #fb7057cf
+# %% ../nbs/12_rigid.ipynb #f4157975
 def worst_of_k(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -242,7 +242,7 @@ def worst_of_k(
     return rand_adv(model, x, y, k=k, max_deg=max_deg, max_px=max_px, padding=padding, loss=loss, target=target,
                     until_fooled=False, images_per_pass=max(256, len(x)), generator=generator, return_info=return_info)
 
-# %% ../nbs/12_rigid.ipynb #d290945d
+# %% ../nbs/12_rigid.ipynb #479c4cdd
 def rigid(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -267,7 +267,7 @@ def rigid(
     return ascend(model, x, y, [threat], steps=steps, loss=loss, target=target, random_start=random_start,
                   restarts=restarts, keep_best=keep_best, generator=generator, return_info=return_info)
 
-# %% ../nbs/12_rigid.ipynb #3326fa2b
+# %% ../nbs/12_rigid.ipynb #e281db0d
 def _shrunk(fraction: float, **lengths: float) -> dict[str, float]:
     if not 0 <= fraction <= 1: raise ValueError(f"expected a fraction in [0, 1], got {fraction!r}")
     return {name: fraction * value for name, value in lengths.items()}
