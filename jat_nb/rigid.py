@@ -6,9 +6,7 @@
 __all__ = ['Rigid', 'search', 'rigid_grid', 'rand_adv', 'grid_adv', 'worst_of_k', 'rigid', 'pgd_plus', 'grid_plus']
 
 # %% ../nbs/12_rigid.ipynb #88a45a60
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +16,7 @@ from .attacks import pgd
 from .losses import cross_entropy
 from .models import frozen
 from .randomness import Randomness, uniform
-from .threats import check_images, check_labels
+from .threats import Threat, check_images, check_labels
 from .warp import rigid_flow, warp
 
 # %% ../nbs/12_rigid.ipynb #2ee02b6f
@@ -52,11 +50,17 @@ class Rigid:
 
     def _limits(self, p: Tensor) -> Tensor: return p.new_tensor([self.max_deg, self.max_px, self.max_px])
 
+    def draw(self, x: Tensor, k: int, generator: Randomness = None) -> Tensor:
+        "k movements of each image, uniform within the bounds (B, k, 3); the first of more are those of fewer."
+        _check_shift(x, self.max_px)
+        p = x.new_zeros(len(x), k, 3)
+        return (2 * uniform(p, generator) - 1) * self._limits(p)
+
     def init(self, x: Tensor, random: bool = True, generator: Randomness = None) -> Tensor:
         "The identity, or angle and shifts uniform within their bounds (B, 3)."
+        if random: return self.draw(x, 1, generator)[:, 0]
         _check_shift(x, self.max_px)
-        p = x.new_zeros(len(x), 3)
-        return (2 * uniform(p, generator) - 1) * self._limits(p) if random else p
+        return x.new_zeros(len(x), 3)
 
     def apply(self, x: Tensor, p: Tensor) -> Tensor:
         "The image turned and shifted."
@@ -97,8 +101,8 @@ class _Best:
         self.loss[won], self.success[won] = loss[better], success[better]
 
 # %% ../nbs/12_rigid.ipynb #0581da74
-def _look(model: nn.Module, x: Tensor, y: Tensor, target: Tensor | None, threat: Any, p: Tensor, loss: Loss | str
-          ) -> tuple[Tensor, Tensor]:
+def _look(model: nn.Module, x: Tensor, y: Tensor, target: Tensor | None, threat: Threat, p: Tensor,
+          loss: Loss | str) -> tuple[Tensor, Tensor]:
     "Objective and success (A, k) of candidates p (A, k, 3) for images x (A, C, H, W)."
     k = p.shape[1]
     labels, aims = (None if v is None else v.repeat_interleave(k) for v in (y, target))
@@ -116,7 +120,7 @@ def search(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
     y: Tensor,  # True classes (B,), int64
-    threat: Any,  # Whose parameters are tried, such as `Rigid`
+    threat: Threat,  # Whose parameters are tried, such as `Rigid`
     candidates: Tensor,  # Parameters to try (k, 3), or each image's own (B, k, 3)
     *,
     loss: Loss | str = cross_entropy,  # Per-example loss that ranks candidates, or its name in LOSSES
@@ -127,7 +131,8 @@ def search(
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "Try candidates, the identity first; success first, then loss (SRT section 4.2)."
-    check_images(x), check_labels(y, x)
+    check_images(x)
+    for labels in (y, y if target is None else target): check_labels(labels, x)
     if images_per_pass < 1 or max_bytes < 1:
         raise ValueError(f"expected images_per_pass and max_bytes of at least 1, got {images_per_pass} and {max_bytes}")
     own = candidates.to(x).expand(len(x), *candidates.shape[-2:])
@@ -167,14 +172,6 @@ def rigid_grid(
     return points[size.argsort(descending=True, stable=True)]
 
 # %% ../nbs/12_rigid.ipynb #6b837191
-def _drawn(x: Tensor, threat: Rigid, k: int, generator: Randomness) -> Tensor:
-    "k movements for each image (B, k, 3), uniform within the bounds; the first of more are those of fewer."
-    if k < 1: raise ValueError(f"expected k of at least 1 movement to try, got {k}")
-    _check_shift(x, threat.max_px)
-    p = x.new_zeros(len(x), k, 3)
-    return (2 * uniform(p, generator) - 1) * threat._limits(p)
-
-
 def rand_adv(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -193,8 +190,9 @@ def rand_adv(
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "Random rotations and translations, each image its own (SRT section 4.2, RandAdv)."
+    if k < 1: raise ValueError(f"expected k of at least 1 movement to try, got {k}")
     threat = Rigid(max_deg, max_px, padding=padding)
-    return search(model, x, y, threat, _drawn(x, threat, k, generator), loss=loss, target=target,
+    return search(model, x, y, threat, threat.draw(x, k, generator), loss=loss, target=target,
                   until_fooled=until_fooled, images_per_pass=images_per_pass, max_bytes=max_bytes, return_info=return_info)
 
 # %% ../nbs/12_rigid.ipynb #b34a226c
@@ -240,7 +238,7 @@ def worst_of_k(
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "The worst of k random movements, for training (SRT section 4.2, Worst-of-k)."
     return rand_adv(model, x, y, k=k, max_deg=max_deg, max_px=max_px, padding=padding, loss=loss, target=target,
-                    until_fooled=False, images_per_pass=max(256, len(x)), generator=generator, return_info=return_info)
+                    until_fooled=False, generator=generator, return_info=return_info)
 
 # %% ../nbs/12_rigid.ipynb #479c4cdd
 def rigid(

@@ -35,7 +35,7 @@ class Risks:
         return (self.standard & self.robust).double().mean().item()
 
 # %% ../nbs/13_risks.ipynb #f32f736b
-def _answers(model: nn.Module, x: Tensor) -> Tensor:
+def _logits(model: nn.Module, x: Tensor) -> Tensor:
     "Logits (N, K) in eval mode."
     with torch.no_grad(), frozen(model): return model(x)
 
@@ -50,9 +50,9 @@ def risks(
 ) -> Risks:  # Lower bounds of the two maxima: as good as the attack
     "The three risks of a network under an attack (SRT section 3, Lemma 1)."
     check_images(x), check_labels(y, x)
-    logits = _answers(model, x)
+    logits = _logits(model, x)
     own, source = logits.argmax(1), generator or (lambda: None)
     standard = ~correct(logits, y)
-    fooled = ~correct(_answers(model, attack(model, x, y, generator=source())), y)
-    changed = ~correct(_answers(model, attack(model, x, own, generator=source())), own)
+    fooled = ~correct(_logits(model, attack(model, x, y, generator=source())), y)
+    changed = ~correct(_logits(model, attack(model, x, own, generator=source())), own)
     return Risks(standard, standard | fooled, changed | ~logits.isfinite().all(1))

@@ -15,7 +15,8 @@ from jat_nb.randomness import image_generators
 from jat_nb.rigid import Rigid, grid_adv, grid_plus, pgd_plus, rand_adv, rigid, rigid_grid, search, worst_of_k
 from jat_nb.warp import rigid_flow, warp
 
-SIDE, N, LITTLE = 12, 9, (4.0, 0.2)  # movements that fool some images and not all
+SIDE, N = 12, 9
+LITTLE = dict(max_deg=4.0, max_px=0.2)  # movements that fool some images and not all
 
 
 def seeded(seed): return torch.Generator().manual_seed(seed)
@@ -52,7 +53,7 @@ def brute_force(model, x, y, points):
 @pytest.mark.parametrize("images_per_pass", [1, 4, 7, 1000])
 def test_the_search_is_brute_force(case, images_per_pass):
     model, x, y = case
-    small = dict(max_deg=LITTLE[0], max_px=LITTLE[1], n_deg=5, n_px=3)
+    small = dict(**LITTLE, n_deg=5, n_px=3)
     points = rigid_grid(**small)
     expected = brute_force(model, x, y, points)
     found = search(model, x, y, Rigid(), points, until_fooled=False, images_per_pass=images_per_pass, return_info=True)
@@ -76,8 +77,9 @@ def test_what_is_reported_is_true(case):
 
 def test_halves_never_break_more_than_the_whole(case):
     model, x, y = case
-    whole = grid_adv(model, x, y, return_info=True).success
-    for half in (dict(max_px=0.0), dict(max_deg=0.0)):
+    whole = grid_adv(model, x, y, **LITTLE, return_info=True).success
+    assert 0 < whole.sum() < N
+    for half in (LITTLE | dict(max_px=0.0), LITTLE | dict(max_deg=0.0)):
         assert not (grid_adv(model, x, y, **half, return_info=True).success & ~whole).any()
     assert not grid_adv(model, x, y, n_deg=1, n_px=1, return_info=True).success.any()
 
@@ -92,7 +94,8 @@ def test_each_image_has_its_own_movements_whatever_the_batch(case):
 
 def test_more_draws_find_no_less(case):
     model, x, y = case
-    found = [worst_of_k(model, x, y, k=k, generator=own(), return_info=True) for k in (1, 2, 5, 17, 40)]
+    found = [worst_of_k(model, x, y, k=k, **LITTLE, generator=own(), return_info=True) for k in (1, 2, 5, 17, 40)]
+    assert found[0].success.sum() < found[-1].success.sum() < N
     for fewer, more in zip(found, found[1:]):
         assert not (fewer.success & ~more.success).any()
         same = fewer.success == more.success
@@ -119,10 +122,10 @@ def test_memory_stays_under_the_cap(case):
         largest = max(largest, given[0].numel() * given[0].element_size())
     handle = model.register_forward_hook(note)
     cap = 5 * x[0].numel() * 4
-    try: found = grid_adv(model, x, y, n_deg=5, n_px=3, max_bytes=cap, images_per_pass=10**6, return_info=True)
+    try: found = grid_adv(model, x, y, **LITTLE, n_deg=5, n_px=3, max_bytes=cap, images_per_pass=10**6, return_info=True)
     finally: handle.remove()
     assert 0 < largest <= cap
-    assert found.success.tolist() == grid_adv(model, x, y, n_deg=5, n_px=3, return_info=True).success.tolist()
+    assert found.success.tolist() == grid_adv(model, x, y, **LITTLE, n_deg=5, n_px=3, return_info=True).success.tolist()
 
 
 def test_a_target_is_aimed_at(case):
@@ -225,7 +228,7 @@ def test_bad_numbers(call, message):
     (rand_adv, dict(k=0), "k of at least 1"), (rand_adv, dict(max_px=12.0), "out of sight"), (grid_adv, dict(max_px=12.0), "out of sight"),
     (grid_adv, dict(n_px=0), "at least 1"), (grid_adv, dict(padding="mirror"), "unknown padding"), (grid_adv, dict(max_bytes=0), "max_bytes"),
     (pgd_plus, dict(fraction=-0.1), r"fraction in \[0, 1\]"), (grid_plus, dict(fraction=math.nan), r"fraction in \[0, 1\]"),
-    (worst_of_k, dict(loss="mse"), "unknown loss"), (rand_adv, dict(generator=own(2)), "one generator per image"),
+    (worst_of_k, dict(loss="mse"), "unknown loss"), (rand_adv, dict(target=torch.zeros(2, dtype=torch.int64)), "one label per image"), (rand_adv, dict(generator=own(2)), "one generator per image"),
 ])
 def test_bad_calls(case, attack, options, message):
     model, x, y = case
