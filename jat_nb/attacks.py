@@ -50,14 +50,15 @@ def pgd(
     norm: str = "linf",  # "linf" or "l2"
     loss: Loss | str = cross_entropy,  # Per-example loss to climb, or its name in LOSSES
     target: Tensor | None = None,  # Classes (B,) to be mistaken for
-    random_start: bool = True,  # Start uniformly within the budget
+    random_start: bool = True,  # Start at random within the budget
+    start_std: float | None = None,  # Gaussian start of this deviation in image units; None: uniform
     restarts: int = 1,  # Independent starts; per image the best end is kept
     keep_best: bool = False,  # Per image the best iterate instead of the last
     generator: Randomness = None,  # One generator, or one per image
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "Projected gradient ascent on the pixels (Madry et al. 2018; JAT Eq. 3)."
-    return ascend(model, x, y, [Pixel(eps, step, norm)], steps=steps, loss=loss, target=target,
+    return ascend(model, x, y, [Pixel(eps, step, norm, start_std)], steps=steps, loss=loss, target=target,
                   random_start=random_start, restarts=restarts, keep_best=keep_best,
                   generator=generator, return_info=return_info)
 
@@ -264,4 +265,6 @@ class Named(Mapping[str, Callable[..., Any]]):
 
 
 ATTACKS = Named({f.__name__: f for f in (fgsm, pgd, mi_fgsm, ggsm, one_pass, cascade, double_pass)}
-                | {name: f"jat_nb.spatial:{name}" for name in ("affine", "integrated")})  # for recipes
+                | {name: f"jat_nb.spatial:{name}" for name in ("affine", "integrated")}
+                | {name: f"jat_nb.rigid:{name}" for name in ("rigid", "rand_adv", "grid_adv",
+                                                             "worst_of_k", "pgd_plus", "grid_plus")})  # for recipes

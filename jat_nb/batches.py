@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Augmentation', 'AUGMENTATIONS', 'random_crop_flip', 'random_resized_crop_flip', 'crop_flip', 'resized_crop_flip',
-           'Batch', 'num_batches', 'batches']
+           'Batch', 'shares', 'num_batches', 'batches']
 
 # %% ../nbs/17_batches.ipynb #b273f842
 import math
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import ImageSet
+from .data import ImageSet, Unlabelled
 from .randomness import seed_from
 
 # %% ../nbs/17_batches.ipynb #5fd15a81
@@ -117,6 +117,13 @@ class Batch(NamedTuple):
     y: Tensor  # True classes, int64 (B,)
     generator: torch.Generator  # This batch's own source of randomness, for its attack
     share: float = 1.0  # These images as a fraction of the whole batch, of which they may be a part
+    u: Tensor | None = None  # Unlabelled images in [0, 1], float32 (U, C, H, W)
+    balance: float = 1.0  # Share of labelled and unlabelled images together, over `share`
+
+    @property
+    def mixed(self) -> Tensor:
+        "All images, the labelled ones first (B + U, C, H, W)."
+        return self.x if self.u is None else torch.cat([self.x, self.u])
 
 # %% ../nbs/17_batches.ipynb #996b9be9
 def _lengths(n: int, batch_size: int, parts: int) -> list[int]:
@@ -133,14 +140,26 @@ def _lengths(n: int, batch_size: int, parts: int) -> list[int]:
         lengths.append(rest)
     return lengths
 
+# %% ../nbs/17_batches.ipynb #dccf436d
+def shares(
+    batch_size: int,  # Images per batch
+    labelled: int,  # Images with labels in all
+    unlabelled: int = 0,  # Images without
+) -> tuple[int, int]:  # Labelled and unlabelled images in each batch
+    "A batch in proportion to the sets (SRT section 5; the labelled part is rounded down)."
+    with_labels = max(1, batch_size * labelled // (labelled + unlabelled)) if unlabelled else batch_size
+    return with_labels, max(batch_size - with_labels, 1 if unlabelled else 0)
+
 # %% ../nbs/17_batches.ipynb #e5db8675
 def num_batches(
     n: int,  # Images of the set
     batch_size: int,  # As for `batches`
     parts: int = 1,  # As for `batches`
+    *,
+    unlabelled: int = 0,  # Images without labels beside them
 ) -> int:  # Batches in one epoch
     "How many batches one pass over a set has."
-    return len(_lengths(n, batch_size, parts))
+    return len(_lengths(n, shares(batch_size, n, unlabelled)[0], parts))
 
 # %% ../nbs/17_batches.ipynb #5fd721cd
 def _check_batches(augment: Sequence[str], part: int, parts: int) -> None:
@@ -151,10 +170,25 @@ def _check_batches(augment: Sequence[str], part: int, parts: int) -> None:
         raise ValueError(f"expected part from 0 to parts - 1, got part {part} of {parts}")
 
 
+def _cycled(n: int, wanted: int, shuffle: bool, stream: torch.Generator) -> Tensor:
+    "Indices of n images, pass after pass, until there are as many as wanted."
+    passes = [torch.randperm(n, generator=stream) if shuffle else torch.arange(n)
+              for _ in range(math.ceil(wanted / n))]
+    return torch.cat(passes)[:wanted] if passes else torch.arange(0)
+
+
+def _augmented(x: Tensor, augment: Sequence[str], name: str, own: torch.Generator) -> Tensor:
+    "Bytes to augmented images in [0, 1]."
+    for key in augment:
+        x = AUGMENTATIONS[key](x, name, own)
+    return x.float().div(255)
+
+
 def batches(
     data: ImageSet,  # The images
     batch_size: int,  # Images per batch; only the last batch may have fewer, or a few more
     *,
+    unlabelled: Unlabelled | None = None,  # Images without labels, in the same batches in proportion
     shuffle: bool = False,  # In an order that the seed decides, else in the order of the set
     augment: Sequence[str] = (),  # Names out of `AUGMENTATIONS`, applied in this order
     seed: int | tuple[int, ...] = 0,  # Names all draws, for instance (run, epoch)
@@ -165,13 +199,22 @@ def batches(
     "Walk once through a data set."
     _check_batches(augment, part, parts)
     data = data if device is None else data.to(device)
+    others = None if not unlabelled else unlabelled.to(data.images.device)  # an empty set is none
     name = seed if isinstance(seed, tuple) else (seed,)
-    n, where = len(data), data.images.device
-    stream = torch.Generator().manual_seed(seed_from(*name))
-    order = torch.randperm(n, generator=stream) if shuffle else torch.arange(n)
-    for i, whole in enumerate(order.to(where).split(_lengths(n, batch_size, parts))):
-        index = whole.tensor_split(parts)[part]
-        x, own = data.images[index], torch.Generator(where).manual_seed(seed_from(*name, i, part))
-        for key in augment:
-            x = AUGMENTATIONS[key](x, data.name, own)
-        yield Batch(x.float().div(255), data.labels[index], own, len(index) / len(whole))
+    n, where, m = len(data), data.images.device, 0 if others is None else len(others)
+    with_labels, without = shares(batch_size, n, m)
+    lengths = _lengths(n, with_labels, parts)
+    more = [round(length * without / with_labels) for length in lengths]
+    streams = [torch.Generator().manual_seed(seed_from(*name, *key)) for key in ((), ("unlabelled",))]
+    order = _cycled(n, n, shuffle, streams[0]).to(where).split(lengths)
+    beside = _cycled(max(m, 1), sum(more), shuffle, streams[1]).to(where).split(more)
+    for i, (whole, free) in enumerate(zip(order, beside)):
+        index, extra = (rows.tensor_split(parts)[part] for rows in (whole, free))
+        own = torch.Generator(where).manual_seed(seed_from(*name, i, part))
+        x = _augmented(data.images[index], augment, data.name, own)
+        share, together = len(index) / len(whole), len(whole) + len(free)
+        if others is None:
+            yield Batch(x, data.labels[index], own, share)
+            continue
+        u = _augmented(others.images[extra], augment, data.name, own)
+        yield Batch(x, data.labels[index], own, share, u, (len(x) + len(u)) / together / share)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .attacks import ATTACKS
-from .data import Budget, ImageSet, default_budget, load
+from .data import Budget, ImageSet, Unlabelled, default_budget, few_labels, load
 from .models import NormalizedModel, create, start_from
 from .recipes import Recipe
 
@@ -45,7 +45,8 @@ class Paper:
     columns: Mapping[str, str] = field(default_factory=dict)  # {column: suite}, see `suite_of`
     suites: Mapping[str, Any] = field(default_factory=dict)  # Suites of its own, by name
     claims: tuple[Any, ...] = ()  # What it says about its numbers
-    synonyms: Mapping[str, str] = field(default_factory=dict)  # {column as printed: our column}
+    synonyms: Mapping[str, str] = field(
+        default_factory=dict)  # {column as printed, or "table:column": our column}
     shown: tuple[str, ...] = ()  # Recipes that a figure with room for few lines shows first
     tables: str = ""  # Folder of its published tables, key_tableN.csv; "": the package's own
     scores: Mapping[str, str] = field(default_factory=dict)  # {derived column: "module:function"}
@@ -128,8 +129,9 @@ class Tier:
 # %% ../nbs/29_catalogue.ipynb #28ac104b
 _FAST = dict(schedule="onecycle", milestones=(), knots=(), nesterov=True, weight_decay=5e-4,
              amp=True, channels_last=True)
-_NARROW = dict.fromkeys(("wrn_28_10_cifar", "preact_resnet18_cifar"), "wrn_10_1_cifar")
-_MIDDLE = {"wrn_28_10_cifar": "wrn_16_4_cifar"}
+_WIDE = ("wrn_28_10_cifar", "wrn_34_10_cifar")
+_NARROW = dict.fromkeys((*_WIDE, "preact_resnet18_cifar", "resnet32_cifar"), "wrn_10_1_cifar")
+_MIDDLE = dict.fromkeys(_WIDE, "wrn_16_4_cifar")
 _STEPS = {"pgd": 7} | dict.fromkeys(("ggsm", "affine", "integrated", "double_pass"), 5)
 
 TIER: Mapping[str, Tier] = MappingProxyType({
@@ -237,6 +239,7 @@ class Setting(NamedTuple):
     train: ImageSet  # Training images of the tier
     recipe: Recipe  # The recipe at this tier, with the seed
     validation: ImageSet  # Training images held out
+    unlabelled: Unlabelled | None = None  # Training images without labels, if the recipe uses any
 
 # %% ../nbs/29_catalogue.ipynb #e31eade6
 def _fresh(plan: Recipe, data: ImageSet) -> NormalizedModel:
@@ -252,6 +255,16 @@ def _continued(init: Path, data: ImageSet) -> NormalizedModel:
         raise ValueError(f"{init} takes images of {channels} channels, {data.name} has {data.channels}: "
                          "choose weights that were trained on such images")
     return network
+
+# %% ../nbs/29_catalogue.ipynb #68757fbf
+def _divided(plan: Recipe, rest: ImageSet, whole: int, most: int) -> tuple[ImageSet, Unlabelled | None]:
+    "The labelled and the unlabelled images of a recipe, for so many images of a set."
+    size = whole if most >= len(rest) else most
+    seen = [int((rest.labels == k).int().argmax()) for k in range(rest.num_classes)]  # first of each class
+    labelled = min(max(round(plan.labelled * size), max(seen) + 1), len(rest))
+    unlabelled = min(round(plan.unlabelled * size), len(rest) - labelled)
+    known, unknown = few_labels(rest, labelled, unlabelled)
+    return known, unknown if unlabelled else None
 
 # %% ../nbs/29_catalogue.ipynb #0d3495fb
 def setting(
@@ -275,10 +288,12 @@ def setting(
     if images is not None and not 1 <= images <= len(rest):
         raise ValueError(f"expected 1 to {len(rest)} training images, got {images}")
     most = images or size.images or len(rest)
-    train = rest if most >= len(rest) else rest.subset(most)
+    train, unlabelled = rest if most >= len(rest) else rest.subset(most), None
+    if plan.labelled < 1:
+        train, unlabelled = _divided(plan, rest, len(whole), most)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = _fresh(plan, whole) if init is None else _continued(Path(init), whole)
     form = network.metadata
     if init is not None: plan = replace(plan, model=form["name"], model_options=form["options"])
-    return Setting(network, train, plan, validation)
+    return Setting(network, train, plan, validation, unlabelled)

@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from .data import ImageSet
+from .data import ImageSet, Unlabelled
 from .models import plain_state, read_tensors, tensor_hash, unwrap, write_tensors
 from .recipes import Recipe
 from .records import check_writable, write_atomic, write_json
@@ -120,11 +120,15 @@ def load_state(
     return state
 
 # %% ../nbs/26_checkpoints.ipynb #c4557264
+def _of_pixels(data: ImageSet | Unlabelled) -> dict[str, Any]:
+    "Name, size and pixels of a data set, the pixels as a fingerprint."
+    return {"name": data.name, "images": len(data), "pixels": tensor_hash({"": data.images})}
+
+
 def _of_data(data: ImageSet) -> dict[str, Any]:
     "Name, size and contents of a data set, the contents as fingerprints."
-    contents = {"pixels": tensor_hash({"": data.images}), "labels": tensor_hash({"": data.labels})}
     names = tensor_hash({}, json.dumps(list(data.classes)))
-    return {"name": data.name, "images": len(data), **contents, "classes": names}
+    return {**_of_pixels(data), "labels": tensor_hash({"": data.labels}), "classes": names}
 
 
 def run_identity(
@@ -133,12 +137,18 @@ def run_identity(
     train: ImageSet,  # Training images
     validation: ImageSet | None = None,  # Images held out
     own: Mapping[str, str] | None = None,  # Names of functions that stand in for the recipe's
+    *,
+    unlabelled: Unlabelled | None = None,  # Training images without labels
+    needs: Mapping[str, nn.Module] | None = None,  # Trained networks the objective stands on
 ) -> dict[str, Any]:  # Plain JSON
     "What must be the same for two calls to be one run."
     sets = {"train": _of_data(train), "validation": validation and _of_data(validation)}
     form = getattr(unwrap(model), "metadata", None) or {}
     order = {"roles": list(recipe.attacks)} if len(recipe.attacks) > 1 else {}  # dicts have none
-    facts = {"recipe": asdict(recipe), **order, "model": form, **sets, "own": own or {}}
+    more = {"unlabelled": _of_pixels(unlabelled)} if unlabelled else {}
+    stood_on = {name: tensor_hash(plain_state(network)) for name, network in (needs or {}).items()}
+    more |= {"needs": stood_on} if stood_on else {}
+    facts = {"recipe": asdict(recipe), **order, "model": form, **sets, **more, "own": own or {}}
     return json.loads(json.dumps(facts))  # as it will be read back
 
 # %% ../nbs/26_checkpoints.ipynb #244f5205

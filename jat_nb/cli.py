@@ -28,7 +28,7 @@ from .catalogue import Setting, papers, recipes, setting
 from .claims import judge_claims
 from .data import Budget, default_budget
 from .judging import find_runs, judge, open_run, run_facts, sources_for, unfinished
-from .models import frozen
+from .models import NormalizedModel, frozen
 from .own_pictures import attack_options, attack_pictures, label_pictures, read_pictures
 from .processes import on_first, processes
 from .recipes import Recipe, bind, make_optimizer
@@ -148,13 +148,24 @@ def _changes(pairs: Sequence[str]) -> dict[str, Any]:
     return changes
 
 # %% ../nbs/50_cli.ipynb #52a69b2a
-def _measure(s: Setting, device: str) -> str:
+def _networks(pairs: Sequence[str], r: Recipe) -> dict[str, NormalizedModel]:
+    "KEYWORD=RUN on the command line as the trained networks that a recipe stands on."
+    given, found = dict(pair.partition("=")[::2] for pair in pairs), {}
+    for keyword in given.keys() & r.needs.keys():
+        facts, found[keyword] = open_run(given[keyword])
+        if (name := facts["about"].get("name")) != r.needs[keyword]:
+            raise ValueError(f"--needs {keyword}={given[keyword]} is a run of {name!r}, the recipe stands on "
+                             f"{r.needs[keyword]!r}: jat_train --recipe {r.needs[keyword]} --out FOLDER makes one")
+    return found
+
+# %% ../nbs/50_cli.ipynb #e4f0818e
+def _measure(s: Setting, needs: dict[str, NormalizedModel], device: str) -> str:
     "How fast this training will go: three steps of a copy."
     r, model = s.recipe, copy.deepcopy(s.model).to(device).train()
     layout = torch.channels_last if r.channels_last else torch.preserve_format
     model.to(memory_format=layout)
-    bound, optimizer = bind(r), make_optimizer(model, r)
-    batch = next(iter(batches(s.train, r.batch_size, device=device)))
+    bound, optimizer = bind(r, needs), make_optimizer(model, r)
+    batch = next(iter(batches(s.train, r.batch_size, unlabelled=s.unlabelled, device=device)))
     batch = batch._replace(x=batch.x.contiguous(memory_format=layout)) if r.channels_last else batch
     seconds = []
     for _ in range(3):
@@ -162,7 +173,7 @@ def _measure(s: Setting, device: str) -> str:
         train_step(model, batch, optimizer, bound.objective, bound.attacks, r.amp, accumulate=r.accumulate)
         seconds.append(time.perf_counter() - start)
     rate = len(batch.y) / min(seconds)
-    length = r.iterations * r.batch_size if r.iterations else r.epochs * len(s.train)  # images
+    length = r.iterations * len(batch.y) if r.iterations else r.epochs * len(s.train)  # images
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.startswith("cuda") else ""
     return f"{rate:,.0f} images/s{memory}, about {length / rate / 60:.1f} min for {_length(r)}"
 
@@ -171,13 +182,14 @@ def _length(r: Recipe) -> str:
     return f"{r.iterations} iterations" if r.iterations else f"{r.epochs} epochs"
 
 # %% ../nbs/50_cli.ipynb #b7cf9f90
-def _train_one(s: Setting, about: dict[str, Any], out: Path, device: str, deadline: float) -> bool:
+def _train_one(s: Setting, needs: dict[str, NormalizedModel], about: dict[str, Any], out: Path, device: str,
+               deadline: float) -> bool:
     "Train until a moment of `time.perf_counter`, or go on with it; whether it is finished."
     title = f"{about['name']}, seed {about['seed']}"
     if not (check_writable(out) / "resume.safetensors").exists():
-        _say(f"{title}: {_measure(s, device)}")
-    history = fit(s.model, s.train, s.recipe, validation=s.validation, out=out, about=about, device=device,
-                  seconds=deadline - time.perf_counter())
+        _say(f"{title}: {_measure(s, needs, device)}")
+    history = fit(s.model, s.train, s.recipe, validation=s.validation, unlabelled=s.unlabelled, needs=needs,
+                  out=out, about=about, device=device, seconds=deadline - time.perf_counter())
     left = on_first(lambda: unfinished(out))  # the first process writes the log
     _say(f"{title}: {_summary(history, s.recipe, left)}, in {out}")
     return not left
@@ -190,7 +202,8 @@ def _summary(history: list[dict[str, Any]], recipe: Recipe, left: str) -> str:
     last, fallen = history[-1], [row["epoch"] for row in history if row.get("collapsed")]
     return (f"{left or f'all of {_length(recipe)}'}, validation clean {100 * last['val_clean']:.1f} %, "
             f"under {recipe.probe} {100 * last['val_robust']:.1f} %"
-            + (f", CATASTROPHIC OVERFITTING from epoch {fallen[0]}" if fallen else ""))
+            + (f", CATASTROPHIC OVERFITTING from epoch {fallen[0]}" if fallen else "")
+            + (", ONE ANSWER FOR ALL IMAGES: lower lr, or use optimizer=adamw" if last.get("one_answer") else ""))
 
 # %% ../nbs/50_cli.ipynb #b033e2a4
 def _attacked(r: Recipe) -> str:
@@ -220,6 +233,7 @@ def jat_train(
     out: str | None = None,  # The run's folder; with several recipes or seeds OUT/PAPER-NAME-sSEED
     data: str | None = None,  # Data set, a name or folder:PATH; the recipe's own if not given
     model: str | None = None,  # Network, any timm name; the tier's if not given
+    needs: list[str] | None = None,  # KEYWORD=RUN: the run of a network that the recipe stands on
     init: str | None = None,  # Weights to start from, such as a run's best.safetensors; they bring their network
     tier: Literal["smoke", "cpu", "gpu", "paper"] = "cpu",  # How far the published setting is cut down
     images: int | None = None,  # Training images; the tier's if not given
@@ -248,7 +262,7 @@ def jat_train(
                  "size": s.train.images.shape[-1]} | ({"images": images} if images else {})
         about |= {"start": s.model.metadata["start"]} if init else {}
         place = run_folder(out, name, number) if len(jobs) > 1 else Path(out)
-        if not _train_one(s, about, place, device, deadline):
+        if not _train_one(s, _networks(needs or [], s.recipe), about, place, device, deadline):
             _say("the time allowed is over; the same command goes on from here")
             return 3
     return 0

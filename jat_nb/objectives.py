@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Target', 'Labels', 'State', 'OBJECTIVES', 'natural', 'adversarial', 'choose_target', 'clean_logits',
-           'training_labels', 'jat', 'attacked_losses', 'average', 'maximum', 'WithMemory', 'roles']
+           'training_labels', 'jat', 'attacked_losses', 'average', 'maximum', 'WithMemory', 'roles', 'networks']
 
 # %% ../nbs/21_objectives.ipynb #416e404d
 import inspect
@@ -177,7 +177,9 @@ class WithMemory(Protocol):
 
 # %% ../nbs/21_objectives.ipynb #3ce37994
 OBJECTIVES = Named({"natural": natural, "adversarial": adversarial, "jat": jat, "average": average,
-                    "maximum": maximum, "pareto": "jat_nb.pareto:Pareto"})  # by name, for recipes
+                    "maximum": maximum, "pareto": "jat_nb.pareto:Pareto"}
+                   | {name: f"jat_nb.semi_supervised:{name}"
+                      for name in ("srt", "klr", "trades", "rst", "uat")})  # by name, for recipes
 
 # %% ../nbs/21_objectives.ipynb #f7eb7cfb
 def roles(
@@ -189,3 +191,11 @@ def roles(
     named = tuple(places[3 if isinstance(objective, WithMemory) else 2:])
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return None if takes_any and not named else named
+
+# %% ../nbs/21_objectives.ipynb #4624741f
+def networks(
+    objective: Callable[..., Any],  # objective(model, batch, ...), also a partial
+) -> tuple[str, ...]:  # Names of the keywords, in order
+    "The trained networks an objective stands on."
+    parameters = inspect.signature(objective).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.annotation is torch.nn.Module)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .attacks import ATTACKS, chain
 from .batches import AUGMENTATIONS
 from .losses import LOSSES
-from .objectives import OBJECTIVES, WithMemory, roles
+from .objectives import OBJECTIVES, WithMemory, networks, roles
 
 # %% ../nbs/25_recipes.ipynb #24cbcc46
 _Schedule = Literal["multistep", "onecycle", "cosine", "constant", "piecewise"]
@@ -35,7 +35,10 @@ class Recipe:
     objective: str = "natural"  # Key of OBJECTIVES
     objective_options: Mapping[str, Any] = field(default_factory=dict)  # Keywords of the objective
     attacks: Mapping[str, Sequence] = field(default_factory=dict)  # {role: [[name, keywords], ...]}
+    needs: Mapping[str, str] = field(default_factory=dict)  # {keyword: recipe of a trained network}
     data: str = "cifar10"  # Home: the data set, as for `load`, that the budgets are meant for
+    labelled: float = 1.0  # Share of the training images whose labels may be read, the first ones
+    unlabelled: float = 0.0  # Share of them, the next ones, that are used without their labels
     model: str = "wrn_28_10_cifar"  # Network, any name that `create` takes
     model_options: Mapping[str, Any] = field(default_factory=dict)  # Keywords of `create`
     epochs: int | None = None  # Length of the run in epochs, or
@@ -216,6 +219,16 @@ def _check_roles(r: Recipe) -> None:
         except ValueError as error:
             raise ValueError(f"objective {r.objective!r}: {error}") from error
 
+# %% ../nbs/25_recipes.ipynb #5b4b8abf
+def _check_needs(r: Recipe) -> None:
+    "A recipe for each network that the objective stands on, and for no other."
+    asked = networks(OBJECTIVES[r.objective])
+    if set(r.needs) != set(asked):
+        raise ValueError(f"objective {r.objective!r} stands on the networks {list(asked)}, the recipe "
+                         f"names {list(r.needs)}: needs={{keyword: recipe}}")
+    for keyword, name in r.needs.items():
+        _check_kind(f"needs[{keyword!r}]", name, str)
+
 # %% ../nbs/25_recipes.ipynb #68d165e2
 def _check_attacks(r: Recipe) -> None:
     "Attacks that can be carried out, under the roles that the objective asks for."
@@ -237,6 +250,9 @@ def _check_numbers(r: Recipe) -> None:
             raise ValueError(f"expected {name} to be at least 1, got {getattr(r, name)!r}")
     if not (0 <= r.ema < 1 and r.clip_norm >= 0):
         raise ValueError(f"expected 0 <= ema < 1 and clip_norm >= 0, got {r.ema} and {r.clip_norm}")
+    if not (0 < r.labelled <= 1 and 0 <= r.unlabelled and r.labelled + r.unlabelled <= 1 + 1e-9):
+        raise ValueError("expected shares 0 < labelled <= 1 and 0 <= unlabelled <= 1 - labelled, "
+                         f"got {r.labelled} and {r.unlabelled}")
     if not (r.lr > 0 and 0 <= r.momentum < 1 and r.weight_decay >= 0):
         raise ValueError("expected lr > 0, 0 <= momentum < 1 and weight_decay >= 0, "
                          f"got {r.lr}, {r.momentum} and {r.weight_decay}")
@@ -270,7 +286,10 @@ def _check_length(r: Recipe) -> None:
 # %% ../nbs/25_recipes.ipynb #fabfc013
 def _check_recipe(r: Recipe) -> None:
     "Every mistake that can be seen before the first batch."
-    _check_options("objective", r.objective, OBJECTIVES, r.objective_options)
+    _check_name("objective", r.objective, OBJECTIVES)
+    _check_options("objective", r.objective, OBJECTIVES, r.objective_options,
+                   networks(OBJECTIVES[r.objective]))
+    _check_needs(r)
     _check_attack("probe", r.probe, r.probe_options)
     _check_attacks(r)
     for name in r.augment:
@@ -339,8 +358,16 @@ class Bound(NamedTuple):
 # %% ../nbs/25_recipes.ipynb #f56ab06b
 def bind(
     recipe: Recipe,  # Names of functions, and their options
+    needs: Mapping[str, nn.Module] | None = None,  # Trained networks, by the keywords of `Recipe.needs`
 ) -> Bound:  # The functions
     "The functions that a recipe asks for: the one place where names are looked up."
+    given = dict(needs or {})
+    for keyword in sorted(set(recipe.needs) ^ set(given)):
+        name = recipe.needs.get(keyword)
+        raise ValueError(f"the recipe has no use for a network {keyword!r}" if name is None else
+                         f"the recipe needs a trained network {keyword!r}: train it with jat_train "
+                         f"--recipe {name} --out FOLDER and pass --needs {keyword}=FOLDER")
     attacks = {role: chain([partial(ATTACKS[name], **options) for name, options in links])
                for role, links in recipe.attacks.items()}
-    return Bound(_objective(recipe), attacks, partial(ATTACKS[recipe.probe], **recipe.probe_options))
+    objective = partial(_objective(recipe), **given) if given else _objective(recipe)
+    return Bound(objective, attacks, partial(ATTACKS[recipe.probe], **recipe.probe_options))

@@ -282,11 +282,17 @@ def remark(
     return pkgutil.resolve_name(paper.remark)(list(runs), name, data, tier)
 
 # %% ../nbs/36_results.ipynb #e8bc3a32
+def _ours_for(paper: Paper, number: int, metric: str) -> str:
+    "Our column for a printed one; a synonym may be meant for one table alone."
+    names = paper.synonyms
+    return names.get(f"{number}:{metric}", names.get(metric, metric))
+
+
 def _printed(paper: Paper, number: int) -> dict[str, dict[str, float]]:
     "A table as {row: {column: percent}}; what was misprinted has a column of its own beside the number meant."
     table, rows = published(paper.key, number), {}
     for label, metric, value in zip(row_labels(table), table["metric"], table["value"]):
-        rows.setdefault(label, {})[paper.synonyms.get(metric, metric)] = value
+        rows.setdefault(label, {})[_ours_for(paper, number, metric)] = value
     for (place, label, column), meant in paper.corrections.items():
         if place == number:
             rows[label] |= {column: meant, f"{column}, as printed": rows[label][column]}

@@ -6,7 +6,7 @@
 __all__ = ['Rigid', 'search', 'rigid_grid', 'rand_adv', 'grid_adv', 'worst_of_k', 'rigid', 'pgd_plus', 'grid_plus']
 
 # %% ../nbs/12_rigid.ipynb #88a45a60
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -266,9 +266,19 @@ def rigid(
                   restarts=restarts, keep_best=keep_best, generator=generator, return_info=return_info)
 
 # %% ../nbs/12_rigid.ipynb #e281db0d
-def _shrunk(fraction: float, **lengths: float) -> dict[str, float]:
+def _parts(fraction: float, eps: float, step: float, max_deg: float, max_px: float) -> tuple[dict, dict]:
+    "The lengths of PGD and of the grid at a share of all budgets."
     if not 0 <= fraction <= 1: raise ValueError(f"expected a fraction in [0, 1], got {fraction!r}")
-    return {name: fraction * value for name, value in lengths.items()}
+    return ({"eps": fraction * eps, "step": fraction * step},
+            {"max_deg": fraction * max_deg, "max_px": fraction * max_px})
+
+
+def _joined(first: Adversarial, last: Adversarial, return_info: bool) -> Tensor | Adversarial:
+    "The record of two attacks, one after the other."
+    if not return_info: return last.x_adv
+    return replace(last, params=first.params + last.params, threats=first.threats + last.threats,
+                   within=first.within & last.within, n_forward=first.n_forward + last.n_forward,
+                   n_backward=first.n_backward + last.n_backward)
 
 
 def pgd_plus(
@@ -276,6 +286,7 @@ def pgd_plus(
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
     y: Tensor,  # True classes (B,), int64
     *,
+    fraction: float = 1.0,  # Share of all budgets and of the step
     eps: float = 0.031,  # Bound on each value, in [0, 1] (SRT, CIFAR-10)
     step: float = 0.007,  # Step of PGD in the same unit (ibid.)
     steps: int = 10,  # Steps of PGD, one gradient each
@@ -286,14 +297,15 @@ def pgd_plus(
     padding: str = "zeros",  # What lies outside the image
     loss: Loss | str = cross_entropy,  # Per-example loss of both parts, or its name in LOSSES
     target: Tensor | None = None,  # Classes (B,) to be mistaken for
-    fraction: float = 1.0,  # Share of all budgets and of the step
     generator: Randomness = None,  # One generator, or one per image
-) -> Tensor:  # Adversarial images (B, C, H, W) in [0, 1]
+    return_info: bool = False,  # Return an `Adversarial` record instead of the images
+) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "PGD, then a grid of movements of what it found (SRT section 6, PGD+)."
-    changed = pgd(model, x, y, **_shrunk(fraction, eps=eps, step=step), steps=steps, loss=loss, target=target,
-                  generator=generator)
-    return grid_adv(model, changed, y, **_shrunk(fraction, max_deg=max_deg, max_px=max_px), n_deg=n_deg, n_px=n_px,
-                    padding=padding, loss=loss, target=target)
+    pixel, moves = _parts(fraction, eps, step, max_deg, max_px)
+    same = {"loss": loss, "target": target, "generator": generator, "return_info": True}
+    first = pgd(model, x, y, **pixel, steps=steps, **same)
+    last = grid_adv(model, first.x_adv, y, **moves, n_deg=n_deg, n_px=n_px, padding=padding, **same)
+    return _joined(first, last, return_info)
 
 
 def grid_plus(
@@ -301,6 +313,7 @@ def grid_plus(
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
     y: Tensor,  # True classes (B,), int64
     *,
+    fraction: float = 1.0,  # Share of all budgets and of the step
     eps: float = 0.031,  # Bound on each value, in [0, 1] (SRT, CIFAR-10)
     step: float = 0.007,  # Step of PGD in the same unit (ibid.)
     steps: int = 10,  # Steps of PGD, one gradient each
@@ -311,11 +324,12 @@ def grid_plus(
     padding: str = "zeros",  # What lies outside the image
     loss: Loss | str = cross_entropy,  # Per-example loss of both parts, or its name in LOSSES
     target: Tensor | None = None,  # Classes (B,) to be mistaken for
-    fraction: float = 1.0,  # Share of all budgets and of the step
     generator: Randomness = None,  # One generator, or one per image
-) -> Tensor:  # Adversarial images (B, C, H, W) in [0, 1]
+    return_info: bool = False,  # Return an `Adversarial` record instead of the images
+) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "A grid of movements, then PGD on the moved picture (SRT section 6, GridAdv+)."
-    moved = grid_adv(model, x, y, **_shrunk(fraction, max_deg=max_deg, max_px=max_px), n_deg=n_deg, n_px=n_px,
-                     padding=padding, loss=loss, target=target)
-    return pgd(model, moved, y, **_shrunk(fraction, eps=eps, step=step), steps=steps, loss=loss, target=target,
-               generator=generator)
+    pixel, moves = _parts(fraction, eps, step, max_deg, max_px)
+    same = {"loss": loss, "target": target, "generator": generator, "return_info": True}
+    first = grid_adv(model, x, y, **moves, n_deg=n_deg, n_px=n_px, padding=padding, **same)
+    last = pgd(model, first.x_adv, y, **pixel, steps=steps, **same)
+    return _joined(first, last, return_info)

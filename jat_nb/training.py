@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .batches import Batch, batches, num_batches
+from .batches import Batch, batches, num_batches, shares
 from .checkpoints import (RESUME, add_stretch, claim, collapsed, function_names, load_state,
                                 publish, restore, run_identity, save_state, state_tensors)
-from .data import ImageSet
+from .data import ImageSet, Unlabelled
 from .losses import correct
 from .models import bare, check_rebuildable, frozen, half_precision, unwrap
 from .objectives import State, WithMemory
@@ -38,14 +38,19 @@ from .records import environment, progress, read_jsonl
 def _pieces(batch: Batch, parts: int, count: int = 1) -> list[tuple[Batch, float]]:
     "A share in parts, each with its own generator and fraction; equally many in all processes."
     n, fewest = len(batch.y), round(len(batch.y) / batch.share) // count  # images of a process
+    free = [None] * parts if batch.u is None else batch.u.tensor_split(parts)
     parts = min(parts, max(1, fewest // 2))
     if parts == 1:
         return [(batch, 1.0)]
     draws = torch.randint(2**62, (parts,), generator=batch.generator, device=batch.generator.device)
     pieces = []
-    for x, y, seed in zip(batch.x.tensor_split(parts), batch.y.tensor_split(parts), draws.tolist()):
+    split = zip(batch.x.tensor_split(parts), batch.y.tensor_split(parts), free, draws.tolist())
+    for x, y, u, seed in split:
         own = torch.Generator(batch.generator.device).manual_seed(seed)
-        pieces.append((Batch(x, y, own, batch.share * len(y) / n), len(y) / n))
+        piece = Batch(x, y, own, batch.share * len(y) / n, u)
+        together = len(piece.mixed) / len(batch.mixed)
+        balance = 1.0 if u is None else batch.balance * together / (len(y) / n)
+        pieces.append((piece._replace(balance=balance), len(y) / n))
     return pieces
 
 # %% ../nbs/28_training.ipynb #9d394f97
@@ -154,6 +159,7 @@ class _Run:
     seconds: float = 0.0  # Time they took
     memory: Memory | None = None  # Of an objective that has one
     said: dict[str, Any] = field(default_factory=dict)  # What it said in them, see `_tally`
+    unlabelled: Unlabelled | None = None  # Training images without labels
 
     @property
     def judged(self) -> nn.Module:
@@ -253,7 +259,9 @@ def _batch(run: _Run, shared: nn.Module, batch: Batch) -> None:
     "Train on one batch."
     r, epoch, i = run.recipe, len(run.history), run.iteration
     if r.channels_last:
-        batch = batch._replace(x=batch.x.contiguous(memory_format=torch.channels_last))
+        layout = {"memory_format": torch.channels_last}
+        u = None if batch.u is None else batch.u.contiguous(**layout)
+        batch = batch._replace(x=batch.x.contiguous(**layout), u=u)
     lr = learning_rate(r, (epoch * run.per_epoch + i) / run.length)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
@@ -278,9 +286,10 @@ def _train_epoch(run: _Run, shared: nn.Module, train: ImageSet, ticks: Iterator[
     "What is left of an epoch: a function of weights, recipe and number; None if time was up first."
     r, start, (rank, count) = run.recipe, time.perf_counter() - run.seconds, processes()
     here = min(run.per_epoch, run.left + run.iteration)  # a run by iterations may end in mid-epoch
-    images = len(train) if here == run.per_epoch else here * r.batch_size
+    in_batch = shares(r.batch_size, len(train), len(run.unlabelled or ()))[0]
+    images = len(train) if here == run.per_epoch else here * in_batch
     run.model.train()
-    walk = batches(train, r.batch_size, shuffle=True, augment=r.augment,
+    walk = batches(train, r.batch_size, unlabelled=run.unlabelled, shuffle=True, augment=r.augment,
                    seed=(r.seed, len(run.history)), part=rank, parts=count)
     for batch in islice(walk, run.iteration, here):
         _batch(run, shared, batch)
@@ -296,6 +305,13 @@ def _train_epoch(run: _Run, shared: nn.Module, train: ImageSet, ticks: Iterator[
     return row
 
 # %% ../nbs/28_training.ipynb #660786bf
+def _one_answer(model: nn.Module, data: ImageSet) -> bool:
+    "Whether a network takes all of at least two images for one class."
+    with frozen(bare(model)) as network, torch.no_grad():
+        answers = torch.cat([network(batch.x).argmax(1) for batch in batches(data, 256)])
+    return len(answers) > 1 and len(answers.unique()) == 1
+
+
 def _finish_epoch(run: _Run, row: dict[str, Any], validation: ImageSet | None) -> None:
     "Judge an epoch: clean on all images held out, under the probe on the first of them."
     if validation is not None:
@@ -303,6 +319,7 @@ def _finish_epoch(run: _Run, row: dict[str, Any], validation: ImageSet | None) -
         row |= {"val_clean": accuracy(run.judged, validation),
                 "val_robust": accuracy(run.judged, few, run.bound.probe, amp=run.recipe.amp)}
         row["collapsed"] = collapsed([*run.history, row])
+        row["one_answer"] = _one_answer(run.judged, few)
     run.history.append(row)
 
 # %% ../nbs/28_training.ipynb #47e6a0a1
@@ -330,7 +347,8 @@ def _check_fit(model: nn.Module, recipe: Recipe, train: ImageSet, validation: Im
 
 # %% ../nbs/28_training.ipynb #dde0f869
 def _start(model: nn.Module, recipe: Recipe, bound: Bound, per_epoch: int, folder: Path | None,
-           identity: Mapping[str, Any], about: Mapping[str, Any], device: torch.device) -> _Run:
+           identity: Mapping[str, Any], about: Mapping[str, Any], device: torch.device,
+           unlabelled: Unlabelled | None) -> _Run:
     "A new run, or the one that its folder holds; the same in all processes."
     if processes().count > 1:
         agree({**identity, "versions": environment(device)["versions"]})
@@ -339,7 +357,8 @@ def _start(model: nn.Module, recipe: Recipe, bound: Bound, per_epoch: int, folde
     average = None
     if recipe.ema:
         average = AveragedModel(unwrap(model), multi_avg_fn=_averaging(recipe.ema))
-    run = _Run(model, average, make_optimizer(model, recipe), recipe, bound, per_epoch, [])
+    run = _Run(model, average, make_optimizer(model, recipe), recipe, bound, per_epoch, [],
+               unlabelled=unlabelled and unlabelled.to(device))
     if isinstance(bound.objective, WithMemory):
         run.memory = Memory(bound.objective.start(len(bound.attacks)))
     if folder is not None:
@@ -363,9 +382,9 @@ def _train(run: _Run, train: ImageSet, validation: ImageSet | None, time_is_up: 
     next(ticks, None)
 
 # %% ../nbs/28_training.ipynb #1c45b717
-def _functions(recipe: Recipe, given: Mapping[str, Any]) -> Bound:
+def _functions(recipe: Recipe, needs: Mapping[str, nn.Module], given: Mapping[str, Any]) -> Bound:
     "The recipe's functions, or those that stand in for them."
-    bound, own = bind(recipe), {k: v for k, v in given.items() if v is not None}
+    bound, own = bind(recipe, needs), {k: v for k, v in given.items() if v is not None}
     return bound._replace(**{**own, "attacks": {**bound.attacks, **own.get("attacks", {})}})
 
 # %% ../nbs/28_training.ipynb #f453a4ba
@@ -375,6 +394,8 @@ def fit(
     recipe: Recipe,  # Everything that decides the result, but the initial weights
     *,
     validation: ImageSet | None = None,  # Held-out training images, never the test set
+    unlabelled: Unlabelled | None = None,  # Training images beside them; an empty set is none
+    needs: Mapping[str, nn.Module] | None = None,  # Trained networks, by the recipe's `needs`
     objective: Callable[..., Any] | None = None,  # Instead of the recipe's; `WithMemory` or not
     attacks: Mapping[str, Callable[..., Tensor]] | None = None,  # Instead of the recipe's, by role
     probe: Callable[..., Tensor] | None = None,  # Instead of the recipe's
@@ -382,19 +403,24 @@ def fit(
     about: Mapping[str, Any] | None = None,  # JSON-able facts for run.json, such as a recipe's name
     seconds: float = math.inf,  # Stop after this long, ready to be resumed
     device: str | torch.device | None = None,  # Where to train; None: where the model is
-) -> list[dict[str, Any]]:  # One row per epoch: loss, lr, seconds, val_clean, val_robust, collapsed
+) -> list[dict[str, Any]]:  # A row per epoch: loss, lr, seconds, val_..., collapsed, one_answer
     "Train a model by a recipe, in one process or in all that were started together."
     given = {"objective": objective, "attacks": attacks, "probe": probe}
     with report_lost():
         _check_fit(model, recipe, train, validation, out is not None)
-        folder, bound = None if out is None else Path(out), _functions(recipe, given)
+        needs, folder = dict(needs or {}), None if out is None else Path(out)
+        bound = _functions(recipe, needs, given)
         own = {} if out is None else function_names(given)
-        identity = run_identity(recipe, model, train, validation, own)
+        identity = run_identity(recipe, model, train, validation, own, unlabelled=unlabelled, needs=needs)
         alone, where = processes().count == 1, next(model.parameters()).device
         device = own_device(where if device is None and alone else device)
-        per_epoch = num_batches(len(train), recipe.batch_size, processes().count)
+        per_epoch = num_batches(len(train), recipe.batch_size, processes().count,
+                                unlabelled=len(unlabelled or ()))
+        for network in needs.values():
+            network.to(device)
         time_is_up = timer(seconds, device)
-        run = _start(model, recipe, bound, per_epoch, folder, identity, about or {}, device)
+        run = _start(model, recipe, bound, per_epoch, folder, identity, about or {}, device,
+                     unlabelled or None)
         keep = partial(_keep, run, folder, identity)
         train, validation = train.to(device), None if validation is None else validation.to(device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
