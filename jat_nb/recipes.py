@@ -27,7 +27,7 @@ from .objectives import OBJECTIVES, WithMemory, networks, roles
 # %% ../nbs/25_recipes.ipynb #24cbcc46
 _Schedule = Literal["multistep", "onecycle", "cosine", "constant", "piecewise"]
 
-
+# %% ../nbs/25_recipes.ipynb #9e7cc3bf
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides how a model is trained, in plain JSON-able data."
@@ -66,8 +66,7 @@ class Recipe:
     probe_images: int = 512  # How many it faces; about 4 points of 95 % interval
     essential: tuple[str, ...] = ()  # Fields that no tier may change
 
-    def __post_init__(self) -> None:
-        _settle(self)
+    def __post_init__(self) -> None: _settle(self)
 
     @classmethod
     def from_dict(

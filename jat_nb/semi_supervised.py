@@ -29,7 +29,7 @@ def _weighed(batch: Batch, right: Tensor, constant: Tensor, reduction: Reduction
     per_label = len(batch.mixed) / (len(batch.y) * batch.balance)  # images for each labelled one, in the whole batch
     return (right + per_label * batch.balance * constant) / (1 + per_label)
 
-
+# %% ../nbs/23_semi_supervised.ipynb #5e2f62ff
 def srt(
     model: nn.Module | Callable[[Tensor], Tensor],  # Classifier in train mode, images in [0, 1] to logits
     batch: Batch,  # Labelled and perhaps unlabelled images, and the source of randomness
@@ -58,7 +58,7 @@ def _from_own(model: nn.Module, x: Tensor, y: Tensor, attack: Callable[..., Tens
     "Images whose answers are as far as possible from those on x."
     return attack(model, x, y, target=None, loss=_diverging(clean_logits(model, x)), generator=batch.generator)
 
-
+# %% ../nbs/23_semi_supervised.ipynb #c010b169
 def trades(
     model: nn.Module | Callable[[Tensor], Tensor],  # Classifier in train mode, images in [0, 1] to logits
     batch: Batch,  # Labelled images and the source of randomness
@@ -95,7 +95,7 @@ def guessed(
     guess = clean_logits(teacher, batch.u).argmax(1)
     return batch._replace(x=batch.mixed, y=torch.cat([batch.y, guess]), u=None, balance=1.0)
 
-
+# %% ../nbs/23_semi_supervised.ipynb #c8e7d355
 def rst(
     model: nn.Module | Callable[[Tensor], Tensor],  # Classifier in train mode, images in [0, 1] to logits
     batch: Batch,  # Labelled and unlabelled images, and the source of randomness

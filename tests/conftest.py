@@ -5,10 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from jat_nb.attacks import ATTACKS
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if not p.name.startswith("_"))
 
 torch.set_num_threads(1)
+
+ASCENTS = sorted(name for name in ATTACKS if "random_start" in ATTACKS[name].__kwdefaults__)  # the others search
 
 
 def cells(path: Path) -> list[dict]:

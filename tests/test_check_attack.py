@@ -6,18 +6,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ASCENTS
 import torch.nn.functional as F
 from torch import nn
 
 from jat_nb.attacks import ATTACKS, double_pass, ggsm, joint_threats, pgd
 from jat_nb.contract import Check, check_attack
 from jat_nb.models import frozen
+from jat_nb.rigid import Rigid
 from jat_nb.threats import Affine, Flow, Pixel
 from jat_nb.randomness import uniform
 from jat_nb.warp import warp
 
 EPS = 8 / 255
-BUDGETS = {"fgsm": [Pixel()], "pgd": [Pixel()], "mi_fgsm": [Pixel()], "ggsm": [Flow()], "affine": [Affine()],
+BUDGETS = {"rigid": [Rigid()], "fgsm": [Pixel()], "pgd": [Pixel()], "mi_fgsm": [Pixel()], "ggsm": [Flow()], "affine": [Affine()],
            "integrated": [Flow(norm="linf", padding="zeros"), Affine()]}
 
 
@@ -26,13 +28,13 @@ def broken(checks):
 
 
 @pytest.mark.parametrize("options", [{}, dict(restarts=2), dict(keep_best=True), dict(random_start=False)], ids=str)
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", ASCENTS)
 def test_every_attack_of_the_package_keeps_the_contract(name, options):
     if name == "fgsm" and options.keys() - {"random_start"}:
         pytest.skip("one step from one start")
     fn = partial(ATTACKS[name], **options, **({} if name == "fgsm" else dict(steps=2)))
     parameters = inspect.signature(ATTACKS[name]).parameters
-    zero = partial(fn, **{budget: 0.0 for budget in parameters if budget.startswith("eps")})
+    zero = partial(fn, **{budget: 0.0 for budget in parameters if budget.startswith(("eps", "max_deg", "max_px"))})
     checks = check_attack(fn, threats=BUDGETS.get(name, joint_threats()), zero=zero)
     assert len(checks) == 14 and broken(checks) == set(), [c for c in checks if not c.passed]
 

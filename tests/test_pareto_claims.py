@@ -88,8 +88,11 @@ def test_middle_lead_distance_and_front():
     assert found.value == pytest.approx(-10)
     [found] = room._leads(e, Check("", at("d", "a", "b", "c"), options={"what": ""}))
     assert found.value == pytest.approx(30)
-    [found] = room._approaches(e, Check("", at("a", "d", "b", "c"), options={"what": ""}))
+    learnt = Scores(a=20, b=40, c=30, d=60)
+    [found] = room._approaches(learnt, Check("", at("a", "d", "b", "c", "c", "c"), options={"what": ""}))
     assert found.value == -1
+    [found] = room._approaches(e, Check("", at("a", "d", "b", "c", "c", "c"), options={"what": ""}))  # a: 10 %, a guess
+    assert math.isnan(found.value) and "too few pairs" in found.what
     [found] = room._approaches(e, Check("", at("a", "absent"), options={"what": ""}))
     assert math.isnan(found.value)
 

@@ -18,18 +18,20 @@ PROMISED = {
               "most_confusing_target bilateral_labels uniform_labels smooth_labels",
     "randomness": "seed_from image_generators uniform",
     "threats": "Pixel Flow Affine apply_chain contains_chain check_images check_labels",
-    "data": "ImageSet load available picture_files read_picture DATASETS default_budget",
-    "batches": "Batch batches num_batches crop_flip random_crop_flip resized_crop_flip random_resized_crop_flip AUGMENTATIONS",
+    "data": "ImageSet Unlabelled few_labels load available picture_files read_picture DATASETS default_budget",
+    "batches": "Batch batches num_batches shares crop_flip random_crop_flip resized_crop_flip random_resized_crop_flip AUGMENTATIONS",
     "models": "NormalizedModel create start_from frozen unwrap bare plain_state check_rebuildable tensor_hash write_tensors read_tensors "
               "save_weights load_weights pretrained zoo",
-    "backbones": "SmallCNN PreActBlock PreActResNet wide_resnet resnet18_cifar",
+    "backbones": "SmallCNN PreActBlock PreActResNet PaddedBlock PaddedResNet resnet32_cifar wide_resnet resnet18_cifar",
     "records": "Record write_json append_jsonl write_atomic environment progress",
     "pictures": "show_images show_attack flow_to_rgb quiver budget_strip ssim similarity",
     "ascent": "Adversarial ascend assemble plan",
     "attacks": "Adversarial ascend chain fgsm pgd mi_fgsm ggsm one_pass cascade double_pass Named",
     "risks": "Risks risks",
     "rigid": "Rigid search rigid_grid rand_adv grid_adv worst_of_k rigid pgd_plus grid_plus",
-    "objectives": "natural adversarial jat attacked_losses average maximum WithMemory roles OBJECTIVES",
+    "objectives": "natural adversarial jat attacked_losses average maximum WithMemory roles networks OBJECTIVES",
+    "semi_supervised": "srt klr trades guessed rst uat",
+    "papers.srt": "PAPER RECIPES ROWS COLUMNS OWN_SUITES SYNONYMS NUMBERS HOMES LAMBDAS FRACTIONS rigid_columns",
     "pareto": "Pareto Weights solve_weights active_set moments disagreement effective_r feasible_r pareto_front dominates "
               "hypervolume knee universal_score",
     "recipes": "Recipe Bound bind learning_rate make_optimizer",
@@ -80,7 +82,7 @@ def test_signature_of_double_pass():
 def test_attacks_share_one_shape(name):
     parameters = list(inspect.signature(ATTACKS[name]).parameters.values())
     assert [p.name for p in parameters[:3]] == ["model", "x", "y"]
-    assert {"loss", "target", "random_start", "generator", "return_info"} <= {p.name for p in parameters}
+    assert {"loss", "target", "generator", "return_info"} <= {p.name for p in parameters}
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in parameters[3:])
     assert all(p.annotation is not inspect.Parameter.empty for p in parameters)
 

@@ -174,8 +174,10 @@ from jat_nb.suites import Job, run_suite, suites
 
 test, rank = load("digits", "test").subset(5), processes().rank
 found = {}
-for name in suites():
-    n, steps = (4, 8) if name == "masking" else (2, 2) if name == "autoattack" else (5, 2)
+ALIKE = ("srt-compound-cifar10", "srt-compound-mnist", "srt-mnist", "srt-strong-mnist")  # attacks asked elsewhere
+for name in (n for n in suites() if n not in ALIKE):
+    small = name == "autoattack" or name.startswith("srt")  # grids are long
+    n, steps = (4, 8) if name == "masking" else (2, 2) if small else (5, 2)
     network = "digits-natural" if name == "autoattack" else "digits-joint"  # the natural one is broken at once
     job = Job(pretrained(network), test.x[:n], test.labels[:n], default_budget("digits"), steps=steps, batch_size=3,
               sources={"natural-s0": pretrained("digits-natural")})
@@ -199,7 +201,8 @@ def together(tmp_path, count):
 
 def test_two_processes_answer_every_suite_as_one(tmp_path):
     [alone], (first, second) = together(tmp_path, 1), together(tmp_path, 2)
-    assert set(alone) == set(suites()) and first == second
+    assert set(suites()) - set(alone) == {n for n in suites() if n.startswith("srt") and n not in ("srt-cifar10", "srt-strong-cifar10")}
+    assert first == second
     for name in alone:
         assert first[name].keys() == alone[name].keys(), name
         same(first[name], alone[name], name)
@@ -209,7 +212,9 @@ def same(a, b, where):
     "Equal, numbers to the last digits that another batch size may change."
     if isinstance(a, dict):
         assert a.keys() == b.keys(), where
-        for key in a: same(a[key], b[key], f"{where}/{key}")
+        searched = where.startswith("srt")  # how many passes a search takes depends on who shares them
+        for key in a:
+            if not (searched and "forward" in key): same(a[key], b[key], f"{where}/{key}")
     elif isinstance(a, list):
         assert len(a) == len(b), where
         for i, (x, y) in enumerate(zip(a, b)): same(x, y, f"{where}/{i}")

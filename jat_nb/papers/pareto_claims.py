@@ -178,14 +178,25 @@ def _leads(e: Evidence, check: Check) -> Iterator[Finding]:
 _FAMILIES = ("Sensitivity", "Local", "Global")
 
 # %% ../../nbs/46_pareto_claims.ipynb #999273a3
+def _learnt(e: Evidence, name: str, data: str) -> bool:
+    "Whether a network is better than guessing among ten classes; so is taken one that was not judged."
+    share = e.share((name, "Clean"), data)
+    return share is None or share.value >= 0.15
+
+
 def _approaches(e: Evidence, check: Check) -> Iterator[Finding]:
-    "Rank correlation of the mean distance of two networks' scores with the place in a sweep."
-    scores = _drawn(e, [(where[0], column) for where in check.at for column in _FAMILIES], check.data)
+    "Rank correlation of the mean distance of two networks' scores with the place in a sweep, of pairs that learnt."
+    names, what = [where[0] for where in check.at], check.options["what"]
+    pairs = [pair for pair in zip(names[::2], names[1::2]) if all(_learnt(e, n, check.data) for n in pair)]
+    if len(pairs) < 3:
+        yield Finding(f"{what}, too few pairs of networks that learnt", **check.bounds)
+        return
+    scores = _drawn(e, [(name, column) for pair in pairs for name in pair for column in _FAMILIES], check.data)
     trend = None
     if scores is not None:
         of_pairs = scores.view(len(scores), -1, 2, 3)  # (1 + draws, pairs, networks, scores)
         trend = rank_correlation((of_pairs[:, :, 0] - of_pairs[:, :, 1]).abs().mean(dim=2))
-    yield _redrawn_finding(check.options["what"], trend, check)
+    yield _redrawn_finding(what, trend, check)
 
 # %% ../../nbs/46_pareto_claims.ipynb #5da7196f
 def _beneath(e: Evidence, check: Check) -> Iterator[Finding]:

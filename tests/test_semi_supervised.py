@@ -1,0 +1,217 @@
+"""Few labels: what the trainer does with unlabelled images, teachers and parts, against loops written out here."""
+from dataclasses import fields, replace
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from jat_nb.batches import Batch, batches, shares
+from jat_nb.catalogue import setting
+from jat_nb.checkpoints import run_identity
+from jat_nb.cli import jat_train
+from jat_nb.data import Unlabelled, few_labels, load
+from jat_nb.models import create
+from jat_nb.objectives import OBJECTIVES
+from jat_nb.papers.srt import LAMBDAS, RECIPES
+from jat_nb.recipes import Recipe, bind
+from jat_nb.records import read_jsonl
+from jat_nb.rigid import worst_of_k
+from jat_nb.semi_supervised import rst, srt, trades, uat
+from jat_nb.training import fit, train_step
+from torch import nn
+
+WEAK = [["pgd", {"eps": 0.1, "step": 0.05, "steps": 2, "start_std": 0.001}]]
+PLAN = Recipe(objective="srt", attacks={"attack": WEAK}, labelled=0.2, unlabelled=0.8, epochs=1, batch_size=40,
+              lr=0.05, augment=(), data="digits", model="wrn_10_1_cifar")
+
+
+def net(seed=0, norm="group"):
+    torch.manual_seed(seed)
+    return create("wrn_10_1_cifar", in_chans=1, norm=norm)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return few_labels(load("digits"), 60, 140)
+
+
+def test_no_label_can_be_read(parts):
+    _, unknown = parts
+    assert {f.name for f in fields(Unlabelled)} == {"name", "images"}
+    batch = next(batches(parts[0], 40, unlabelled=unknown))
+    assert len(batch.y) == len(batch.x) == 12 and len(batch.u) == 28
+    assert not {"labels", "y"} & set(vars(unknown))
+
+
+@pytest.mark.parametrize("objective", ["srt", "rst", "uat"])
+def test_labels_of_the_unlabelled_part_change_nothing(objective):
+    data = load("digits").subset(200)
+    data = replace(data, images=data.images, labels=data.labels)
+    other = replace(data, labels=torch.cat([data.labels[:60], (data.labels[60:] + 3) % 10]))
+    trained = []
+    for source in (data, other):
+        known, unknown = few_labels(source, 60, 140)
+        needs = {} if objective == "srt" else {"teacher": net(1)}
+        plan = replace(PLAN, objective=objective, needs=dict.fromkeys(needs, "srt/mnist-long-standard"))
+        model = net()
+        fit(model, known, plan, unlabelled=unknown, needs=needs)
+        trained.append(model.state_dict())
+    torch.testing.assert_close(*trained, rtol=0, atol=0)
+
+
+def test_rt_is_srt_without_unlabelled_images_to_the_bit(parts):
+    known, unknown = parts
+    empty = Unlabelled("digits", unknown.images[:0])
+    models = [net(norm="batch") for _ in range(2)]
+    for model, others in zip(models, (None, empty)):
+        fit(model, known, PLAN, unlabelled=others)
+    torch.testing.assert_close(*(m.state_dict() for m in models), rtol=0, atol=0)
+    assert run_identity(PLAN, models[0], known, unlabelled=empty) == run_identity(PLAN, models[0], known)
+
+
+def wavy(model, x, y, **options):
+    return (x + 0.1 * torch.sin(40 * x)).clamp(0, 1)
+
+
+@pytest.mark.parametrize("reduction", ["separate", "concat"])
+def test_trainer_does_what_equation_9_says(parts, reduction):
+    known, unknown = parts
+    plan = replace(PLAN, objective_options={"weight": 0.4, "reduction": reduction}, schedule="constant")
+    model, twin = net(), net()
+    fit(model, known, plan, unlabelled=unknown, attacks={"attack": wavy})
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.05, momentum=0.9, weight_decay=2e-4)
+    for b in batches(known, 40, unlabelled=unknown, shuffle=True, seed=(0, 0)):
+        x = torch.cat([b.x, b.u])
+        own = twin.eval()(x).argmax(1)
+        twin.train()
+        x_adv = (x + 0.1 * torch.sin(40 * x)).clamp(0, 1)
+        right = F.cross_entropy(twin(b.x), b.y, reduction="none")
+        same = 0.4 * F.cross_entropy(twin(x_adv), own, reduction="none")
+        both = right.mean() + same.mean() if reduction == "separate" else (right.sum() + same.sum()) / (len(right) + len(same))
+        optimizer.zero_grad()
+        both.backward()
+        optimizer.step()
+    torch.testing.assert_close(dict(model.state_dict()), dict(twin.state_dict()), rtol=1e-3, atol=1e-4)
+
+
+def still(model, x, y, **options):
+    return x
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 5])
+@pytest.mark.parametrize("name", ["srt", "rst", "uat"])
+def test_parts_of_a_batch_add_up(parts, name, accumulate):
+    batch = next(batches(parts[0], 40, unlabelled=parts[1]))
+    options = {"teacher": net(1)} if name != "srt" else {"reduction": "concat"}
+    found = []
+    for n in (1, accumulate):
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        loss = train_step(model, batch, optimizer, partial(OBJECTIVES[name], **options), {"attack": still}, accumulate=n)
+        found.append((loss, model.state_dict()))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(dict(found[0][1]), dict(found[1][1]), rtol=1e-3, atol=1e-5)
+
+
+def test_worst_of_one_without_limits_is_plain_training(parts):
+    model, batch = net(), next(batches(parts[0], 40, unlabelled=parts[1]))
+    idle = partial(worst_of_k, k=1, max_deg=0.0, max_px=0.0)
+    torch.testing.assert_close(srt(model, batch, idle), srt(model, batch, still), rtol=1e-4, atol=1e-5)
+
+
+def test_a_killed_run_with_unlabelled_images_ends_at_the_same_bits(parts, tmp_path):
+    known, unknown = parts
+    whole = net(norm="batch")
+    history = fit(whole, known, replace(PLAN, epochs=2), unlabelled=unknown)
+    sliced = []
+    while len(sliced) < 2:
+        again = net(norm="batch")
+        sliced = fit(again, known, replace(PLAN, epochs=2), unlabelled=unknown, out=tmp_path / "run", seconds=0)
+    torch.testing.assert_close(whole.state_dict(), again.state_dict(), rtol=0, atol=0)
+    assert [r["loss"] for r in sliced] == [r["loss"] for r in history]
+    other = Unlabelled("digits", unknown.images.flip(0))
+    with pytest.raises(ValueError, match="unlabelled"): fit(net(), known, replace(PLAN, epochs=2), unlabelled=other, out=tmp_path / "run")
+
+
+def test_one_answer_for_all_images_is_on_record(parts):
+    known, unknown = parts
+    model = net()
+    nn.init.zeros_(model.model.fc.weight)
+    with torch.no_grad(): model.model.fc.bias[3] = 50
+    rows = fit(model, known, replace(PLAN, lr=1e-6), unlabelled=unknown, validation=known)
+    assert rows[-1]["one_answer"] is True
+    rows = fit(net(), known, replace(PLAN, epochs=4), unlabelled=unknown, validation=known)
+    assert all(isinstance(r["one_answer"], bool) for r in rows)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(labelled=0.0), "labelled"), (dict(labelled=0.5, unlabelled=0.6), "labelled"), (dict(unlabelled=-0.1), "labelled"),
+    (dict(needs={"teacher": "srt/x"}), "stands on the networks"), (dict(objective="rst"), "stands on the networks")])
+def test_recipes_refuse(change, message):
+    with pytest.raises(ValueError, match=message): replace(PLAN, **change)
+
+
+def test_a_missing_standard_model_is_named_with_its_command(tmp_path, capsys):
+    words = ["--recipe", "srt/mnist-long-rst", "--data", "digits", "--tier", "smoke", "--out", str(tmp_path / "a")]
+    assert jat_train(words) == 2
+    said = capsys.readouterr().err
+    assert "--recipe srt/mnist-long-standard" in said and "--needs teacher=" in said
+
+
+def test_a_network_that_needs_another_is_trained_from_the_command_line(tmp_path, capsys):
+    tail = ["--data", "digits", "--tier", "smoke", "--model", "wrn_10_1_cifar", "--threads", "1", "--set", "epochs=1"]
+    teacher = tmp_path / "teacher"
+    assert jat_train(["--recipe", "srt/mnist-long-standard", "--out", str(teacher), *tail]) == 0
+    assert jat_train(["--recipe", "srt/mnist-long-uat", "--needs", f"teacher={teacher}", "--out", str(tmp_path / "uat"), *tail]) == 0
+    assert len(read_jsonl(tmp_path / "uat" / "log.jsonl")) == 1
+    assert jat_train(["--recipe", "srt/mnist-long-uat", "--needs", f"teacher={tmp_path / 'uat'}", "--out", str(tmp_path / "b"), *tail]) == 2
+    assert "is a run of 'srt/mnist-long-uat'" in capsys.readouterr().err
+
+
+def test_settings_hand_out_the_first_images():
+    few = setting("srt/mnist-long-srt", data="digits", images=300)
+    rest = load("digits").split(32)[0].subset(300)
+    assert abs(len(few.train) - 50) <= 20 and abs(len(few.unlabelled) - 250) <= 20
+    sums = {int(i.long().sum()) for i in rest.images} | {int(i.long().sum()) for i in load("digits").images}
+    assert {int(i.long().sum()) for i in few.unlabelled.images} <= sums
+    assert few.train.labels.unique().numel() == 10
+    assert setting("srt/mnist-long-at", data="digits", images=300).unlabelled is None
+    with pytest.raises(ValueError, match="lack"): few_labels(load("digits"), 3, 0)
+
+
+@pytest.mark.parametrize("m, n_l, n_u, expected", [(128, 10_000, 40_000, (25, 103)), (128, 10_000, 50_000, (21, 107)),
+                                                   (128, 10, 10_000, (1, 127)), (64, 100, 0, (64, 0))])
+def test_shares(m, n_l, n_u, expected):
+    assert shares(m, n_l, n_u) == expected
+
+
+def test_trades_divergence_is_climbed_and_vanishes_at_the_image(parts):
+    model, batch = net(), next(batches(parts[0], 40))
+    assert torch.isclose(trades(model, batch, still), F.cross_entropy(model(batch.x), batch.y), atol=1e-6)
+    seen = []
+    def spy(model, x, y, *, loss, **options):
+        seen.append(loss(model(x), y).abs().max().item())
+        return x
+    trades(model, batch, spy)
+    assert max(seen) < 1e-5
+
+
+def test_teachers_are_left_alone(parts):
+    teacher, batch = net(1, norm="batch").train(), next(batches(parts[0], 40, unlabelled=parts[1]))
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    for objective in (rst, uat): objective(net(), batch, still, teacher=teacher).backward()
+    torch.testing.assert_close(dict(teacher.state_dict()), before, rtol=0, atol=0)
+    assert teacher.training and all(p.grad is None for p in teacher.parameters())
+
+
+def test_every_recipe_of_the_paper_binds_and_equal_updates_are_equal():
+    for name, r in RECIPES.items(): bind(r, dict.fromkeys(r.needs, nn.Identity()))
+    for data in ("cifar10", "mnist"):
+        for weight in LAMBDAS["pixel"]:
+            rt, equal = RECIPES[f"srt/{data}-pixel-rt-{weight}"], RECIPES[f"srt/{data}-pixel-rt-{weight}-equal"]
+            assert equal.iterations == rt.epochs * {"cifar10": 400, "mnist": 477}[data]
+
+
+def test_a_batch_without_unlabelled_images_is_its_own_mixture():
+    x, y = torch.rand(3, 1, 8, 8), torch.arange(3)
+    assert Batch(x, y, torch.Generator()).mixed is x
