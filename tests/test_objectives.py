@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from jat_nb.attacks import cascade, double_pass, ggsm, one_pass, pgd
 from jat_nb.batches import Batch
 from jat_nb.losses import bilateral_labels
-from jat_nb.objectives import (OBJECTIVES, adversarial, choose_target, clean_logits, jat, natural, roles, training_labels)
+from jat_nb.objectives import (OBJECTIVES, adversarial, choose_target, clean_logits, jat, natural, networks, roles, training_labels)
 
 ONE_STEP = partial(double_pass, steps=1, step_pixel=8 / 255, step_flow=0.3)
 
@@ -133,6 +133,7 @@ def test_any_shape(num_classes, channels):
     for name in set(OBJECTIVES) - {"pareto"}:  # which has a memory: see test_memory.py
         asked = roles(OBJECTIVES[name])
         given = dict.fromkeys(("near", "far") if asked is None else asked, ONE_STEP)
+        given |= dict.fromkeys(networks(OBJECTIVES[name]), small_model(num_classes, channels))
         assert OBJECTIVES[name](model, batch, **given).isfinite()
 
 

@@ -17,7 +17,7 @@ from jat_nb.data import ImageSet
 from jat_nb.checkpoints import RESUME, best_row, collapsed, load_state, save_state, shortfall
 from jat_nb import training
 from jat_nb.models import create, load_weights
-from jat_nb.objectives import OBJECTIVES, adversarial, natural
+from jat_nb.objectives import OBJECTIVES, adversarial, natural, networks
 from jat_nb.processes import Processes
 from jat_nb.records import read_jsonl
 from jat_nb.recipes import Recipe, make_optimizer
@@ -81,9 +81,11 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights():
 def test_every_objective_trains(objective, options):
     attacks = {} if objective == "natural" else ATTACKED
     own = {"r": 0.5} if objective == "pareto" else {}
-    recipe = Recipe(objective=objective, objective_options=own, attacks=attacks, **{**TINY, **options, "epochs": 4})
+    needs = {name: net() for name in networks(OBJECTIVES[objective])}
+    recipe = Recipe(objective=objective, objective_options=own, attacks=attacks, needs=dict.fromkeys(needs, "a/b"),
+                    **{**TINY, **options, "epochs": 4})
     model, data = net(), images(64)
-    history = fit(model, data, recipe, validation=images(20, seed=1))
+    history = fit(model, data, recipe, validation=images(20, seed=1), needs=needs)
     assert [r["epoch"] for r in history] == [1, 2, 3, 4] and all(math.isfinite(r["loss"]) for r in history)
     assert history[-1]["loss"] < history[0]["loss"] and not model.training
     assert all(0 <= r["val_robust"] <= 1 and 0 <= r["val_clean"] <= 1 for r in history)
