@@ -49,6 +49,8 @@ def floor_passes(
     "Model passes that an attack cannot avoid."
     if attack not in ATTACKS:
         raise ValueError(f"unknown attack {attack!r}: choose one of {', '.join(ATTACKS)}")
+    if not {"steps", "eps"} & set(ATTACKS[attack].__kwdefaults__):
+        return 0  # a search takes no gradient
     threats, schedule = _SHAPES.get(attack, (1, "simultaneous"))
     return sum(len(passes) for _, passes in plan(threats, steps, schedule))
 

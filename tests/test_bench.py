@@ -109,6 +109,12 @@ def test_floor_passes_are_what_the_engine_counts(name, steps):
     assert info.n_backward == floor_passes(name, steps) == info.n_forward - 1
 
 
+@pytest.mark.parametrize("name", ["rand_adv", "grid_adv", "worst_of_k"])
+def test_searches_take_no_gradient(name):
+    info = ATTACKS[name](create("wrn_10_1_cifar"), torch.rand(1, 3, 16, 16), torch.tensor([3]), return_info=True)
+    assert info.n_backward == floor_passes(name) == 0 < info.n_forward
+
+
 def test_turns_alternate_and_results_are_kept():
     seen, clock = [], iter(range(100))
     timed = interleave({n: lambda i, n=n: seen.append((n, i)) or n * i for n in "ab"}, 3, clock=lambda: float(next(clock)))
