@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Where', 'COMPARISONS', 'Finding', 'verdict', 'level', 'compared', 'Check', 'Claim', 'Evidence', 'rank_correlation',
-           'mean_finding', 'median_finding', 'compare', 'judge_claims', 'findings_table']
+           'redrawn_finding', 'mean_finding', 'median_finding', 'compare', 'judge_claims', 'findings_table']
 
 # %% ../nbs/37_claims.ipynb #c68b1f5a
 import math
@@ -193,6 +193,20 @@ class Evidence:
         key = (self.full(recipe), column, data or self.paper.home, source)
         return self._numbers.get(key, math.nan)
 
+    def numbers(self, where: Where, data: str = "") -> list[float]:
+        "One recorded number for each image, from the first run that has them; a place names suite and keys."
+        recipe, name, suite, *part = self.place(where)
+        for run in self.of(recipe, suite, data):
+            answer: Any = run.metrics(suite)
+            for key in part: answer = answer.get(key, {})
+            return [float(v) for v in answer.get(name, [])]
+        return []
+
+    def drawn(self, places: Sequence[Where], data: str = "") -> Tensor | None:
+        "Shares or scores, as they are and on redrawn images, percent (1 + draws, places); None if one is missing."
+        shares = [self.share(where, data) for where in places]
+        return None if any(share is None for share in shares) else 100 * _redrawn(shares)
+
     def findings(self, claim: Claim) -> list[Finding]:
         "Every comparison of a claim, made."
         return [finding for check in claim.checks for finding in compare(self, check)]
@@ -285,6 +299,17 @@ def rank_correlation(
     size = (ranks.square().sum(1) * order.square().sum()).sqrt()
     return (ranks * order).sum(1) / size.clamp(min=1e-12)
 
+# %% ../nbs/37_claims.ipynb #45df374c
+def redrawn_finding(
+    what: str,  # What was measured
+    values: Tensor | None,  # As it is, then on redrawn images (1 + draws,); None if something is missing
+    **bounds: Any,  # `at_least`, `at_most`, `by_estimate` and `printed` of `Finding`
+) -> Finding:  # With the middle 95 % of the redraws
+    "A number computed from several networks at once, as a finding."
+    if values is None: return Finding(what, **bounds)
+    low, high = (float(values[1:].quantile(q)) for q in (0.025, 0.975))
+    return Finding(what, float(values[0]), low, high, **bounds)
+
 # %% ../nbs/37_claims.ipynb #22d01dbd
 def _trend(e: Evidence, check: Check) -> Iterator[Finding]:
     "Mean rank correlation of accuracy along lines of places, all lines of one length."
@@ -298,18 +323,7 @@ def _trend(e: Evidence, check: Check) -> Iterator[Finding]:
     size = len(shares) // lines
     rows = [shares[k * size:(k + 1) * size] for k in range(lines)]
     found = torch.stack([rank_correlation(_redrawn(row)) for row in rows]).mean(0)
-    low, high = (float(found[1:].quantile(q)) for q in (0.025, 0.975))
-    yield Finding(what, float(found[0]), low, high, **check.bounds)
-
-# %% ../nbs/37_claims.ipynb #b41676c3
-def _recorded(e: Evidence, check: Check) -> list[float]:
-    "One number per image, from the first run that has them."
-    recipe, name, suite, *part = e.place(check.at[0])
-    for run in e.of(recipe, suite, check.data):
-        answer: Any = run.metrics(suite)
-        for key in part: answer = answer.get(key, {})
-        return [float(v) for v in answer.get(name, [])]
-    return []
+    yield redrawn_finding(what, found, **check.bounds)
 
 # %% ../nbs/37_claims.ipynb #3ac8d583
 def mean_finding(
@@ -337,23 +351,30 @@ def median_finding(
 
 # %% ../nbs/37_claims.ipynb #596d7a4a
 def _mean(e: Evidence, check: Check) -> Iterator[Finding]:
-    values = [check.options.get("times", 1) * v for v in _recorded(e, check)]
+    values = [check.options.get("times", 1) * v for v in e.numbers(check.at[0], check.data)]
     yield mean_finding(f"{check.at[0][0]}, {check.options['what']}", values, **check.bounds)
 
 
 def _median(e: Evidence, check: Check) -> Iterator[Finding]:
-    values = [check.options.get("times", 1) * v for v in _recorded(e, check)]
+    values = [check.options.get("times", 1) * v for v in e.numbers(check.at[0], check.data)]
     yield median_finding(f"{check.at[0][0]}, {check.options['what']}", values, **check.bounds)
 
 
 def _ratio(e: Evidence, check: Check) -> Iterator[Finding]:
-    one, other = (_recorded(e, replace(check, at=(where,))) for where in check.at)
+    one, other = (e.numbers(where, check.data) for where in check.at)
     values = [check.options.get("times", 1) * a / b for a, b in zip(one, other) if b]
     yield median_finding(f"{check.at[0][0]}, {check.options['what']}", values, **check.bounds)
 
+
+def _differ(e: Evidence, check: Check) -> Iterator[Finding]:
+    one, other = (e.numbers(where, check.data) for where in check.at)
+    values = [check.options.get("times", 1) * (a - b) for a, b in zip(one, other)]
+    found = mean_finding if check.options.get("mean") else median_finding
+    yield found(check.options["what"], values, **check.bounds)
+
 # %% ../nbs/37_claims.ipynb #f36450cf
 def _beyond(e: Evidence, check: Check) -> Iterator[Finding]:
-    above = [float(v > check.options["above"]) for v in _recorded(e, check)]
+    above = [float(v > check.options["above"]) for v in e.numbers(check.at[0], check.data)]
     share = Share((statistics.fmean(above),), len(above)) if above else None
     yield level(share, f"{check.at[0][0]}, {check.options['what']}", **check.bounds)
 
@@ -361,7 +382,7 @@ def _beyond(e: Evidence, check: Check) -> Iterator[Finding]:
 COMPARISONS: Mapping[str, Callable[[Evidence, Check], Iterator[Finding]]] = MappingProxyType({
     "level": _level, "gap": _order, "order": _order, "falls": _falls, "trend": _trend,
     "given": _given, "mean": _mean, "median": _median, "ratio": _ratio,
-    "beyond": _beyond})  # kinds of comparison by name
+    "differ": _differ, "beyond": _beyond})  # kinds of comparison by name
 
 # %% ../nbs/37_claims.ipynb #d41f47f5
 def _names(e: Evidence, check: Check) -> list[str]:

@@ -4,9 +4,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from jat_nb.explain import (curvature, difference_map, directions, gallery, grain, landscape, local_maxima, saliency, skewness,
-                            smooth_grad, surfaces, to_grey)
-from jat_nb.losses import cross_entropy
+from jat_nb.explain import (curvature, decision_value, difference_map, directions, gallery, grain, landscape, local_maxima, plane,
+                            saliency, signed_plane, skewness, smooth_grad, surfaces, to_grey)
+from jat_nb.losses import correct, cross_entropy
 from jat_nb.randomness import image_generators
 from jat_nb.threats import Affine, Flow, Pixel
 
@@ -197,3 +197,37 @@ def test_curvature_of_a_quadratic():
     (lambda x, y: gallery({"a": x[:, 0], "b": x[:1, 0]}), "the same images")])
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message): call(*images())
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_decision_value_by_hand_and_in_range(classes):
+    torch.manual_seed(classes)
+    logits, y = 3 * torch.randn(50, classes), torch.randint(classes, (50,))
+    found = decision_value(logits, y)
+    for row, label, value in zip(logits.softmax(1).tolist(), y.tolist(), found.tolist()):
+        assert abs(row[label] - max(row[:label] + row[label + 1:]) - value) < 1e-6
+    assert found.abs().max() <= 1 and torch.equal(found > 0, correct(logits, y))
+
+
+def test_a_plane_is_what_the_network_says_point_by_point():
+    model, (x, y) = curved(), images()
+    def move(x, a, b): return (x + a).clamp(0, 1) * (1 - b)
+    across, up = [-0.2, 0.0, 0.1], [0.0, 0.5]
+    found = plane(model, x, y, move, across, up, measure=cross_entropy)
+    assert found.shape == (4, 2, 3) and not found.requires_grad
+    for i, b in enumerate(up):
+        for j, a in enumerate(across):
+            assert_close(found[:, i, j], cross_entropy(model(move(x, a, b)), y).detach())
+
+
+def test_signed_plane_goes_uphill_one_way_and_leaves_the_model_alone():
+    model, (x, y) = linear(), images()
+    x = 0.3 + 0.4 * x
+    move = signed_plane(model, x, y, image_generators(0, range(4)))
+    assert_close(move(x, 0.0, 0.0), x)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    losses = [cross_entropy(model(move(x, a, 0.0)), y) for a in (-0.1, 0.0, 0.1)]
+    assert (losses[0] < losses[1]).all() and (losses[1] < losses[2]).all()
+    assert_close((move(x, 0.0, 0.1) - x).abs(), torch.full_like(x, 0.1))
+    alone = signed_plane(model, x[2:3], y[2:3], image_generators(0, [2]))
+    assert_close(alone(x[2:3], 0.05, 0.05), move(x, 0.05, 0.05)[2:3])

@@ -46,7 +46,7 @@ PROMISED = {
     "suites": "SUITES KINDS Suite Kind Job suites run_suite check_answer attacks_from with_bits bits",
     "differences": "Share difference",
     "results": "Run read_runs published printed_numbers survivors paper_table side_by_side recipe_names overview",
-    "claims": "Finding Check Claim Evidence COMPARISONS compare verdict judge_claims findings_table",
+    "claims": "Finding Check Claim Evidence COMPARISONS compare verdict redrawn_finding judge_claims findings_table",
     "reports": "QUESTIONS masking_checks attack_bars training_curve budget_curves html_report",
     "timing": "Rounds spread interleave slope",
     "bench": "MEASUREMENTS PLANS Plan bare_passes floor_passes step_cost in_mode paired_difference half_budget",

@@ -18,9 +18,8 @@ from scipy.optimize import minimize, nnls
 from torch import Tensor
 
 from ..catalogue import Paper
-from ..claims import (Check, Claim, Evidence, Finding, Where, mean_finding, median_finding,
-                           rank_correlation)
-from ..differences import Score
+from ..claims import (Check, Claim, Evidence, Finding, Where, median_finding, rank_correlation,
+                           redrawn_finding)
 from ..fronts import clipped_share
 from ..losses import cross_entropy, soft_margin
 from .pareto import COLUMNS, HEADLINE, OWN_SUITES, RECIPES, ROWS
@@ -111,68 +110,31 @@ def _exact(e: Evidence, check: Check) -> Iterator[Finding]:
 # %% ../../nbs/46_pareto_claims.ipynb #aa55b97c
 _HERE = "jat_nb.papers.pareto_claims:"
 
-# %% ../../nbs/46_pareto_claims.ipynb #d13d2d41
-def _by_image(e: Evidence, where: Where, data: str) -> list[float]:
-    "One number for each image from the first run that has them; a place is recipe, key, suite, further keys."
-    recipe, name, suite, *part = e.place(where)
-    for run in e.of(recipe, suite, data):
-        answer = run.metrics(suite)
-        for key in part: answer = answer.get(key, {})
-        return [float(v) for v in answer.get(name, [])]
-    return []
-
-# %% ../../nbs/46_pareto_claims.ipynb #123e046d
-def _settled(what: str, values: Sequence[float], check: Check) -> Finding:
-    "Median of many numbers, or mean of counts."
-    if check.options.get("mean"): return mean_finding(what, values, **check.bounds)
-    return median_finding(what, values, **check.bounds)
-
-# %% ../../nbs/46_pareto_claims.ipynb #83a26b2b
-def _differ(e: Evidence, check: Check) -> Iterator[Finding]:
-    "Paired difference of two recorded numbers over the images."
-    one, other = (_by_image(e, where, check.data) for where in check.at)
-    values = [check.options.get("times", 1) * (a - b) for a, b in zip(one, other)]
-    yield _settled(check.options["what"], values, check)
-
 # %% ../../nbs/46_pareto_claims.ipynb #24a64d05
 def _local_where_fooled(e: Evidence, check: Check) -> Iterator[Finding]:
     "Frequency of the smooth flow less that of the affine map, on the images that each price lets it fool."
     recipe, suite = check.at[0]
-    affine_map = _by_image(e, (recipe, "rt", suite, "frequency"), check.data)
+    affine_map = e.numbers((recipe, "rt", suite, "frequency"), check.data)
     for tau in ("0", "0.01", "0.05", "0.2", "1"):
-        smooth = _by_image(e, (recipe, tau, suite, "frequency", "smooth"), check.data)
-        fooled = _by_image(e, (recipe, tau, suite, "fooled"), check.data)
+        smooth = e.numbers((recipe, tau, suite, "frequency", "smooth"), check.data)
+        fooled = e.numbers((recipe, tau, suite, "fooled"), check.data)
         values = [100 * (a - b) for a, b, hit in zip(smooth, affine_map, fooled) if hit]
         yield median_finding(f"price {tau}, smooth less RT, cycles per 100 px", values, **check.bounds)
-
-# %% ../../nbs/46_pareto_claims.ipynb #685817ec
-def _drawn(e: Evidence, places: Sequence[Where], data: str) -> Tensor | None:
-    "Scores as they are and on redrawn images (1 + draws, networks), percent; None if one is missing."
-    scores = [e.share(where, data) for where in places]
-    if not all(isinstance(score, Score) for score in scores): return None
-    return 100 * torch.stack([score.drawn for score in scores], dim=1)
-
-# %% ../../nbs/46_pareto_claims.ipynb #4f2e6a8d
-def _redrawn_finding(what: str, values: Tensor | None, check: Check) -> Finding:
-    "A number as it is (the first) with the middle 95 % of its redraws."
-    if values is None: return Finding(what, **check.bounds)
-    low, high = (float(values[1:].quantile(q)) for q in (0.025, 0.975))
-    return Finding(what, float(values[0]), low, high, **check.bounds)
 
 # %% ../../nbs/46_pareto_claims.ipynb #082ed74f
 def _interior(e: Evidence, check: Check) -> Iterator[Finding]:
     "The best score between the ends of a sweep less the better of the two ends."
-    scores = _drawn(e, check.at, check.data)
+    scores = e.drawn(check.at, check.data)
     lead = None if scores is None else (
         scores[:, 1:-1].amax(dim=1) - scores[:, [0, -1]].amax(dim=1))
-    yield _redrawn_finding(check.options["what"], lead, check)
+    yield redrawn_finding(check.options["what"], lead, **check.bounds)
 
 # %% ../../nbs/46_pareto_claims.ipynb #55d9d772
 def _leads(e: Evidence, check: Check) -> Iterator[Finding]:
     "Of four networks, how far the first is ahead of the second, less how far the third is ahead of the fourth."
-    scores = _drawn(e, check.at, check.data)
+    scores = e.drawn(check.at, check.data)
     more = None if scores is None else scores @ scores.new_tensor([1.0, -1.0, -1.0, 1.0])
-    yield _redrawn_finding(check.options["what"], more, check)
+    yield redrawn_finding(check.options["what"], more, **check.bounds)
 
 # %% ../../nbs/46_pareto_claims.ipynb #5b941c11
 _FAMILIES = ("Sensitivity", "Local", "Global")
@@ -191,24 +153,24 @@ def _approaches(e: Evidence, check: Check) -> Iterator[Finding]:
     if len(pairs) < 3:
         yield Finding(f"{what}, too few pairs of networks that learnt", **check.bounds)
         return
-    scores = _drawn(e, [(name, column) for pair in pairs for name in pair for column in _FAMILIES], check.data)
+    scores = e.drawn([(name, column) for pair in pairs for name in pair for column in _FAMILIES], check.data)
     trend = None
     if scores is not None:
         of_pairs = scores.view(len(scores), -1, 2, 3)  # (1 + draws, pairs, networks, scores)
         trend = rank_correlation((of_pairs[:, :, 0] - of_pairs[:, :, 1]).abs().mean(dim=2))
-    yield _redrawn_finding(what, trend, check)
+    yield redrawn_finding(what, trend, **check.bounds)
 
 # %% ../../nbs/46_pareto_claims.ipynb #5da7196f
 def _beneath(e: Evidence, check: Check) -> Iterator[Finding]:
     "For each other method, by how many points it fails to dominate any network of the front; below zero: it does."
     front, others = check.at, check.options["others"]
     for name in others:
-        x, y = (_drawn(e, [(name, column), *((w[0], column) for w in front)], check.data)
+        x, y = (e.drawn([(name, column), *((w[0], column) for w in front)], check.data)
                 for column in ("Universal", "Sacrificed"))
         short = None
         if x is not None and y is not None:
             short = torch.maximum(x[:, 1:] - x[:, :1], y[:, :1] - y[:, 1:]).amin(dim=1)
-        yield _redrawn_finding(f"{name}, points short of the front", short, check)
+        yield redrawn_finding(f"{name}, points short of the front", short, **check.bounds)
 
 # %% ../../nbs/46_pareto_claims.ipynb #08f32778
 def _told(e: Evidence, recipe: str, data: str, fact: Callable[[Run], float | None]) -> float:
@@ -386,9 +348,9 @@ def _skewness(name: str, source: str, **bounds: Any) -> Check:
     return Check("median", (where,), "mnist", options={"what": f"skewness against {source}"}, **bounds)
 
 # %% ../../nbs/46_pareto_claims.ipynb #6770d399
-def _differing(kind: str, one: Where, other: Where, what: str, **more: Any) -> Check:
+def _differing(one: Where, other: Where, what: str, **more: Any) -> Check:
     options = {"what": what} | {k: more.pop(k) for k in ("times", "mean") if k in more}
-    return Check(_HERE + kind, (one, other), "mnist", options=options, **more)
+    return Check("differ", (one, other), "mnist", options=options, **more)
 
 # %% ../../nbs/46_pareto_claims.ipynb #84de8fd9
 def _relief(name: str, attack: str) -> Where:
@@ -401,13 +363,13 @@ _PICTURES = (
           (_skewness("pgd", "natural", at_least=0.0), _skewness("flow", "natural", at_least=0.0),
            _skewness("rt", "natural", at_most=0.0), _skewness("flow", "pgd", at_most=0.0))),
     Claim("PC14", "Maps of PGD networks have less energy at high frequencies than the natural one's", (
-        _differing("_differ", ("mnist-natural", "grain", "pareto-saliency"), ("mnist-pgd", "grain", "pareto-saliency"),
+        _differing(("mnist-natural", "grain", "pareto-saliency"), ("mnist-pgd", "grain", "pareto-saliency"),
                 "share of energy at high frequencies, natural less PGD, points", times=100, at_least=0.0),)),
     Claim("PC15", "The integrated attack ends at a local maximum; its landscape has fewer of them than the "
           "RT attack's", (
               Check("mean", (_relief("peak", "integrated"),), "mnist", at_least=50.0,
                     options={"what": "end of the integrated attack is a peak, percent of images", "times": 100}),
-              _differing("_differ", _relief("maxima", "rt"), _relief("maxima", "integrated"),
+              _differing(_relief("maxima", "rt"), _relief("maxima", "integrated"),
                       "local maxima, RT less integrated", mean=True, at_least=0.0))))
 
 # %% ../../nbs/46_pareto_claims.ipynb #d0efa788
@@ -428,7 +390,7 @@ _COURSE = (
     Claim("PC17", "The share of clipped steps grows with r", (
         _log_trend(_DEMANDS, "clipped", "rank correlation of the clipped share with r", at_least=0.0),)),
     Claim("PC18", "The flow attack perturbs locally, the affine one does not", (
-        _differing("_differ", ("mnist-natural", "flow", *_FIELD), ("mnist-natural", "rt", *_FIELD),
+        _differing(("mnist-natural", "flow", *_FIELD), ("mnist-natural", "rt", *_FIELD),
                 "frequency of the field, flow less RT, cycles per 100 px", times=100, at_least=0.0),)),
     Claim("PC19", "Each specialised network has the best score of its own family", (
         *_best("Sensitivity", "pgd"), *_best("Local", "flow"), *_best("Global", "rt")),
