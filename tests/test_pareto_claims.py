@@ -32,7 +32,6 @@ def evidence(*runs):
 
 class Scores:
     "Shares of 100 images, by recipe."
-    drawn = Evidence.drawn
 
     def __init__(self, **percent):
         self.percent = percent

@@ -31,7 +31,8 @@ PROMISED = {
     "rigid": "Rigid search rigid_grid rand_adv grid_adv worst_of_k rigid pgd_plus grid_plus",
     "objectives": "natural adversarial jat attacked_losses average maximum WithMemory roles networks OBJECTIVES",
     "semi_supervised": "srt klr trades guessed rst uat",
-    "papers.srt": "PAPER RECIPES ROWS COLUMNS OWN_SUITES SYNONYMS NUMBERS HOMES LAMBDAS FRACTIONS rigid_columns",
+    "papers.srt_claims": "CLAIMS PAPER SURFACE",
+    "papers.srt": "RECIPES ROWS COLUMNS OWN_SUITES SYNONYMS NUMBERS HOMES LAMBDAS FRACTIONS rigid_columns",
     "pareto": "Pareto Weights solve_weights active_set moments disagreement effective_r feasible_r pareto_front dominates "
               "hypervolume knee universal_score",
     "recipes": "Recipe Bound bind learning_rate make_optimizer",
@@ -46,7 +47,7 @@ PROMISED = {
     "suites": "SUITES KINDS Suite Kind Job suites run_suite check_answer attacks_from with_bits bits",
     "differences": "Share difference",
     "results": "Run read_runs published printed_numbers survivors paper_table side_by_side recipe_names overview",
-    "claims": "Finding Check Claim Evidence COMPARISONS compare verdict redrawn_finding judge_claims findings_table",
+    "claims": "Finding Check Claim Evidence COMPARISONS compare verdict recorded redrawn redrawn_finding judge_claims findings_table",
     "reports": "QUESTIONS masking_checks attack_bars training_curve budget_curves html_report",
     "timing": "Rounds spread interleave slope",
     "bench": "MEASUREMENTS PLANS Plan bare_passes floor_passes step_cost in_mode paired_difference half_budget",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..catalogue import Paper
 from ..claims import (Check, Claim, Evidence, Finding, Where, median_finding, rank_correlation,
-                           redrawn_finding)
+                           recorded, redrawn, redrawn_finding)
 from ..fronts import clipped_share
 from ..losses import cross_entropy, soft_margin
 from .pareto import COLUMNS, HEADLINE, OWN_SUITES, RECIPES, ROWS
@@ -114,17 +114,17 @@ _HERE = "jat_nb.papers.pareto_claims:"
 def _local_where_fooled(e: Evidence, check: Check) -> Iterator[Finding]:
     "Frequency of the smooth flow less that of the affine map, on the images that each price lets it fool."
     recipe, suite = check.at[0]
-    affine_map = e.numbers((recipe, "rt", suite, "frequency"), check.data)
+    affine_map = recorded(e, (recipe, "rt", suite, "frequency"), check.data)
     for tau in ("0", "0.01", "0.05", "0.2", "1"):
-        smooth = e.numbers((recipe, tau, suite, "frequency", "smooth"), check.data)
-        fooled = e.numbers((recipe, tau, suite, "fooled"), check.data)
+        smooth = recorded(e, (recipe, tau, suite, "frequency", "smooth"), check.data)
+        fooled = recorded(e, (recipe, tau, suite, "fooled"), check.data)
         values = [100 * (a - b) for a, b, hit in zip(smooth, affine_map, fooled) if hit]
         yield median_finding(f"price {tau}, smooth less RT, cycles per 100 px", values, **check.bounds)
 
 # %% ../../nbs/46_pareto_claims.ipynb #082ed74f
 def _interior(e: Evidence, check: Check) -> Iterator[Finding]:
     "The best score between the ends of a sweep less the better of the two ends."
-    scores = e.drawn(check.at, check.data)
+    scores = redrawn(e, check.at, check.data)
     lead = None if scores is None else (
         scores[:, 1:-1].amax(dim=1) - scores[:, [0, -1]].amax(dim=1))
     yield redrawn_finding(check.options["what"], lead, **check.bounds)
@@ -132,7 +132,7 @@ def _interior(e: Evidence, check: Check) -> Iterator[Finding]:
 # %% ../../nbs/46_pareto_claims.ipynb #55d9d772
 def _leads(e: Evidence, check: Check) -> Iterator[Finding]:
     "Of four networks, how far the first is ahead of the second, less how far the third is ahead of the fourth."
-    scores = e.drawn(check.at, check.data)
+    scores = redrawn(e, check.at, check.data)
     more = None if scores is None else scores @ scores.new_tensor([1.0, -1.0, -1.0, 1.0])
     yield redrawn_finding(check.options["what"], more, **check.bounds)
 
@@ -153,7 +153,7 @@ def _approaches(e: Evidence, check: Check) -> Iterator[Finding]:
     if len(pairs) < 3:
         yield Finding(f"{what}, too few pairs of networks that learnt", **check.bounds)
         return
-    scores = e.drawn([(name, column) for pair in pairs for name in pair for column in _FAMILIES], check.data)
+    scores = redrawn(e, [(name, column) for pair in pairs for name in pair for column in _FAMILIES], check.data)
     trend = None
     if scores is not None:
         of_pairs = scores.view(len(scores), -1, 2, 3)  # (1 + draws, pairs, networks, scores)
@@ -165,7 +165,7 @@ def _beneath(e: Evidence, check: Check) -> Iterator[Finding]:
     "For each other method, by how many points it fails to dominate any network of the front; below zero: it does."
     front, others = check.at, check.options["others"]
     for name in others:
-        x, y = (e.drawn([(name, column), *((w[0], column) for w in front)], check.data)
+        x, y = (redrawn(e, [(name, column), *((w[0], column) for w in front)], check.data)
                 for column in ("Universal", "Sacrificed"))
         short = None
         if x is not None and y is not None:
