@@ -294,9 +294,8 @@ class _Trial:
         block = getattr(attack, "block", None)
         for rows in _shares(standing, block, self.batch_size):
             with _watched(self.target) as moved:
-                broken, changed = self.broken(self.target, name, attack, part, rows)
-            again = changed & ~broken
-            if block and self.target is not self.model and again.any():
+                broken, done = self.broken(self.target, name, attack, part, rows)
+            if (again := done & ~broken).any():
                 broken[again] = self.broken(self.model, name, attack, part, rows[again])[0]
             found[0, rows], found[1, rows] = broken, bool(moved)
             found[2, rows] = _ever_moved(moved, len(rows))
@@ -304,12 +303,15 @@ class _Trial:
 
     def broken(self, target: nn.Module, name: str, attack: Attack, part: int, rows: Tensor
                ) -> tuple[Tensor, Tensor]:
-        "Which images an attack on `target` broke and which it changed (B,) each; the model judges."
+        "Which images an attack on `target` broke by the model's verdict, and with which it believes to be done (B,) each."
         x, y = self.batch(rows)
         x_adv = attack(target, x, y, generator=image_generators(self.seed, rows.tolist(), part))
         check_result(name, x, x_adv)
-        changed = (x_adv != x).flatten(1).any(dim=1).cpu()
-        return ~_verdict(self.model, x_adv.detach(), y).cpu(), changed
+        x_adv = x_adv.detach()
+        broken = ~_verdict(self.model, x_adv, y).cpu()
+        if target is self.model: return broken, broken
+        if getattr(attack, "block", None): return broken, (x_adv != x).flatten(1).any(dim=1).cpu()
+        return broken, ~_verdict(target, x_adv, y).cpu()
 
 # %% ../nbs/30_evaluation.ipynb #3227df43
 def _check_call(model: nn.Module, x: Tensor, y: Tensor, entries: Mapping[str, Sequence[Attack]], batch_size: int
