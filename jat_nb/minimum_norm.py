@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['THRESHOLDS', 'Search', 'Fools', 'distance', 'at_threshold', 'Nearest', 'nearest', 'ddn', 'cw_l2', 'jsma', 'pointwise']
 
-# %% ../nbs/14_minimum_norm.ipynb #a08d59b5
+# %% ../nbs/14_minimum_norm.ipynb #5d97c532
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ from .models import bare, frozen
 from .randomness import Randomness, uniform
 from .threats import Pixel, check_images, check_labels
 
-# %% ../nbs/14_minimum_norm.ipynb #31a3235e
+# %% ../nbs/14_minimum_norm.ipynb #1d879e17
 _NORMS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({
     "l2": lambda change: change.flatten(1).double().norm(dim=1),
     "pixels": lambda change: (change != 0).any(1).flatten(1).double().sum(1),
@@ -41,7 +41,7 @@ def distance(
                          f"got {tuple(x.shape)}, {tuple(x_adv.shape)} and {norm!r}")
     return _NORMS[norm](x_adv - x)
 
-# %% ../nbs/14_minimum_norm.ipynb #8692e377
+# %% ../nbs/14_minimum_norm.ipynb #e5a04a2f
 THRESHOLDS: Mapping[str, Mapping[str, tuple[float, ...]]] = MappingProxyType({
     "mnist": {"pixels": (12,), "l2": (1.0, 2.0, 3.0)},
     "cifar10": {"pixels": (50,), "l2": (0.5, 1.0, 1.5)}})  # chosen by us: SRT names none
@@ -58,7 +58,7 @@ def at_threshold(
                          f"and {[*thresholds]}: take `norms` of a `Nearest` record")
     return (norms.double()[:, None] > limits).double().mean(0)
 
-# %% ../nbs/14_minimum_norm.ipynb #e37a8b1f
+# %% ../nbs/14_minimum_norm.ipynb #35dcc243
 @dataclass(frozen=True)
 class Nearest(Adversarial):
     "The nearest mistakes of a network; as an `Adversarial`, what a limit leaves of them."
@@ -81,7 +81,7 @@ class _Passes:
 
     def _back(self, grad: Tensor) -> None: self.n_backward += 1
 
-# %% ../nbs/14_minimum_norm.ipynb #4316db69
+# %% ../nbs/14_minimum_norm.ipynb #03f97dcb
 Search = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -101,9 +101,11 @@ def _candidates(search: Search, predict: _Passes, x: Tensor, y: Tensor, target: 
     "What a search finds, in [0, 1]; values it left alone are those of x to the last bit."
     start = x.float().clamp(0, 1)
     with torch.enable_grad(): found = search(predict, start.clone(), y, target).detach()
+    if found.shape != x.shape:
+        raise ValueError(f"expected a candidate for each image, {tuple(x.shape)}, got {tuple(found.shape)}")
     return torch.where(found == start, x, found.to(x.dtype).nan_to_num(0.5).clamp(0, 1))
 
-# %% ../nbs/14_minimum_norm.ipynb #b45055e5
+# %% ../nbs/14_minimum_norm.ipynb #f7df8348
 def nearest(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -135,7 +137,7 @@ def nearest(
     return Nearest(x_adv, (x_adv - x,), (Pixel(1.0),), value.float(), success, success | True,
                    judge.n_forward + predict.n_forward, predict.n_backward, images, norms)
 
-# %% ../nbs/14_minimum_norm.ipynb #e9be195e
+# %% ../nbs/14_minimum_norm.ipynb #8d268852
 def _with_foolbox(attack: str, predict: Callable[[Tensor], Tensor], x: Tensor, y: Tensor,
                   target: Tensor | None, **options: Any) -> Tensor:
     "A search by an attack of Foolbox."
@@ -178,15 +180,15 @@ def ddn(
     return nearest(model, x, y, search, norm="l2", limit=max_l2, loss=loss, target=target,
                    return_info=return_info)
 
-# %% ../nbs/14_minimum_norm.ipynb #f24d1e7b
+# %% ../nbs/14_minimum_norm.ipynb #51b8acc3
 def cw_l2(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
     y: Tensor,  # True classes (B,), int64
     *,
     search_steps: int = 9,  # Prices tried (Carlini and Wagner 2017)
-    steps: int = 200,  # Steps of Adam at each price, one gradient each
-    lr: float = 0.05,  # Step size of Adam, in the unit of v
+    steps: int = 300,  # Steps of Adam at each price, one gradient each
+    lr: float = 0.02,  # Step size of Adam, in the unit of v
     first_price: float = 1e-3,  # c of the first round (ibid.)
     max_l2: float | None = None,  # Limit on the length in image units; None: any
     loss: Loss | str = cross_entropy,  # Per-example loss that the record states, or its name in LOSSES
@@ -203,7 +205,7 @@ def cw_l2(
     return nearest(model, x, y, search, norm="l2", limit=max_l2, loss=loss, target=target,
                    return_info=return_info)
 
-# %% ../nbs/14_minimum_norm.ipynb #f1b4fc54
+# %% ../nbs/14_minimum_norm.ipynb #00a1b8ed
 def _saliency(predict: Callable[[Tensor], Tensor], x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     "Logits, and how much brightening each value (B, C, H, W) helps the target (Eq. 4)."
     x = x.detach().requires_grad_()
@@ -214,7 +216,7 @@ def _saliency(predict: Callable[[Tensor], Tensor], x: Tensor, target: Tensor) ->
     others = total - towards
     return logits.detach(), torch.where((towards >= 0) & (others <= 0), towards * others.abs(), 0.0)
 
-# %% ../nbs/14_minimum_norm.ipynb #36b71c06
+# %% ../nbs/14_minimum_norm.ipynb #53e9d5a6
 def _brighten(predict: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, target: Tensor | None, *,
               gamma: float, generator: Randomness) -> Tensor:
     "A search that sets the most salient value to 1, again and again."
@@ -248,7 +250,7 @@ def jsma(
     return nearest(model, x, y, search, norm="share", limit=gamma, loss=loss, target=target,
                    return_info=return_info)
 
-# %% ../nbs/14_minimum_norm.ipynb #b9f11505
+# %% ../nbs/14_minimum_norm.ipynb #a75da5b3
 Fools = Callable[[Tensor, Tensor], Tensor]  # images (A, C, H, W) of the rows (A,) -> wrong? (A,)
 _LEVELS = 50  # densities of noise tried, evenly spaced
 
@@ -291,7 +293,7 @@ def _give_back(fools: Fools, x: Tensor, x_adv: Tensor, draws: Tensor) -> Tensor:
         left = left[_changed(x, x_adv).sum(1)[left] < count[left]]
     return x_adv
 
-# %% ../nbs/14_minimum_norm.ipynb #b6d8f134
+# %% ../nbs/14_minimum_norm.ipynb #5a214889
 def _point_by_point(predict: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, target: Tensor | None, *,
                     restarts: int, generator: Randomness) -> Tensor:
     "A search by noise that is taken back, from several starts."
