@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['THRESHOLDS', 'Search', 'Fools', 'distance', 'at_threshold', 'Nearest', 'nearest', 'ddn', 'cw_l2', 'jsma', 'pointwise']
 
-# %% ../nbs/14_minimum_norm.ipynb #5d97c532
+# %% ../nbs/14_minimum_norm.ipynb #438dfebf
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ from .models import bare, frozen
 from .randomness import Randomness, uniform
 from .threats import Pixel, check_images, check_labels
 
-# %% ../nbs/14_minimum_norm.ipynb #1d879e17
+# %% ../nbs/14_minimum_norm.ipynb #e6094b99
 _NORMS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({
     "l2": lambda change: change.flatten(1).double().norm(dim=1),
     "pixels": lambda change: (change != 0).any(1).flatten(1).double().sum(1),
@@ -37,11 +37,12 @@ def distance(
 ) -> Tensor:  # (B,), float64
     "How far each image was changed."
     if norm not in _NORMS or x.ndim != 4 or x.shape != x_adv.shape:
-        raise ValueError(f"expected images (B, C, H, W) of one shape and a norm out of {', '.join(_NORMS)}, "
-                         f"got {tuple(x.shape)}, {tuple(x_adv.shape)} and {norm!r}")
+        raise ValueError("expected images (B, C, H, W) of one shape and a norm out of "
+                         f"{', '.join(_NORMS)}, got {tuple(x.shape)}, "
+                         f"{tuple(x_adv.shape)} and {norm!r}")
     return _NORMS[norm](x_adv - x)
 
-# %% ../nbs/14_minimum_norm.ipynb #e5a04a2f
+# %% ../nbs/14_minimum_norm.ipynb #9f7b5f32
 THRESHOLDS: Mapping[str, Mapping[str, tuple[float, ...]]] = MappingProxyType({
     "mnist": {"pixels": (12,), "l2": (1.0, 2.0, 3.0)},
     "cifar10": {"pixels": (50,), "l2": (0.5, 1.0, 1.5)}})  # chosen by us: SRT names none
@@ -54,11 +55,11 @@ def at_threshold(
     "Share of images whose nearest mistake is farther than each threshold (Eq. 2)."
     limits = torch.as_tensor(thresholds, dtype=torch.float64, device=norms.device)
     if norms.ndim != 1 or not len(norms) or not (norms >= 0).all() or not (limits >= 0).all():
-        raise ValueError(f"expected distances (N,) and thresholds, all >= 0, got {tuple(norms.shape)} "
-                         f"and {[*thresholds]}: take `norms` of a `Nearest` record")
+        raise ValueError("expected distances (N,) and thresholds, all >= 0, got "
+                         f"{tuple(norms.shape)} and {[*thresholds]}: take `norms` of a `Nearest`")
     return (norms.double()[:, None] > limits).double().mean(0)
 
-# %% ../nbs/14_minimum_norm.ipynb #35dcc243
+# %% ../nbs/14_minimum_norm.ipynb #312ac4e2
 @dataclass(frozen=True)
 class Nearest(Adversarial):
     "The nearest mistakes of a network; as an `Adversarial`, what a limit leaves of them."
@@ -81,7 +82,7 @@ class _Passes:
 
     def _back(self, grad: Tensor) -> None: self.n_backward += 1
 
-# %% ../nbs/14_minimum_norm.ipynb #03f97dcb
+# %% ../nbs/14_minimum_norm.ipynb #48e46d91
 Search = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -97,15 +98,17 @@ def _check_limit(limit: float | None) -> None:
         raise ValueError(f"expected a limit >= 0, got {limit!r}: None stands for any distance")
 
 
-def _candidates(search: Search, predict: _Passes, x: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
+def _candidates(search: Search, predict: _Passes, x: Tensor, y: Tensor,
+                target: Tensor | None) -> Tensor:
     "What a search finds, in [0, 1]; values it left alone are those of x to the last bit."
     start = x.float().clamp(0, 1)
     with torch.enable_grad(): found = search(predict, start.clone(), y, target).detach()
     if found.shape != x.shape:
-        raise ValueError(f"expected a candidate for each image, {tuple(x.shape)}, got {tuple(found.shape)}")
+        raise ValueError(f"expected a candidate for each image, {tuple(x.shape)}, "
+                         f"got {tuple(found.shape)}")
     return torch.where(found == start, x, found.to(x.dtype).nan_to_num(0.5).clamp(0, 1))
 
-# %% ../nbs/14_minimum_norm.ipynb #f7df8348
+# %% ../nbs/14_minimum_norm.ipynb #187f0ead
 def nearest(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -114,7 +117,7 @@ def nearest(
     *,
     norm: str,  # How distances are measured, see `distance`
     limit: float | None = None,  # Mistakes farther than this are not handed out; None: all are
-    loss: Loss | str = cross_entropy,  # Per-example loss that the record states, or its name in LOSSES
+    loss: Loss | str = cross_entropy,  # Of each image in the record, or a name in LOSSES
     target: Tensor | None = None,  # Classes (B,) to be mistaken for
     return_info: bool = False,  # Return a `Nearest` record instead of the images
 ) -> Tensor | Nearest:  # Images (B, C, H, W) in [0, 1]: mistakes within the limit, else `x`
@@ -137,7 +140,7 @@ def nearest(
     return Nearest(x_adv, (x_adv - x,), (Pixel(1.0),), value.float(), success, success | True,
                    judge.n_forward + predict.n_forward, predict.n_backward, images, norms)
 
-# %% ../nbs/14_minimum_norm.ipynb #8d268852
+# %% ../nbs/14_minimum_norm.ipynb #cf29ebc8
 def _with_foolbox(attack: str, predict: Callable[[Tensor], Tensor], x: Tensor, y: Tensor,
                   target: Tensor | None, **options: Any) -> Tensor:
     "A search by an attack of Foolbox."
@@ -147,7 +150,8 @@ def _with_foolbox(attack: str, predict: Callable[[Tensor], Tensor], x: Tensor, y
             import eagerpy
             import foolbox
     except ImportError as error:
-        raise ImportError('DDN and C&W need a library: pip install "jat_nb[minimum-norm]"') from error
+        raise ImportError('DDN and C&W need a library: '
+                          'pip install "jat_nb[minimum-norm]"') from error
     wanted = (foolbox.criteria.Misclassification(y) if target is None
               else foolbox.criteria.TargetedMisclassification(target))
     network = foolbox.models.base.ModelWithPreprocessing(predict, (0, 1), eagerpy.astensor(x))
@@ -168,7 +172,7 @@ def ddn(
     steps: int = 100,  # Steps, one gradient each (SRT section 7.5)
     gamma: float = 0.05,  # Share by which the radius shrinks or grows in a step (ibid.)
     max_l2: float | None = None,  # Limit on the length in image units; None: any
-    loss: Loss | str = cross_entropy,  # Per-example loss that the record states, or its name in LOSSES
+    loss: Loss | str = cross_entropy,  # Of each image in the record, or a name in LOSSES
     target: Tensor | None = None,  # Classes (B,) to be mistaken for
     generator: Randomness = None,  # Not used
     return_info: bool = False,  # Return a `Nearest` record instead of the images
@@ -180,7 +184,7 @@ def ddn(
     return nearest(model, x, y, search, norm="l2", limit=max_l2, loss=loss, target=target,
                    return_info=return_info)
 
-# %% ../nbs/14_minimum_norm.ipynb #51b8acc3
+# %% ../nbs/14_minimum_norm.ipynb #8d6773da
 def cw_l2(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -191,7 +195,7 @@ def cw_l2(
     lr: float = 0.02,  # Step size of Adam, in the unit of v
     first_price: float = 1e-3,  # c of the first round (ibid.)
     max_l2: float | None = None,  # Limit on the length in image units; None: any
-    loss: Loss | str = cross_entropy,  # Per-example loss that the record states, or its name in LOSSES
+    loss: Loss | str = cross_entropy,  # Of each image in the record, or a name in LOSSES
     target: Tensor | None = None,  # Classes (B,) to be mistaken for
     generator: Randomness = None,  # Not used
     return_info: bool = False,  # Return a `Nearest` record instead of the images
@@ -200,25 +204,27 @@ def cw_l2(
     _check_counts(search_steps=search_steps, steps=steps)
     if not (lr > 0 and first_price > 0):
         raise ValueError(f"expected lr and first_price above 0, got {lr!r} and {first_price!r}")
-    search = partial(_with_foolbox, "L2CarliniWagnerAttack", binary_search_steps=search_steps, steps=steps,
-                     stepsize=lr, initial_const=first_price, abort_early=False)
+    search = partial(_with_foolbox, "L2CarliniWagnerAttack", binary_search_steps=search_steps,
+                     steps=steps, stepsize=lr, initial_const=first_price, abort_early=False)
     return nearest(model, x, y, search, norm="l2", limit=max_l2, loss=loss, target=target,
                    return_info=return_info)
 
-# %% ../nbs/14_minimum_norm.ipynb #00a1b8ed
-def _saliency(predict: Callable[[Tensor], Tensor], x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+# %% ../nbs/14_minimum_norm.ipynb #fda72a21
+def _saliency(predict: Callable[[Tensor], Tensor], x: Tensor,
+              target: Tensor) -> tuple[Tensor, Tensor]:
     "Logits, and how much brightening each value (B, C, H, W) helps the target (Eq. 4)."
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = predict(x)
-        towards, = torch.autograd.grad(logits.gather(1, target[:, None]).sum(), x, retain_graph=True)
+        aimed = logits.gather(1, target[:, None]).sum()
+        towards, = torch.autograd.grad(aimed, x, retain_graph=True)
         total, = torch.autograd.grad(logits.sum(), x)
     others = total - towards
     return logits.detach(), torch.where((towards >= 0) & (others <= 0), towards * others.abs(), 0.0)
 
-# %% ../nbs/14_minimum_norm.ipynb #53e9d5a6
-def _brighten(predict: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, target: Tensor | None, *,
-              gamma: float, generator: Randomness) -> Tensor:
+# %% ../nbs/14_minimum_norm.ipynb #cb815d3e
+def _brighten(predict: Callable[[Tensor], Tensor], x: Tensor, y: Tensor,
+              target: Tensor | None, *, gamma: float, generator: Randomness) -> Tensor:
     "A search that sets the most salient value to 1, again and again."
     with torch.no_grad(): classes = predict(x[:1]).shape[1]
     aim = random_target(y, classes, generator) if target is None else target
@@ -239,8 +245,8 @@ def jsma(
     y: Tensor,  # True classes (B,), int64
     *,
     gamma: float = 0.1,  # Most values that are changed, as a share of all (SRT section 7.3)
-    loss: Loss | str = cross_entropy,  # Per-example loss that the record states, or its name in LOSSES
-    target: Tensor | None = None,  # Classes (B,) to be mistaken for; None: drawn, and any mistake counts
+    loss: Loss | str = cross_entropy,  # Of each image in the record, or a name in LOSSES
+    target: Tensor | None = None,  # Classes (B,) to be mistaken for; None: drawn, any counts
     generator: Randomness = None,  # Draws the classes: one generator, or one per image
     return_info: bool = False,  # Return a `Nearest` record, norms in shares, instead of the images
 ) -> Tensor | Nearest:  # Images (B, C, H, W) in [0, 1]: mistakes within the limit, else `x`
@@ -250,7 +256,7 @@ def jsma(
     return nearest(model, x, y, search, norm="share", limit=gamma, loss=loss, target=target,
                    return_info=return_info)
 
-# %% ../nbs/14_minimum_norm.ipynb #a75da5b3
+# %% ../nbs/14_minimum_norm.ipynb #e8dff407
 Fools = Callable[[Tensor, Tensor], Tensor]  # images (A, C, H, W) of the rows (A,) -> wrong? (A,)
 _LEVELS = 50  # densities of noise tried, evenly spaced
 
@@ -293,9 +299,9 @@ def _give_back(fools: Fools, x: Tensor, x_adv: Tensor, draws: Tensor) -> Tensor:
         left = left[_changed(x, x_adv).sum(1)[left] < count[left]]
     return x_adv
 
-# %% ../nbs/14_minimum_norm.ipynb #5a214889
-def _point_by_point(predict: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, target: Tensor | None, *,
-                    restarts: int, generator: Randomness) -> Tensor:
+# %% ../nbs/14_minimum_norm.ipynb #57f01bd3
+def _point_by_point(predict: Callable[[Tensor], Tensor], x: Tensor, y: Tensor,
+                    target: Tensor | None, *, restarts: int, generator: Randomness) -> Tensor:
     "A search by noise that is taken back, from several starts."
     draws = uniform(x.new_empty(len(x), restarts, 3, *x.shape[2:]), generator).flatten(0, 1)
     many = x.repeat_interleave(restarts, 0)  # (B * restarts, C, H, W)
@@ -319,7 +325,7 @@ def pointwise(
     *,
     restarts: int = 10,  # Starts, all of them in one batch (SRT section 7.4)
     max_pixels: float | None = None,  # Limit on changed pixels; None: any
-    loss: Loss | str = cross_entropy,  # Per-example loss that the record states, or its name in LOSSES
+    loss: Loss | str = cross_entropy,  # Of each image in the record, or a name in LOSSES
     target: Tensor | None = None,  # Classes (B,) to be mistaken for
     generator: Randomness = None,  # One generator, or one per image
     return_info: bool = False,  # Return a `Nearest` record instead of the images
