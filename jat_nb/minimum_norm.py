@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['THRESHOLDS', 'Search', 'Fools', 'distance', 'at_threshold', 'Nearest', 'nearest', 'ddn', 'cw_l2', 'jsma', 'pointwise']
 
-# %% ../nbs/14_minimum_norm.ipynb #438dfebf
+# %% ../nbs/14_minimum_norm.ipynb #5c5ec6e6
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ from .models import bare, frozen
 from .randomness import Randomness, uniform
 from .threats import Pixel, check_images, check_labels
 
-# %% ../nbs/14_minimum_norm.ipynb #e6094b99
+# %% ../nbs/14_minimum_norm.ipynb #8f21b416
 _NORMS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({
     "l2": lambda change: change.flatten(1).double().norm(dim=1),
     "pixels": lambda change: (change != 0).any(1).flatten(1).double().sum(1),
@@ -42,7 +42,7 @@ def distance(
                          f"{tuple(x_adv.shape)} and {norm!r}")
     return _NORMS[norm](x_adv - x)
 
-# %% ../nbs/14_minimum_norm.ipynb #9f7b5f32
+# %% ../nbs/14_minimum_norm.ipynb #a8c71e9a
 THRESHOLDS: Mapping[str, Mapping[str, tuple[float, ...]]] = MappingProxyType({
     "mnist": {"pixels": (12,), "l2": (1.0, 2.0, 3.0)},
     "cifar10": {"pixels": (50,), "l2": (0.5, 1.0, 1.5)}})  # chosen by us: SRT names none
@@ -59,7 +59,7 @@ def at_threshold(
                          f"{tuple(norms.shape)} and {[*thresholds]}: take `norms` of a `Nearest`")
     return (norms.double()[:, None] > limits).double().mean(0)
 
-# %% ../nbs/14_minimum_norm.ipynb #312ac4e2
+# %% ../nbs/14_minimum_norm.ipynb #db6e7e89
 @dataclass(frozen=True)
 class Nearest(Adversarial):
     "The nearest mistakes of a network; as an `Adversarial`, what a limit leaves of them."
@@ -67,7 +67,7 @@ class Nearest(Adversarial):
     images: Tensor  # nearest wrong images found (B, C, H, W) in [0, 1], checked, whatever the limit
     norms: Tensor  # their distances (B,), float64; 0 where wrong already, inf where none was found
 
-
+# %% ../nbs/14_minimum_norm.ipynb #ad4e9fc6
 class _Passes:
     "A network in single precision, with a count of its passes in both directions."
 
@@ -82,7 +82,7 @@ class _Passes:
 
     def _back(self, grad: Tensor) -> None: self.n_backward += 1
 
-# %% ../nbs/14_minimum_norm.ipynb #48e46d91
+# %% ../nbs/14_minimum_norm.ipynb #a6a0a63f
 Search = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -97,7 +97,7 @@ def _check_limit(limit: float | None) -> None:
     if limit is not None and not limit >= 0:
         raise ValueError(f"expected a limit >= 0, got {limit!r}: None stands for any distance")
 
-
+# %% ../nbs/14_minimum_norm.ipynb #59c19493
 def _candidates(search: Search, predict: _Passes, x: Tensor, y: Tensor,
                 target: Tensor | None) -> Tensor:
     "What a search finds, in [0, 1]; values it left alone are those of x to the last bit."
@@ -108,7 +108,7 @@ def _candidates(search: Search, predict: _Passes, x: Tensor, y: Tensor,
                          f"got {tuple(found.shape)}")
     return torch.where(found == start, x, found.to(x.dtype).nan_to_num(0.5).clamp(0, 1))
 
-# %% ../nbs/14_minimum_norm.ipynb #187f0ead
+# %% ../nbs/14_minimum_norm.ipynb #10007fcc
 def nearest(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -140,7 +140,7 @@ def nearest(
     return Nearest(x_adv, (x_adv - x,), (Pixel(1.0),), value.float(), success, success | True,
                    judge.n_forward + predict.n_forward, predict.n_backward, images, norms)
 
-# %% ../nbs/14_minimum_norm.ipynb #cf29ebc8
+# %% ../nbs/14_minimum_norm.ipynb #936c185b
 def _with_foolbox(attack: str, predict: Callable[[Tensor], Tensor], x: Tensor, y: Tensor,
                   target: Tensor | None, **options: Any) -> Tensor:
     "A search by an attack of Foolbox."
@@ -158,12 +158,12 @@ def _with_foolbox(attack: str, predict: Callable[[Tensor], Tensor], x: Tensor, y
     torch.manual_seed(0)
     return getattr(foolbox.attacks, attack)(**options).run(network, x, wanted)
 
-
+# %% ../nbs/14_minimum_norm.ipynb #40c698f7
 def _check_counts(**counts: int) -> None:
     if wrong := [f"{k}={v!r}" for k, v in counts.items() if not (isinstance(v, int) and v >= 1)]:
         raise ValueError(f"expected whole numbers of at least 1, got {', '.join(wrong)}")
 
-
+# %% ../nbs/14_minimum_norm.ipynb #639057bf
 def ddn(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -184,7 +184,7 @@ def ddn(
     return nearest(model, x, y, search, norm="l2", limit=max_l2, loss=loss, target=target,
                    return_info=return_info)
 
-# %% ../nbs/14_minimum_norm.ipynb #8d6773da
+# %% ../nbs/14_minimum_norm.ipynb #289f93ef
 def cw_l2(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -209,7 +209,7 @@ def cw_l2(
     return nearest(model, x, y, search, norm="l2", limit=max_l2, loss=loss, target=target,
                    return_info=return_info)
 
-# %% ../nbs/14_minimum_norm.ipynb #fda72a21
+# %% ../nbs/14_minimum_norm.ipynb #b560a565
 def _saliency(predict: Callable[[Tensor], Tensor], x: Tensor,
               target: Tensor) -> tuple[Tensor, Tensor]:
     "Logits, and how much brightening each value (B, C, H, W) helps the target (Eq. 4)."
@@ -222,7 +222,7 @@ def _saliency(predict: Callable[[Tensor], Tensor], x: Tensor,
     others = total - towards
     return logits.detach(), torch.where((towards >= 0) & (others <= 0), towards * others.abs(), 0.0)
 
-# %% ../nbs/14_minimum_norm.ipynb #cb815d3e
+# %% ../nbs/14_minimum_norm.ipynb #5cdc1e3f
 def _brighten(predict: Callable[[Tensor], Tensor], x: Tensor, y: Tensor,
               target: Tensor | None, *, gamma: float, generator: Randomness) -> Tensor:
     "A search that sets the most salient value to 1, again and again."
@@ -238,7 +238,7 @@ def _brighten(predict: Callable[[Tensor], Tensor], x: Tensor, y: Tensor,
         x.flatten(1)[left, value], free.flatten(1)[left, value] = 1.0, False
     return x
 
-
+# %% ../nbs/14_minimum_norm.ipynb #4ba50fae
 def jsma(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -256,7 +256,7 @@ def jsma(
     return nearest(model, x, y, search, norm="share", limit=gamma, loss=loss, target=target,
                    return_info=return_info)
 
-# %% ../nbs/14_minimum_norm.ipynb #e8dff407
+# %% ../nbs/14_minimum_norm.ipynb #ab8a0b4c
 Fools = Callable[[Tensor, Tensor], Tensor]  # images (A, C, H, W) of the rows (A,) -> wrong? (A,)
 _LEVELS = 50  # densities of noise tried, evenly spaced
 
@@ -272,7 +272,7 @@ def _noise(fools: Fools, x: Tensor, draws: Tensor) -> Tensor:
         if not len(left): break
     return noisy
 
-
+# %% ../nbs/14_minimum_norm.ipynb #7f6432dc
 def _changed(x: Tensor, x_adv: Tensor) -> Tensor:
     "Which pixels differ (B, H * W)."
     return (x != x_adv).any(1).flatten(1)
@@ -284,7 +284,7 @@ def _given_back(x: Tensor, x_adv: Tensor, pixel: Tensor) -> Tensor:
     out[rows, :, pixel] = x.flatten(2)[rows, :, pixel]
     return out.view_as(x)
 
-
+# %% ../nbs/14_minimum_norm.ipynb #99ebdfda
 def _give_back(fools: Fools, x: Tensor, x_adv: Tensor, draws: Tensor) -> Tensor:
     "Give pixels back in random order while that keeps the images wrong."
     x_adv, left = x_adv.clone(), torch.arange(len(x), device=x.device)
@@ -299,7 +299,7 @@ def _give_back(fools: Fools, x: Tensor, x_adv: Tensor, draws: Tensor) -> Tensor:
         left = left[_changed(x, x_adv).sum(1)[left] < count[left]]
     return x_adv
 
-# %% ../nbs/14_minimum_norm.ipynb #57f01bd3
+# %% ../nbs/14_minimum_norm.ipynb #3b726681
 def _point_by_point(predict: Callable[[Tensor], Tensor], x: Tensor, y: Tensor,
                     target: Tensor | None, *, restarts: int, generator: Randomness) -> Tensor:
     "A search by noise that is taken back, from several starts."
@@ -317,7 +317,7 @@ def _point_by_point(predict: Callable[[Tensor], Tensor], x: Tensor, y: Tensor,
     best = torch.where(size > 0, size, torch.inf).view(-1, restarts).argmin(1)  # 0: no noise fooled
     return ends.view(len(x), restarts, *x.shape[1:])[torch.arange(len(x), device=x.device), best]
 
-
+# %% ../nbs/14_minimum_norm.ipynb #4bfb6b84
 def pointwise(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
