@@ -248,6 +248,13 @@ def test_more_rounds_of_cw_never_end_farther_away(trained):
     assert all((more <= fewer).all() for fewer, more in zip(norms, norms[1:])) and (norms[-1] < norms[2]).any()
 
 
+def test_cw_takes_all_its_steps_whatever_the_batch_does():
+    pytest.importorskip("foolbox")
+    model, x, y = linear()
+    found = cw_l2(model, x, y, search_steps=2, steps=50, lr=1e-6, return_info=True)  # no progress at all
+    assert (found.n_forward, found.n_backward) == (2 * 50 + 3, 2 * 50)
+
+
 def test_no_foolbox_before_it_is_needed(monkeypatch):
     code = "import sys, jat_nb.minimum_norm; print('foolbox' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
@@ -327,6 +334,17 @@ def test_jsma_draws_every_wrong_class(monkeypatch):
     assert sorted(set(asked)) == [k for k in range(5) if k != y[0]] and len(asked) == 60
 
 
+def test_jsma_passes_over_what_is_white_already():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 2, bias=False))
+    model[1].weight.data = torch.tensor([[-3.0, -2, -1], [3, 2, 1]])
+    x = torch.tensor([1.0, 0.2, 0.2]).view(1, 1, 1, 3)
+    found = _brighten(model, x.clone(), torch.tensor([1]), torch.tensor([1]), gamma=1.0, generator=None)
+    assert torch.equal(found, x)  # is the target: nothing to do
+    model[1].bias = nn.Parameter(torch.tensor([20.0, 0.0]))
+    found = _brighten(model, x.clone(), torch.tensor([0]), torch.tensor([1]), gamma=1 / 3, generator=None)
+    assert found.flatten().tolist() == [1.0, 1.0, x[0, 0, 0, 2].item()]
+
+
 # -- point-wise
 
 def test_no_pixel_can_be_given_back(trained):
@@ -357,6 +375,13 @@ def test_pointwise_finds_the_least_number_of_pixels():
     model.needed = 43
     found = pointwise(model, x, y, generator=own(5), return_info=True)
     assert (found.norms == torch.inf).all() and torch.equal(found.x_adv, x) and not found.success.any()
+
+
+def test_every_image_gives_back_in_an_order_of_its_own():
+    fools = lambda images, rows: (images > 0.5).flatten(1).sum(1) >= 3
+    x = torch.zeros(20, 1, 4, 5)
+    kept = minimum_norm._give_back(fools, x, torch.ones_like(x), torch.rand(20, 20)).flatten(1)
+    assert (kept.sum(1) == 3).all() and len({tuple(row) for row in kept.tolist()}) > 15
 
 
 def test_more_starts_change_fewer_pixels(trained):
