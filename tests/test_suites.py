@@ -174,7 +174,8 @@ from jat_nb.suites import Job, run_suite, suites
 
 test, rank = load("digits", "test").subset(5), processes().rank
 found = {}
-ALIKE = ("srt-compound-cifar10", "srt-compound-mnist", "srt-mnist", "srt-strong-mnist", "srt-surface-mnist")  # attacks asked elsewhere
+ALIKE = ("srt-compound-cifar10", "srt-compound-mnist", "srt-mnist", "srt-strong-mnist", "srt-surface-mnist",
+         "srt-norms-cifar10", "srt-norms-mnist")  # attacks asked elsewhere
 for name in (n for n in suites() if n not in ALIKE):
     small = name == "autoattack" or name.startswith("srt")  # grids are long
     n, steps = (4, 8) if name == "masking" else (2, 2) if small else (5, 2)

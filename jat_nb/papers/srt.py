@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..catalogue import Row
+from ..minimum_norm import THRESHOLDS
 from ..recipes import Recipe
 from ..suites import Spec, Suite
 
@@ -255,13 +256,20 @@ def _strong(data: str) -> Suite:
                for tail, n in (("", NUMBERS[data, "pixel"]), (", long", NUMBERS[data, "long"]))}
     return Suite({"Clean": ("clean", {}), **columns}, options={"n": 200}, home=data)
 
+# %% ../../nbs/41_srt.ipynb #278774c7
+def _norms(data: str) -> Suite:
+    "Columns of Table 4 that need a threshold (D-S17)."
+    known = THRESHOLDS[data]
+    return Suite({"Clean": ("clean", {}), "DDNA": ("ddn", {"max_l2": known["l2"][1]}), "JSMA": ("jsma", {}),
+                  "Point-wise": ("pointwise", {"max_pixels": known["pixels"][0]})}, options={"n": 100}, home=data)
+
 # %% ../../nbs/41_srt.ipynb #8212130a
 def _suites(data: str) -> dict[str, Suite]:
     "The questions on a data set."
     compound = {k: v for share in FRACTIONS for k, v in _at_share(data, share).items()}
     return {f"srt-{data}": Suite({"Clean": ("clean", {}), **_pixels(data), **rigid_columns()}, home=data),
             f"srt-compound-{data}": Suite({"Clean": ("clean", {}), **compound}, options={"n": 100}, home=data),
-            f"srt-strong-{data}": _strong(data)}
+            f"srt-strong-{data}": _strong(data), f"srt-norms-{data}": _norms(data)}
 
 # %% ../../nbs/41_srt.ipynb #1d84623f
 OWN_SUITES: Mapping[str, Suite] = MappingProxyType(
@@ -270,6 +278,7 @@ OWN_SUITES: Mapping[str, Suite] = MappingProxyType(
 # %% ../../nbs/41_srt.ipynb #bb7fb41a
 COLUMNS: Mapping[str, str] = MappingProxyType(
     dict.fromkeys(OWN_SUITES["srt-mnist"].columns, "srt-{home}")
-    | dict.fromkeys(("PGD100x5", "PGD100x5, long"), "srt-strong-{home}") | {"AutoAttack": "autoattack"})
+    | dict.fromkeys(("PGD100x5", "PGD100x5, long"), "srt-strong-{home}") | {"AutoAttack": "autoattack"}
+    | dict.fromkeys(("DDNA", "JSMA", "Point-wise"), "srt-norms-{home}"))
 SYNONYMS: Mapping[str, str] = MappingProxyType({
     f"{table}:{name}": f"{name}, long" for table in (4, 9) for name in ("FGSM", "PGD")})  # {table:printed: ours}
