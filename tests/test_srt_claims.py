@@ -1,0 +1,180 @@
+"The SRT paper's claims: a theorem that notices a wrong answer, surfaces as numbers, comparisons on invented evidence, the list."
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from jat_nb.catalogue import papers
+from jat_nb.claims import Check, Evidence
+from jat_nb.data import default_budget
+from jat_nb.differences import Share
+from jat_nb.papers import srt_claims as room
+from jat_nb.papers.srt import LAMBDAS, RECIPES
+from jat_nb.papers.srt_claims import CLAIMS, PAPER, SURFACE
+from jat_nb.records import Record
+from jat_nb.results import Run
+from jat_nb.suites import Job, Suite
+
+NOTHING = Evidence((), "cpu", PAPER)
+WORDS = {"what": "made up"}
+
+
+def run(name, data="mnist", seed=0, log=(), **answers):
+    about = {"name": f"srt/{data}-{name}", "data": data, "tier": "cpu", "seed": seed}
+    records = {s.replace("_", "-"): Record("jat_eval", {"suite": s}, data=data, metrics=a) for s, a in answers.items()}
+    return Run(f"{name}-s{seed}", about, {}, {}, list(log), records)
+
+
+def evidence(*runs):
+    return Evidence(tuple(runs), "cpu", PAPER)
+
+
+class Invented:
+    "Shares of 100 images by recipe, the first so many right."
+
+    def __init__(self, **right):
+        self.right = right
+
+    def share(self, where, data=""):
+        if where[0] not in self.right:
+            return None
+        bits = (torch.arange(100) < self.right[where[0]]).double()[None]
+        return Share((float(bits.mean()),), 100, bits, (where[0],))
+
+
+def one(kind, right, *names):
+    [found] = kind(Invented(**right), Check("", tuple((name, "PGD") for name in names), options=WORDS))
+    return found
+
+
+# The theorem
+
+def test_the_theorem_holds_on_tables_and_on_a_network():
+    found = list(room._exact(NOTHING, CLAIMS[0].checks[0]))
+    assert [f.holds for f in found] == [True, True]
+
+
+def test_the_first_movement_is_none():
+    class Brightness(nn.Module):
+        def forward(self, x):
+            return torch.stack([x.flatten(1).mean(1), 0.2 - x.flatten(1).mean(1)], 1)
+    x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    answers = room._of_movements(Brightness(), x)
+    assert answers.shape == (4, 63) and torch.equal(answers[:, 0], Brightness()(x).argmax(1))
+
+
+# Surfaces
+
+class Linear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+@pytest.fixture(scope="module")
+def answer():
+    x, y = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(5) % 3
+    suite = Suite(kind="jat_nb.papers.srt_claims:SURFACE", options={"n": 4, "points": 5, "shown": 2})
+    return suite, SURFACE.ask(suite, Job(Linear().eval(), x, y, default_budget("digits")))
+
+
+def test_surfaces_as_numbers(answer):
+    suite, found = answer
+    SURFACE.check(suite, found)
+    assert found["n"] == 4 and len(found["shown"]["pixel"]["loss"]) == 2
+    for name in ("pixel", "spatial"):
+        assert set(found[name]) == {"share", "slope", "peak"} and all(len(v) == 4 for v in found[name].values())
+        for i, surface in enumerate(found["shown"][name]["loss"]):
+            assert abs(max(map(max, surface)) - found[name]["peak"][i]) <= 0.005
+        for i, surface in enumerate(found["shown"][name]["decision"]):
+            points = torch.tensor(surface)
+            slope = (points.diff(dim=0).abs().mean() + points.diff(dim=1).abs().mean()) / 2
+            assert abs(slope - found[name]["slope"][i]) <= 0.01
+
+
+@pytest.mark.parametrize("damage", [
+    lambda a: a["pixel"]["share"].append(0.5), lambda a: a["spatial"]["peak"].__setitem__(0, float("nan")),
+    lambda a: a["shown"]["pixel"]["decision"][0].pop(), lambda a: a["pixel"]["share"].__setitem__(0, a["pixel"]["share"][0] / 2 + 0.5)])
+def test_surfaces_know_their_damage(answer, damage):
+    suite, found = answer
+    broken = copy.deepcopy(found)
+    damage(broken)
+    with pytest.raises(ValueError):
+        SURFACE.check(suite, broken)
+
+
+# Comparisons
+
+def test_a_lead_that_grows():
+    right = dict(a=50, b=60, c=70, d=48, e=54, f=58)
+    assert one(room._widening, right, *"abcdef").value == 1
+    assert one(room._widening, right, *"cbafed").value == -1
+    assert one(room._widening, {"a": 50, "d": 48}, *"abcdef").holds is None  # one pair is no line
+
+
+def test_spread_and_second():
+    right = dict(a=50, b=60, c=70, d=40)
+    assert round(one(room._steady, right, *"abcd").value) == 30
+    assert round(one(room._second, right, *"abcd").value) == -10 and round(one(room._second, right, *"bacd").value) == 10
+    assert one(room._second, right, "a", "b", "x").holds is None
+
+
+def test_grids_contain_their_parts():
+    bits = {"Clean": "1111", "GridAdv": "0100", "GridAdv.T": "0110", "GridAdv.R": "0101"}
+    rows = {k: {"accuracy (%)": 100 * v.count("1") / 4} for k, v in bits.items()}
+    def found(**changed):
+        e = evidence(run("long-srt", srt_mnist={"n": 4, "rows": rows, "correct": bits | changed}))
+        return list(room._inclusions(e, Check("", (("srt/mnist-long-srt", "GridAdv"),), "mnist", at_most=0.0)))[0]
+    assert found().holds and found(**{"GridAdv.T": "1010"}).holds is False
+
+
+def test_speed_by_count_and_by_clock():
+    check = Check("", (("mnist-long-srt",), ("mnist-long-fast-srt",)), "mnist", at_least=5.0)
+    slow, fast = (run(name, log=[{"seconds": s}, {"seconds": s}]) for name, s in (("long-srt", 50.0), ("long-fast-srt", 5.0)))
+    passes, seconds = room._faster(evidence(slow, fast), check)
+    assert seconds.value == 10 and passes.holds
+    r = RECIPES["srt/mnist-long-srt"]
+    assert room._passes(r) == 120 * (1 + 2 * 40 + 3 * (1 + 1 / 6))
+    assert room._passes(replace(r, epochs=60, milestones=())) == room._passes(r) / 2
+
+
+# The list
+
+def test_every_claim_has_its_number_and_its_checks():
+    assert [claim.id for claim in CLAIMS] == [f"SC{k}" for k in range(1, 23)]
+    assert all(claim.checks for claim in CLAIMS) and papers()["srt"] is PAPER
+
+
+def test_every_place_names_a_recipe_and_a_column():
+    for claim in CLAIMS:
+        for check in claim.checks:
+            for where in check.at:
+                assert where[0] == "*" or f"srt/{where[0]}" in PAPER.recipes, (claim.id, where)
+                if where[2:]:
+                    columns = PAPER.suites[where[2]].columns
+                    assert where[1] in columns or "surface" in where[2], (claim.id, where)
+                elif where[1:]:
+                    assert where[1] in PAPER.columns, (claim.id, where)
+
+
+def test_srt_and_rt_meet_at_every_weight_reduction_and_length():
+    pairs = {(check.at[0][0], check.at[1][0]) for check in CLAIMS[1].checks}
+    assert len(pairs) == 2 * (2 * len(LAMBDAS["spatial"]) + 4 * len(LAMBDAS["pixel"]))
+    for srt, rt in pairs:
+        one, other = (RECIPES[f"srt/{name}"] for name in (srt, rt))
+        assert one.objective_options == other.objective_options and one.attacks == other.attacks
+        assert one.unlabelled > 0 == other.unlabelled
+
+
+def test_a_claim_can_fail_and_can_hold():
+    def told(srt, rt):
+        rows = {"n": 1000, "rows": {"GridAdv": {"accuracy (%)": srt}}}, {"n": 1000, "rows": {"GridAdv": {"accuracy (%)": rt}}}
+        e = evidence(*(run(f"spatial-{kind}-0.2", "cifar10", srt_cifar10=a) for kind, a in zip(("srt", "rt"), rows)))
+        return [f.holds for f in e.findings(CLAIMS[2])]
+    assert told(60.0, 30.0) == [None, True, None, None] and told(40.0, 39.0) == [None, False, None, None]
