@@ -62,10 +62,15 @@ def _kinds(recipe: Recipe) -> int:
     return len(recipe.attacks) + clean if recipe.objective in ("average", "maximum") else 1
 
 
+_COUNTED = ("natural", "adversarial", "jat", "average", "maximum", "pareto")  # objectives that Eq. 1 describes
+
+
 def step_cost(
     recipe: Recipe,  # Its objective and attack are read
 ) -> int:  # Cost of one update in forward passes; natural training costs 3
     "Model passes of one training step, forward 1, backward to the image 1, to image and weights 2 (Eq. 1)."
+    if recipe.objective not in _COUNTED:
+        raise ValueError(f"Eq. 1 does not describe the objective {recipe.objective!r}: it holds for {', '.join(_COUNTED)}")
     options, attacks = recipe.objective_options, [pair for chain in recipe.attacks.values() for pair in chain]
     attack = sum(floor_passes(name, keywords.get("steps", 1)) for name, keywords in attacks)
     soft = options.get("labels", "bilateral") == "bilateral" or options.get("target") == "most_confusing"

@@ -233,3 +233,17 @@ def test_bad_numbers(call, message):
 def test_bad_calls(case, attack, options, message):
     model, x, y = case
     with pytest.raises(ValueError, match=message): attack(model, x, y, **options)
+
+
+@pytest.mark.parametrize("angle", [-30.0, -7.5, 12.0, 90.0])
+def test_rotation_is_foolboxs_and_its_shift_is_shorter(angle):
+    "Foolbox turns as we do; its shifts are those of an image one pixel smaller (peers, finding on translations)."
+    eagerpy = pytest.importorskip("eagerpy")
+    moved = pytest.importorskip("foolbox.attacks.spatial_attack_transformations").rotate_and_shift
+    x = torch.rand(2, 3, SIDE, SIDE, generator=seeded(0))
+    def theirs(**options): return moved(eagerpy.astensor(x), **options).raw
+    def ours(deg, right): return Rigid(90, 5).apply(x, torch.tensor([[deg, right, 0.0]]).expand(2, 3))
+    assert_close(ours(angle, 0.0), theirs(rotation=-angle), atol=1e-4, rtol=0)
+    short = 2.0 * (SIDE - 1) / SIDE  # what foolbox makes of two pixels
+    assert_close(ours(0.0, short), theirs(translation=(-2.0, 0.0)), atol=1e-4, rtol=0)
+    assert (ours(0.0, 2.0) - theirs(translation=(-2.0, 0.0))).abs().max() > 0.05
