@@ -263,13 +263,19 @@ def _norms(data: str) -> Suite:
     return Suite({"Clean": ("clean", {}), "DDNA": ("ddn", {"max_l2": known["l2"][1]}), "JSMA": ("jsma", {}),
                   "Point-wise": ("pointwise", {"max_pixels": known["pixels"][0]})}, options={"n": 100}, home=data)
 
+# %% ../../nbs/41_srt.ipynb #15224e0a
+def _once(data: str) -> Suite:
+    "Random movements, a single one of each image."
+    columns = {f"RandAdv, one draw{part}": ("rand_adv", {"k": 1, **limits}) for part, limits in _PARTS.items()}
+    return Suite({"Clean": ("clean", {}), **columns}, home=data)
+
 # %% ../../nbs/41_srt.ipynb #8212130a
 def _suites(data: str) -> dict[str, Suite]:
     "The questions on a data set."
     compound = {k: v for share in FRACTIONS for k, v in _at_share(data, share).items()}
     return {f"srt-{data}": Suite({"Clean": ("clean", {}), **_pixels(data), **rigid_columns()}, home=data),
             f"srt-compound-{data}": Suite({"Clean": ("clean", {}), **compound}, options={"n": 100}, home=data),
-            f"srt-strong-{data}": _strong(data), f"srt-norms-{data}": _norms(data)}
+            f"srt-strong-{data}": _strong(data), f"srt-norms-{data}": _norms(data), f"srt-once-{data}": _once(data)}
 
 # %% ../../nbs/41_srt.ipynb #1d84623f
 OWN_SUITES: Mapping[str, Suite] = MappingProxyType(
@@ -279,6 +285,7 @@ OWN_SUITES: Mapping[str, Suite] = MappingProxyType(
 COLUMNS: Mapping[str, str] = MappingProxyType(
     dict.fromkeys(OWN_SUITES["srt-mnist"].columns, "srt-{home}")
     | dict.fromkeys(("PGD100x5", "PGD100x5, long"), "srt-strong-{home}") | {"AutoAttack": "autoattack"}
-    | dict.fromkeys(("DDNA", "JSMA", "Point-wise"), "srt-norms-{home}"))
+    | dict.fromkeys(("DDNA", "JSMA", "Point-wise"), "srt-norms-{home}")
+    | dict.fromkeys(_once("mnist").columns, "srt-once-{home}") | {"Clean": "srt-{home}"})
 SYNONYMS: Mapping[str, str] = MappingProxyType({
     f"{table}:{name}": f"{name}, long" for table in (4, 9) for name in ("FGSM", "PGD")})  # {table:printed: ours}
