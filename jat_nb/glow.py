@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Squeeze', 'ActNorm', 'InvertibleConv', 'AffineCoupling', 'Split', 'dequantise', 'Glow']
 
-# %% ../nbs/15_glow.ipynb #00b2ed80
+# %% ../nbs/15_glow.ipynb #6fe90f08
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .randomness import Randomness, uniform
 from .threats import check_images
 
-# %% ../nbs/15_glow.ipynb #f78a8b8a
+# %% ../nbs/15_glow.ipynb #2eefca0d
 class Squeeze(nn.Module):
     "Each square of 2 x 2 pixels becomes four channels of one pixel."
 
@@ -36,7 +36,7 @@ class Squeeze(nn.Module):
     ) -> Tensor:  # (B, C, 2 H, 2 W)
         return F.pixel_shuffle(h, 2)
 
-# %% ../nbs/15_glow.ipynb #e11d476f
+# %% ../nbs/15_glow.ipynb #ca15455b
 class ActNorm(nn.Module):
     "Shift and scale each channel; the first batch decides where they start (Glow section 3.1)."
 
@@ -79,7 +79,7 @@ class ActNorm(nn.Module):
     ) -> Tensor:  # The same shape
         return h * (-self.log_scale).exp() - self.bias
 
-# %% ../nbs/15_glow.ipynb #d7d4c394
+# %% ../nbs/15_glow.ipynb #34d82ea4
 class InvertibleConv(nn.Module):
     "A 1 x 1 convolution whose matrix is kept as triangular factors (Glow section 3.2)."
 
@@ -121,7 +121,7 @@ class InvertibleConv(nn.Module):
         back = torch.linalg.solve_triangular(upper, half, upper=True).to(h.dtype)
         return (back @ h.flatten(2)).view_as(h)
 
-# %% ../nbs/15_glow.ipynb #4439decb
+# %% ../nbs/15_glow.ipynb #dad7fdad
 class _ZeroConv(nn.Conv2d):
     "A 3 x 3 convolution that starts at zero, each output channel times exp(3 g) with g learned."
 
@@ -134,7 +134,7 @@ class _ZeroConv(nn.Conv2d):
     def forward(self, h: Tensor) -> Tensor:
         return super().forward(h) * (3 * self.log_gain).exp()
 
-# %% ../nbs/15_glow.ipynb #2cc44cd4
+# %% ../nbs/15_glow.ipynb #71c341b9
 class AffineCoupling(nn.Module):
     "The first half of the channels decides on shift and scale of the second (Glow section 3.3)."
 
@@ -172,7 +172,7 @@ class AffineCoupling(nn.Module):
         log_scale, t = self._decide(a)
         return torch.cat([a, b * (-log_scale).exp() - t], dim=1)
 
-# %% ../nbs/15_glow.ipynb #77ada3d2
+# %% ../nbs/15_glow.ipynb #e0884c00
 def _log_normal(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     "Log-density of independent normal values, summed for each image (B,)."
     each = -0.5 * ((z - mean) * (-log_std).exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
@@ -214,7 +214,7 @@ class Split(nn.Module):
         mean, log_std = self.prior(passed).chunk(2, dim=1)
         return mean, log_std
 
-# %% ../nbs/15_glow.ipynb #787a7577
+# %% ../nbs/15_glow.ipynb #368547b3
 def dequantise(
     x: Tensor,  # Images (B, C, H, W) in [0, 1]; values between grey levels are rounded to the nearest
     generator: Randomness = None,  # One generator, or one per image
@@ -224,7 +224,7 @@ def dequantise(
     within = uniform(x, generator) * (1 - 2**-16)  # single precision would round 255.999999 up
     return ((255 * x).round() + within) / 256
 
-# %% ../nbs/15_glow.ipynb #1c45e0ac
+# %% ../nbs/15_glow.ipynb #a2cf2d9e
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
     "No autocast and no TF32 in a `with` block: both directions must round alike."
@@ -238,16 +238,16 @@ def _full_precision(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(matmul)
         torch.backends.cudnn.allow_tf32 = conv
 
-
+# %% ../nbs/15_glow.ipynb #c99128d0
 class _Level(nn.Module):
     "Squeeze and several steps, with the split that follows them."
 
     def __init__(self, channels: int, steps: int, width: int, last: bool):
         super().__init__()
-        n = 4 * channels
-        steps_of = ((ActNorm(n), InvertibleConv(n), AffineCoupling(n, width)) for _ in range(steps))
-        self.layers = nn.ModuleList([Squeeze(), *(layer for step in steps_of for layer in step)])
-        self.split = Split(n, last)
+        n, layers = 4 * channels, [Squeeze()]
+        for _ in range(steps):
+            layers += [ActNorm(n), InvertibleConv(n), AffineCoupling(n, width)]
+        self.layers, self.split = nn.ModuleList(layers), Split(n, last)
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
         logdet = h.new_zeros(len(h))
@@ -262,14 +262,56 @@ class _Level(nn.Module):
         return h
 
     def initialise(self, h: Tensor) -> Tensor:
-        "Start every ActNorm with what arrives there; returns what comes out."
+        "Start every ActNorm with what arrives there; returns what goes on."
         for layer in self.layers:
             if isinstance(layer, ActNorm):
                 layer.initialise(h)
             h, _ = layer(h)
+        return self.split(h)[0]
+
+# %% ../nbs/15_glow.ipynb #4b6c3aad
+class _Chain(nn.Module):
+    "All levels: values of images to latents and back."
+
+    def __init__(self, channels: int, levels: int, steps: int, width: int):
+        super().__init__()
+        self.levels = nn.ModuleList(_Level(channels * 2**i, steps, width, last=i == levels - 1)
+                                    for i in range(levels))
+
+    def forward(self, h: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        "For each level what goes on and the latents; the log-determinant of all (B,)."
+        pairs, logdet = [], h.new_zeros(len(h))
+        with _full_precision(h.device):
+            for level in self.levels:
+                h, stretch = level(h)
+                pairs.append(level.split(h))
+                h, logdet = pairs[-1][0], logdet + stretch
+        return pairs, logdet
+
+    def moments(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        "Mean and logarithm of the deviation that each level expects of its latents."
+        with _full_precision(pairs[0][0].device):
+            return [level.split.moments(passed) for level, (passed, _) in zip(self.levels, pairs)]
+
+    def inverse(self, latents: Sequence[Tensor], whitened: bool) -> Tensor:
+        h = torch.zeros_like(latents[-1][:, :1])
+        with _full_precision(h.device):
+            for level, z in zip(reversed(self.levels), reversed(latents)):
+                if whitened:
+                    mean, log_std = level.split.moments(h)
+                    z = mean + z * log_std.exp()
+                h = level.inverse(level.split.inverse(h, z))
         return h
 
-# %% ../nbs/15_glow.ipynb #bd4c2538
+    def log_density(self, h: Tensor) -> Tensor:
+        pairs, logdet = self(h)
+        priors = [_log_normal(z, *m) for (_, z), m in zip(pairs, self.moments(pairs))]
+        return logdet + sum(priors)  # Eq. 1
+
+    def started(self) -> bool:
+        return all(m.initialised for m in self.modules() if isinstance(m, ActNorm))
+
+# %% ../nbs/15_glow.ipynb #2d453fbf
 def _rim(shape: Sequence[int], levels: int) -> tuple[int, int, int, int]:
     "Pixels to add left, right, above and below, so that both sides can be halved `levels` times."
     unit = 2**levels
@@ -282,7 +324,20 @@ def _rim(shape: Sequence[int], levels: int) -> tuple[int, int, int, int]:
     down, right = (-side % unit for side in shape[1:])
     return right // 2, right - right // 2, down // 2, down - down // 2
 
-# %% ../nbs/15_glow.ipynb #13bb3e7e
+# %% ../nbs/15_glow.ipynb #000ba80e
+def _latent_shapes(shape: Sequence[int], levels: int) -> list[tuple[int, int, int]]:
+    "Shapes of the latents of each level for a canvas (C, H, W), the finest first."
+    c, h, w = shape
+    shapes = [(c * 2**i, h >> i, w >> i) for i in range(1, levels + 1)]
+    return [*shapes[:-1], (2 * shapes[-1][0], *shapes[-1][1:])]
+
+
+def _check_latents(latents: Sequence[Tensor], shapes: list[tuple[int, int, int]]) -> None:
+    if [tuple(z.shape[1:]) for z in latents] != shapes or len({len(z) for z in latents}) != 1:
+        raise ValueError(f"expected latents of {shapes} for each image, got "
+                         f"{[tuple(z.shape) for z in latents]}: pass what encode returns")
+
+# %% ../nbs/15_glow.ipynb #83a25fb8
 class Glow(nn.Module):
     "An invertible network between images in [0, 1] and latents (Kingma and Dhariwal 2018)."
 
@@ -297,101 +352,60 @@ class Glow(nn.Module):
         super().__init__()
         self.form = {"shape": [*shape], "levels": levels, "steps": steps, "width": width}
         self.rim, self.shape = _rim(shape, levels), tuple(shape)
-        self.levels = nn.ModuleList(_Level(shape[0] * 2**i, steps, width, i == levels - 1)
-                                    for i in range(levels))
-
-    @property
-    def latent_shapes(self) -> list[tuple[int, int, int]]:
-        "Shape of the latents of each level, the finest first."
-        (c, h, w), (left, right, above, below) = self.shape, self.rim
-        h, w, last = h + above + below, w + left + right, len(self.levels) - 1
-        return [(c * 2**(i + 1 + (i == last)), h >> (i + 1), w >> (i + 1)) for i in range(last + 1)]
+        canvas = F.pad(torch.empty(shape, device="meta"), self.rim).shape
+        self.latent_shapes = _latent_shapes(canvas, levels)
+        self.chain = _Chain(shape[0], levels, steps, width)
 
     def _canvas(self, x: Tensor) -> Tensor:
         "The images with their rim."
-        if x.ndim != 4 or tuple(x.shape[1:]) != self.shape:
-            raise ValueError(f"expected images (B, {', '.join(map(str, self.shape))}), got "
-                             f"{tuple(x.shape)}: build Glow(shape={tuple(x.shape[1:])})")
-        if x.dtype != (own := next(self.parameters()).dtype):
-            raise ValueError(f"expected images of {own}, got {x.dtype}: convert them, or the flow")
+        own = self.chain.levels[0].split.prior.weight.dtype
+        if tuple(x.shape[1:]) != self.shape or x.dtype != own:
+            raise ValueError(f"expected {own} images (B, {', '.join(map(str, self.shape))}), got {x.dtype} "
+                             f"{tuple(x.shape)}: build Glow(shape) for this shape, convert this type")
         return F.pad(x, self.rim)
-
-    def _encode(self, canvas: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        "For each level what goes on and the latents; the log-determinant of all (B,)."
-        h, pairs, logdet = canvas - 0.5, [], canvas.new_zeros(len(canvas))
-        for level in self.levels:
-            h, stretch = level(h)
-            pairs.append(level.split(h))
-            h, logdet = pairs[-1][0], logdet + stretch
-        return pairs, logdet
 
     def encode(
         self,
         x: Tensor,  # Images (B, C, H, W) as they are, without noise; values outside [0, 1] have codes too
         *,
         whitened: bool = False,  # Latents as standard normal numbers, not as they leave the chain
-    ) -> list[Tensor]:  # Latents of each level, the finest first: shapes (B, *latent_shapes[i])
+    ) -> list[Tensor]:  # Latents of each level, the finest first: (B, *latent_shapes[i])
         "The code of each image."
-        with _full_precision(x.device):
-            pairs, _ = self._encode(self._canvas(x))
-            if not whitened:
-                return [z for _, z in pairs]
-            moments = [level.split.moments(passed) for level, (passed, _) in zip(self.levels, pairs)]
-            return [(z - mean) * (-log_std).exp() for (_, z), (mean, log_std) in zip(pairs, moments)]
+        pairs, _ = self.chain(self._canvas(x) - 0.5)
+        if not whitened:
+            return [z for _, z in pairs]
+        return [(z - mean) * (-log_std).exp() for (_, z), (mean, log_std) in zip(pairs, self.chain.moments(pairs))]
 
     def decode(
         self,
         latents: Sequence[Tensor],  # One tensor per level, as `encode` returns them
         *,
         whitened: bool = False,  # As for `encode`
-    ) -> Tensor:  # Images (B, C, H, W), not clamped; in [0, 1] if the latents are those of an image
+    ) -> Tensor:  # Images (B, C, H, W), not clamped to [0, 1]
         "The image of each code."
-        got, expected = [tuple(z.shape[1:]) for z in latents], self.latent_shapes
-        if got != expected or len({len(z) for z in latents}) != 1:
-            raise ValueError(f"expected latents of {expected} for each image, got "
-                             f"{[tuple(z.shape) for z in latents]}: pass what encode returns")
-        h = torch.zeros_like(latents[-1][:, :1])
-        with _full_precision(h.device):
-            for level, z in zip(reversed(self.levels), reversed(latents)):
-                if whitened:
-                    mean, log_std = level.split.moments(h)
-                    z = mean + z * log_std.exp()
-                h = level.inverse(level.split.inverse(h, z))
-        left, _, above, _ = self.rim
-        return h[:, :, above:above + self.shape[1], left:left + self.shape[2]] + 0.5
-
-    def _log_density(self, canvas: Tensor) -> Tensor:
-        with _full_precision(canvas.device):
-            pairs, logdet = self._encode(canvas)
-            priors = [_log_normal(z, *level.split.moments(passed))
-                      for level, (passed, z) in zip(self.levels, pairs)]
-        return logdet + sum(priors)  # Eq. 1
+        _check_latents(latents, self.latent_shapes)
+        return F.pad(self.chain.inverse(latents, whitened) + 0.5, [-n for n in self.rim])
 
     def log_prob(
         self,
         x: Tensor,  # Images (B, C, H, W); `dequantise` them first where they come from bytes
     ) -> Tensor:  # Logarithm of the density at each image with its rim (B,)
-        "Density of images in [0, 1] (IJSAT Eq. 5)."
-        return self._log_density(self._canvas(x))
+        "Density of images (IJSAT Eq. 5)."
+        return self.chain.log_density(self._canvas(x) - 0.5)
 
     def bits_per_dim(
         self,
         x: Tensor,  # Images (B, C, H, W) in [0, 1], from bytes; noise is added here
         generator: Randomness = None,  # Of the noise: one generator, or one per image
     ) -> Tensor:  # Bits for each value of the image with its rim (B,): the loss of training
-        "Bits that the model needs per value of dequantised images (Eq. 7)."
-        if self.training and not self.levels[0].layers[1].initialised:
+        "Bits per value of dequantised images (Eq. 7); also what calling the flow returns."
+        if self.training and not self.chain.started():
             raise ValueError("the flow has not started: call initialise(first_batch) before training")
         canvas = dequantise(self._canvas(x), generator)
         n = canvas[0].numel()
-        return (n * math.log(256) - self._log_density(canvas)) / (n * math.log(2))
+        return (n * math.log(256) - self.chain.log_density(canvas - 0.5)) / (n * math.log(2))
 
-    def forward(
-        self,
-        x: Tensor,  # Images (B, C, H, W) in [0, 1], from bytes
-        generator: Randomness = None,  # Of the noise
-    ) -> Tensor:  # Bits per dimension (B,)
-        return self.bits_per_dim(x, generator)
+    forward = bits_per_dim
 
     @torch.no_grad()
     def initialise(
@@ -399,11 +413,11 @@ class Glow(nn.Module):
         x: Tensor,  # First batch of training images (B, C, H, W) in [0, 1], from bytes
         generator: Randomness = None,  # Of the noise
     ) -> None:  # Nothing; a flow that has started, also one from a file, is left alone
-        "Start every ActNorm. With several processes: before they share the flow, then copies agree."
+        "Start every ActNorm. With several processes: before they share the flow, so that copies agree."
+        h = dequantise(self._canvas(x), generator) - 0.5
         with _full_precision(x.device):
-            h = dequantise(self._canvas(x), generator) - 0.5
-            for level in self.levels:
-                h, _ = level.split(level.initialise(h))
+            for level in self.chain.levels:
+                h = level.initialise(h)
 
     @torch.no_grad()
     def sample(
@@ -415,7 +429,7 @@ class Glow(nn.Module):
         "Draw images, from the coarsest latents to the finest."
         if n < 1 or not 0 <= temperature < math.inf:
             raise ValueError(f"expected n >= 1 and a temperature >= 0, got {n} and {temperature}")
-        own = next(self.parameters())
+        own = self.chain.levels[0].split.prior.weight
         draws = [uniform(own.new_empty(n, *shape), generator) for shape in self.latent_shapes]
-        normal = [torch.special.ndtri(u.clamp(1e-7, 1 - 1e-7)) for u in draws]
-        return self.decode([temperature * e for e in normal], whitened=True).clamp(0, 1)
+        normal = [temperature * torch.special.ndtri(u.clamp(1e-7, 1 - 1e-7)) for u in draws]
+        return self.decode(normal, whitened=True).clamp(0, 1)
