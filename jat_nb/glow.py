@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Squeeze', 'ActNorm', 'InvertibleConv', 'AffineCoupling', 'Split', 'dequantise', 'Glow']
 
-# %% ../nbs/15_glow.ipynb #6fe90f08
+# %% ../nbs/15_glow.ipynb #03aba6bd
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .randomness import Randomness, uniform
 from .threats import check_images
 
-# %% ../nbs/15_glow.ipynb #2eefca0d
+# %% ../nbs/15_glow.ipynb #d2bf4a8a
 class Squeeze(nn.Module):
     "Each square of 2 x 2 pixels becomes four channels of one pixel."
 
@@ -36,7 +36,7 @@ class Squeeze(nn.Module):
     ) -> Tensor:  # (B, C, 2 H, 2 W)
         return F.pixel_shuffle(h, 2)
 
-# %% ../nbs/15_glow.ipynb #ca15455b
+# %% ../nbs/15_glow.ipynb #17117719
 class ActNorm(nn.Module):
     "Shift and scale each channel; the first batch decides where they start (Glow section 3.1)."
 
@@ -79,7 +79,7 @@ class ActNorm(nn.Module):
     ) -> Tensor:  # The same shape
         return h * (-self.log_scale).exp() - self.bias
 
-# %% ../nbs/15_glow.ipynb #34d82ea4
+# %% ../nbs/15_glow.ipynb #da7c05d1
 class InvertibleConv(nn.Module):
     "A 1 x 1 convolution whose matrix is kept as triangular factors (Glow section 3.2)."
 
@@ -121,7 +121,7 @@ class InvertibleConv(nn.Module):
         back = torch.linalg.solve_triangular(upper, half, upper=True).to(h.dtype)
         return (back @ h.flatten(2)).view_as(h)
 
-# %% ../nbs/15_glow.ipynb #dad7fdad
+# %% ../nbs/15_glow.ipynb #b1dbaf2f
 class _ZeroConv(nn.Conv2d):
     "A 3 x 3 convolution that starts at zero, each output channel times exp(3 g) with g learned."
 
@@ -134,7 +134,7 @@ class _ZeroConv(nn.Conv2d):
     def forward(self, h: Tensor) -> Tensor:
         return super().forward(h) * (3 * self.log_gain).exp()
 
-# %% ../nbs/15_glow.ipynb #71c341b9
+# %% ../nbs/15_glow.ipynb #73a47449
 class AffineCoupling(nn.Module):
     "The first half of the channels decides on shift and scale of the second (Glow section 3.3)."
 
@@ -151,9 +151,9 @@ class AffineCoupling(nn.Module):
             nn.Conv2d(width, width, 1), nn.ReLU(), _ZeroConv(width, channels))
 
     def _decide(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        "Logarithm of the scale, and shift, from the half that stays."
+        "Logarithm of the scale, at least -3, and shift, from the half that stays."
         r, t = self.net(a).chunk(2, dim=1)
-        return F.logsigmoid(r + 2), t
+        return F.logsigmoid(r + 2).clamp(min=-3.0), t
 
     def forward(
         self,
@@ -172,7 +172,7 @@ class AffineCoupling(nn.Module):
         log_scale, t = self._decide(a)
         return torch.cat([a, b * (-log_scale).exp() - t], dim=1)
 
-# %% ../nbs/15_glow.ipynb #e0884c00
+# %% ../nbs/15_glow.ipynb #7b6c510b
 def _log_normal(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     "Log-density of independent normal values, summed for each image (B,)."
     each = -0.5 * ((z - mean) * (-log_std).exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
@@ -214,7 +214,7 @@ class Split(nn.Module):
         mean, log_std = self.prior(passed).chunk(2, dim=1)
         return mean, log_std
 
-# %% ../nbs/15_glow.ipynb #368547b3
+# %% ../nbs/15_glow.ipynb #ed7a512e
 def dequantise(
     x: Tensor,  # Images (B, C, H, W) in [0, 1]; values between grey levels are rounded to the nearest
     generator: Randomness = None,  # One generator, or one per image
@@ -224,7 +224,7 @@ def dequantise(
     within = uniform(x, generator) * (1 - 2**-16)  # single precision would round 255.999999 up
     return ((255 * x).round() + within) / 256
 
-# %% ../nbs/15_glow.ipynb #a2cf2d9e
+# %% ../nbs/15_glow.ipynb #dac2c9f2
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
     "No autocast and no TF32 in a `with` block: both directions must round alike."
@@ -238,7 +238,7 @@ def _full_precision(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(matmul)
         torch.backends.cudnn.allow_tf32 = conv
 
-# %% ../nbs/15_glow.ipynb #c99128d0
+# %% ../nbs/15_glow.ipynb #87bbaf5e
 class _Level(nn.Module):
     "Squeeze and several steps, with the split that follows them."
 
@@ -269,7 +269,7 @@ class _Level(nn.Module):
             h, _ = layer(h)
         return self.split(h)[0]
 
-# %% ../nbs/15_glow.ipynb #4b6c3aad
+# %% ../nbs/15_glow.ipynb #a7fba6f8
 class _Chain(nn.Module):
     "All levels: values of images to latents and back."
 
@@ -311,7 +311,7 @@ class _Chain(nn.Module):
     def started(self) -> bool:
         return all(m.initialised for m in self.modules() if isinstance(m, ActNorm))
 
-# %% ../nbs/15_glow.ipynb #2d453fbf
+# %% ../nbs/15_glow.ipynb #4649b184
 def _rim(shape: Sequence[int], levels: int) -> tuple[int, int, int, int]:
     "Pixels to add left, right, above and below, so that both sides can be halved `levels` times."
     unit = 2**levels
@@ -324,7 +324,7 @@ def _rim(shape: Sequence[int], levels: int) -> tuple[int, int, int, int]:
     down, right = (-side % unit for side in shape[1:])
     return right // 2, right - right // 2, down // 2, down - down // 2
 
-# %% ../nbs/15_glow.ipynb #000ba80e
+# %% ../nbs/15_glow.ipynb #a99e05c3
 def _latent_shapes(shape: Sequence[int], levels: int) -> list[tuple[int, int, int]]:
     "Shapes of the latents of each level for a canvas (C, H, W), the finest first."
     c, h, w = shape
@@ -337,7 +337,7 @@ def _check_latents(latents: Sequence[Tensor], shapes: list[tuple[int, int, int]]
         raise ValueError(f"expected latents of {shapes} for each image, got "
                          f"{[tuple(z.shape) for z in latents]}: pass what encode returns")
 
-# %% ../nbs/15_glow.ipynb #83a25fb8
+# %% ../nbs/15_glow.ipynb #0d609e5c
 class Glow(nn.Module):
     "An invertible network between images in [0, 1] and latents (Kingma and Dhariwal 2018)."
 
