@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Squeeze', 'ActNorm', 'InvertibleConv', 'AffineCoupling', 'Split', 'dequantise', 'Glow', 'round_trip_error']
 
-# %% ../nbs/15_glow.ipynb #4c18a22e
+# %% ../nbs/15_glow.ipynb #d1abdb0e
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .randomness import Randomness, uniform
 from .threats import check_images
 
-# %% ../nbs/15_glow.ipynb #bb56a968
+# %% ../nbs/15_glow.ipynb #fc7474e3
 class Squeeze(nn.Module):
     "Each square of 2 x 2 pixels becomes four channels of one pixel."
 
@@ -36,7 +36,7 @@ class Squeeze(nn.Module):
     ) -> Tensor:  # (B, C, 2 H, 2 W)
         return F.pixel_shuffle(h, 2)
 
-# %% ../nbs/15_glow.ipynb #472e76fc
+# %% ../nbs/15_glow.ipynb #daadd47e
 class ActNorm(nn.Module):
     "Shift and scale each channel; the first batch decides where they start (Glow section 3.1)."
 
@@ -79,7 +79,7 @@ class ActNorm(nn.Module):
     ) -> Tensor:  # The same shape
         return h * (-self.log_scale).exp() - self.bias
 
-# %% ../nbs/15_glow.ipynb #280d3d76
+# %% ../nbs/15_glow.ipynb #4d0c005d
 class InvertibleConv(nn.Module):
     "A 1 x 1 convolution whose matrix is kept as triangular factors (Glow section 3.2)."
 
@@ -122,7 +122,7 @@ class InvertibleConv(nn.Module):
         back = torch.linalg.solve_triangular(upper, half, upper=True).to(h.dtype)
         return (back @ h.flatten(2)).view_as(h)
 
-# %% ../nbs/15_glow.ipynb #6373f10b
+# %% ../nbs/15_glow.ipynb #3040bf1e
 class _ZeroConv(nn.Conv2d):
     "A 3 x 3 convolution that starts at zero, each output channel times exp(3 g) with g learned."
 
@@ -135,7 +135,7 @@ class _ZeroConv(nn.Conv2d):
     def forward(self, h: Tensor) -> Tensor:
         return super().forward(h) * (3 * self.log_gain).exp()
 
-# %% ../nbs/15_glow.ipynb #4db0a734
+# %% ../nbs/15_glow.ipynb #3f02fd14
 class AffineCoupling(nn.Module):
     "The first half of the channels decides on shift and scale of the second (Glow section 3.3)."
 
@@ -173,13 +173,13 @@ class AffineCoupling(nn.Module):
         log_scale, t = self._decide(a)
         return torch.cat([a, b * (-log_scale).exp() - t], dim=1)
 
-# %% ../nbs/15_glow.ipynb #cb421e7a
+# %% ../nbs/15_glow.ipynb #d356bf25
 def _log_normal(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     "Log-density of independent normal values, summed for each image (B,)."
     each = -0.5 * ((z - mean) * (-log_std).exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
     return each.flatten(1).sum(1)
 
-
+# %% ../nbs/15_glow.ipynb #052cc0c7
 class Split(nn.Module):
     "Half of the channels go on, half become latents with a learned normal prior."
 
@@ -215,7 +215,7 @@ class Split(nn.Module):
         mean, log_std = self.prior(passed).chunk(2, dim=1)
         return mean, log_std
 
-# %% ../nbs/15_glow.ipynb #b44b9698
+# %% ../nbs/15_glow.ipynb #500fe1bd
 def dequantise(
     x: Tensor,  # Images (B, C, H, W) in [0, 1]; values between grey levels are rounded to the nearest
     generator: Randomness = None,  # One generator, or one per image
@@ -225,7 +225,7 @@ def dequantise(
     within = uniform(x, generator) * (1 - 2**-16)  # single precision would round 255.999999 up
     return ((255 * x).round() + within) / 256
 
-# %% ../nbs/15_glow.ipynb #d875eaa2
+# %% ../nbs/15_glow.ipynb #adf9d0a6
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
     "No autocast and no TF32 in a `with` block: both directions must round alike."
@@ -239,7 +239,7 @@ def _full_precision(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(matmul)
         torch.backends.cudnn.allow_tf32 = conv
 
-# %% ../nbs/15_glow.ipynb #c6d12bb5
+# %% ../nbs/15_glow.ipynb #ed420367
 class _Level(nn.Module):
     "Squeeze and several steps, with the split that follows them."
 
@@ -270,7 +270,7 @@ class _Level(nn.Module):
             h, _ = layer(h)
         return self.split(h)[0]
 
-# %% ../nbs/15_glow.ipynb #db596126
+# %% ../nbs/15_glow.ipynb #956b84b0
 class _Chain(nn.Module):
     "All levels: values of images to latents and back."
 
@@ -294,6 +294,12 @@ class _Chain(nn.Module):
         with _full_precision(pairs[0][0].device):
             return [level.split.moments(passed) for level, (passed, _) in zip(self.levels, pairs)]
 
+    def codes(self, h: Tensor, whitened: bool) -> list[Tensor]:
+        pairs, _ = self(h)
+        if not whitened:
+            return [z for _, z in pairs]
+        return [(z - m) * (-s).exp() for (_, z), (m, s) in zip(pairs, self.moments(pairs))]
+
     def inverse(self, latents: Sequence[Tensor], whitened: bool) -> Tensor:
         h = torch.zeros_like(latents[-1][:, :1])
         with _full_precision(h.device):
@@ -309,10 +315,7 @@ class _Chain(nn.Module):
         priors = [_log_normal(z, *m) for (_, z), m in zip(pairs, self.moments(pairs))]
         return logdet + sum(priors)  # Eq. 1
 
-    def started(self) -> bool:
-        return all(m.initialised for m in self.modules() if isinstance(m, ActNorm))
-
-# %% ../nbs/15_glow.ipynb #f66b0234
+# %% ../nbs/15_glow.ipynb #f1eb783d
 def _rim(shape: Sequence[int], levels: int) -> tuple[int, int, int, int]:
     "Pixels to add left, right, above and below, so that both sides can be halved `levels` times."
     unit = 2**levels
@@ -325,20 +328,41 @@ def _rim(shape: Sequence[int], levels: int) -> tuple[int, int, int, int]:
     down, right = (-side % unit for side in shape[1:])
     return right // 2, right - right // 2, down // 2, down - down // 2
 
-# %% ../nbs/15_glow.ipynb #496e2381
+# %% ../nbs/15_glow.ipynb #1dd755a0
 def _latent_shapes(shape: Sequence[int], levels: int) -> list[tuple[int, int, int]]:
     "Shapes of the latents of each level for a canvas (C, H, W), the finest first."
     c, h, w = shape
     shapes = [(c * 2**i, h >> i, w >> i) for i in range(1, levels + 1)]
     return [*shapes[:-1], (2 * shapes[-1][0], *shapes[-1][1:])]
 
-
+# %% ../nbs/15_glow.ipynb #7e98b699
 def _check_latents(latents: Sequence[Tensor], shapes: list[tuple[int, int, int]]) -> None:
     if [tuple(z.shape[1:]) for z in latents] != shapes or len({len(z) for z in latents}) != 1:
         raise ValueError(f"expected latents of {shapes} for each image, got "
                          f"{[tuple(z.shape) for z in latents]}: pass what encode returns")
 
-# %% ../nbs/15_glow.ipynb #d32dd57b
+
+def _check_shape(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tuple(x.shape[1:]) != shape or x.dtype != dtype:
+        raise ValueError(f"expected {dtype} images (B, {', '.join(map(str, shape))}), got {x.dtype} "
+                         f"{tuple(x.shape)}: build Glow(shape) for this shape, convert this type")
+
+# %% ../nbs/15_glow.ipynb #c0691ffe
+def _started(chain: nn.Module) -> bool:
+    "Whether every ActNorm has seen its first batch."
+    return all(m.initialised for m in chain.modules() if isinstance(m, ActNorm))
+
+
+def _bits(log_density: Tensor, n: int) -> Tensor:
+    "Bits for each of n values, Eq. 7."
+    return (n * math.log(256) - log_density) / (n * math.log(2))
+
+# %% ../nbs/15_glow.ipynb #629342ac
+def _normal(like: Tensor, temperature: float, generator: Randomness) -> Tensor:
+    "Normal draws of the shape of `like`, their deviation the temperature."
+    return temperature * torch.special.ndtri(uniform(like, generator).clamp(1e-7, 1 - 1e-7))
+
+# %% ../nbs/15_glow.ipynb #24cc9e52
 class Glow(nn.Module):
     "An invertible network between images in [0, 1] and latents (Kingma and Dhariwal 2018)."
 
@@ -359,10 +383,7 @@ class Glow(nn.Module):
 
     def _canvas(self, x: Tensor) -> Tensor:
         "The images with their rim."
-        own = self.chain.levels[0].split.prior.weight.dtype
-        if tuple(x.shape[1:]) != self.shape or x.dtype != own:
-            raise ValueError(f"expected {own} images (B, {', '.join(map(str, self.shape))}), got {x.dtype} "
-                             f"{tuple(x.shape)}: build Glow(shape) for this shape, convert this type")
+        _check_shape(x, self.shape, next(self.parameters()).dtype)
         return F.pad(x, self.rim)
 
     def encode(
@@ -372,10 +393,7 @@ class Glow(nn.Module):
         whitened: bool = False,  # Latents as standard normal numbers, not as they leave the chain
     ) -> list[Tensor]:  # Latents of each level, the finest first: (B, *latent_shapes[i])
         "The code of each image."
-        pairs, _ = self.chain(self._canvas(x) - 0.5)
-        if not whitened:
-            return [z for _, z in pairs]
-        return [(z - mean) * (-log_std).exp() for (_, z), (mean, log_std) in zip(pairs, self.chain.moments(pairs))]
+        return self.chain.codes(self._canvas(x) - 0.5, whitened)
 
     def decode(
         self,
@@ -400,11 +418,10 @@ class Glow(nn.Module):
         generator: Randomness = None,  # Of the noise: one generator, or one per image
     ) -> Tensor:  # Bits for each value of the image with its rim (B,): the loss of training
         "Bits per value of dequantised images (Eq. 7); also what calling the flow returns."
-        if self.training and not self.chain.started():
+        if self.training and not _started(self.chain):
             raise ValueError("the flow has not started: call initialise(first_batch) before training")
         canvas = dequantise(self._canvas(x), generator)
-        n = canvas[0].numel()
-        return (n * math.log(256) - self.chain.log_density(canvas - 0.5)) / (n * math.log(2))
+        return _bits(self.chain.log_density(canvas - 0.5), canvas[0].numel())
 
     forward = bits_per_dim
 
@@ -430,12 +447,11 @@ class Glow(nn.Module):
         "Draw images, from the coarsest latents to the finest."
         if n < 1 or not 0 <= temperature < math.inf:
             raise ValueError(f"expected n >= 1 and a temperature >= 0, got {n} and {temperature}")
-        own = self.chain.levels[0].split.prior.weight
-        draws = [uniform(own.new_empty(n, *shape), generator) for shape in self.latent_shapes]
-        normal = [temperature * torch.special.ndtri(u.clamp(1e-7, 1 - 1e-7)) for u in draws]
-        return self.decode(normal, whitened=True).clamp(0, 1)
+        like = [next(self.parameters()).new_empty(n, *shape) for shape in self.latent_shapes]
+        draws = [_normal(z, temperature, generator) for z in like]
+        return self.decode(draws, whitened=True).clamp(0, 1)
 
-# %% ../nbs/15_glow.ipynb #02e03b37
+# %% ../nbs/15_glow.ipynb #609ce8ce
 @torch.no_grad()
 def round_trip_error(
     flow: Glow,  # Trained or not
