@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Squeeze', 'ActNorm', 'InvertibleConv', 'AffineCoupling', 'Split', 'dequantise', 'Glow', 'round_trip_error']
 
-# %% ../nbs/15_glow.ipynb #aadb5b44
+# %% ../nbs/15_glow.ipynb #7f51a6f1
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .randomness import Randomness, uniform
 from .threats import check_images
 
-# %% ../nbs/15_glow.ipynb #89d1d25d
+# %% ../nbs/15_glow.ipynb #4565f3ce
 class Squeeze(nn.Module):
     "Each square of 2 x 2 pixels becomes four channels of one pixel."
 
@@ -36,7 +36,7 @@ class Squeeze(nn.Module):
     ) -> Tensor:  # (B, C, 2 H, 2 W)
         return F.pixel_shuffle(h, 2)
 
-# %% ../nbs/15_glow.ipynb #c4c3e82b
+# %% ../nbs/15_glow.ipynb #a7bcece1
 class ActNorm(nn.Module):
     "Shift and scale each channel; the first batch decides where they start (Glow section 3.1)."
 
@@ -79,7 +79,7 @@ class ActNorm(nn.Module):
     ) -> Tensor:  # The same shape
         return h * (-self.log_scale).exp() - self.bias
 
-# %% ../nbs/15_glow.ipynb #84f939ac
+# %% ../nbs/15_glow.ipynb #46daedfc
 class InvertibleConv(nn.Module):
     "A 1 x 1 convolution whose matrix is kept as triangular factors (Glow section 3.2)."
 
@@ -90,7 +90,7 @@ class InvertibleConv(nn.Module):
         super().__init__()
         rotation = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64)).Q
         factors = torch.linalg.lu(rotation)
-        permutation, lower, upper = (f.float().contiguous() for f in factors)  # LAPACK's are transposed
+        permutation, lower, upper = (f.float().contiguous() for f in factors)
         diagonal = upper.diagonal()
         self.register_buffer("permutation", permutation)
         self.register_buffer("sign", diagonal.sign())
@@ -122,7 +122,7 @@ class InvertibleConv(nn.Module):
         back = torch.linalg.solve_triangular(upper, half, upper=True).to(h.dtype)
         return (back @ h.flatten(2)).view_as(h)
 
-# %% ../nbs/15_glow.ipynb #4fda705b
+# %% ../nbs/15_glow.ipynb #59a98e49
 class _ZeroConv(nn.Conv2d):
     "A 3 x 3 convolution that starts at zero, each output channel times exp(3 k) with k learned."
 
@@ -135,7 +135,7 @@ class _ZeroConv(nn.Conv2d):
     def forward(self, h: Tensor) -> Tensor:
         return super().forward(h) * (3 * self.log_gain).exp()
 
-# %% ../nbs/15_glow.ipynb #7a0e7d33
+# %% ../nbs/15_glow.ipynb #aa6905ef
 class AffineCoupling(nn.Module):
     "The first half of the channels decides on shift and scale of the second (Glow section 3.3)."
 
@@ -173,13 +173,13 @@ class AffineCoupling(nn.Module):
         log_scale, t = self._decide(a)
         return torch.cat([a, b * (-log_scale).exp() - t], dim=1)
 
-# %% ../nbs/15_glow.ipynb #14a2edbe
+# %% ../nbs/15_glow.ipynb #7f2946ad
 def _log_normal(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     "Log-density of independent normal values, summed for each image (B,)."
     each = -0.5 * ((z - mean) * (-log_std).exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
     return each.flatten(1).sum(1)
 
-# %% ../nbs/15_glow.ipynb #056f8040
+# %% ../nbs/15_glow.ipynb #186d99b5
 class Split(nn.Module):
     "Half of the channels go on, half become latents with a learned normal prior."
 
@@ -215,9 +215,9 @@ class Split(nn.Module):
         mean, log_std = self.prior(passed).chunk(2, dim=1)
         return mean, log_std
 
-# %% ../nbs/15_glow.ipynb #cba1cdac
+# %% ../nbs/15_glow.ipynb #771d0d9c
 def dequantise(
-    x: Tensor,  # Images (B, C, H, W) in [0, 1]; values between grey levels are rounded to the nearest
+    x: Tensor,  # Images (B, C, H, W) in [0, 1]; the nearest grey level counts
     generator: Randomness = None,  # One generator, or one per image
 ) -> Tensor:  # Images in [0, 1), each value uniform in its bin of width 1/256
     "Spread every grey level over its bin (Eq. 6)."
@@ -225,7 +225,7 @@ def dequantise(
     within = uniform(x, generator) * (1 - 2**-16)  # single precision would round 255.999999 up
     return ((255 * x).round() + within) / 256
 
-# %% ../nbs/15_glow.ipynb #47af00e4
+# %% ../nbs/15_glow.ipynb #31d147d0
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
     "No autocast and no TF32 in a `with` block: both directions must round alike."
@@ -239,7 +239,7 @@ def _full_precision(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(matmul)
         torch.backends.cudnn.allow_tf32 = conv
 
-# %% ../nbs/15_glow.ipynb #4081d201
+# %% ../nbs/15_glow.ipynb #acf355e6
 class _Level(nn.Module):
     "Squeeze and several steps, with the split that follows them."
 
@@ -270,7 +270,7 @@ class _Level(nn.Module):
             h, _ = layer(h)
         return self.split(h)[0]
 
-# %% ../nbs/15_glow.ipynb #e29a06f9
+# %% ../nbs/15_glow.ipynb #98edfdb5
 class _Chain(nn.Module):
     "All levels: values of images to latents and back."
 
@@ -315,7 +315,7 @@ class _Chain(nn.Module):
         priors = [_log_normal(z, *m) for (_, z), m in zip(pairs, self.moments(pairs))]
         return logdet + sum(priors)  # Eq. 1
 
-# %% ../nbs/15_glow.ipynb #94d14437
+# %% ../nbs/15_glow.ipynb #a5382d79
 def _rim(shape: Sequence[int], levels: int) -> tuple[int, int, int, int]:
     "Pixels to add left, right, above and below, so that both sides can be halved `levels` times."
     unit = 2**levels
@@ -328,14 +328,14 @@ def _rim(shape: Sequence[int], levels: int) -> tuple[int, int, int, int]:
     down, right = (-side % unit for side in shape[1:])
     return right // 2, right - right // 2, down // 2, down - down // 2
 
-# %% ../nbs/15_glow.ipynb #a7217062
+# %% ../nbs/15_glow.ipynb #81f0840c
 def _latent_shapes(shape: Sequence[int], levels: int) -> list[tuple[int, int, int]]:
     "Shapes of the latents of each level for a canvas (C, H, W), the finest first."
     c, h, w = shape
     shapes = [(c * 2**i, h >> i, w >> i) for i in range(1, levels + 1)]
     return [*shapes[:-1], (2 * shapes[-1][0], *shapes[-1][1:])]
 
-# %% ../nbs/15_glow.ipynb #96f7aa21
+# %% ../nbs/15_glow.ipynb #da85edad
 def _check_latents(latents: Sequence[Tensor], shapes: list[tuple[int, int, int]]) -> None:
     if [tuple(z.shape[1:]) for z in latents] != shapes or len({len(z) for z in latents}) != 1:
         raise ValueError(f"expected latents of {shapes} for each image, got "
@@ -344,10 +344,11 @@ def _check_latents(latents: Sequence[Tensor], shapes: list[tuple[int, int, int]]
 
 def _check_shape(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if tuple(x.shape[1:]) != shape or x.dtype != dtype:
-        raise ValueError(f"expected {dtype} images (B, {', '.join(map(str, shape))}), got {x.dtype} "
-                         f"{tuple(x.shape)}: build Glow(shape) for this shape, convert this type")
+        wanted, got = ", ".join(map(str, shape)), f"{x.dtype} {tuple(x.shape)}"
+        raise ValueError(f"expected {dtype} images (B, {wanted}), got {got}: build Glow(shape) "
+                         "for this shape, and convert the type")
 
-# %% ../nbs/15_glow.ipynb #c40b6fbd
+# %% ../nbs/15_glow.ipynb #676f99f5
 def _started(chain: nn.Module) -> bool:
     "Whether every ActNorm has seen its first batch."
     return all(m.initialised for m in chain.modules() if isinstance(m, ActNorm))
@@ -357,18 +358,18 @@ def _bits(log_density: Tensor, n: int) -> Tensor:
     "Bits for each of n values, Eq. 7."
     return (n * math.log(256) - log_density) / (n * math.log(2))
 
-# %% ../nbs/15_glow.ipynb #9f77dbc7
+# %% ../nbs/15_glow.ipynb #6b08f4f6
 def _normal(like: Tensor, temperature: float, generator: Randomness) -> Tensor:
     "Normal draws of the shape of `like`, their deviation the temperature."
     return temperature * torch.special.ndtri(uniform(like, generator).clamp(1e-7, 1 - 1e-7))
 
-# %% ../nbs/15_glow.ipynb #2c4ba6f2
+# %% ../nbs/15_glow.ipynb #86379b3e
 class Glow(nn.Module):
     "An invertible network between images in [0, 1] and latents (Kingma and Dhariwal 2018)."
 
     def __init__(
         self,
-        shape: Sequence[int] = (3, 32, 32),  # Of one image, (C, H, W); a rim of zeros is added inside
+        shape: Sequence[int] = (3, 32, 32),  # (C, H, W) of an image; the rim is added inside
         *,
         levels: int = 4,  # Squeezes (IJSAT appendix A.1)
         steps: int = 8,  # Steps in each level (IJSAT appendix A.1)
@@ -388,7 +389,7 @@ class Glow(nn.Module):
 
     def encode(
         self,
-        x: Tensor,  # Images (B, C, H, W) as they are, without noise; values outside [0, 1] have codes too
+        x: Tensor,  # Images (B, C, H, W) as they are, without noise; not only in [0, 1]
         *,
         whitened: bool = False,  # Latents as standard normal numbers, not as they leave the chain
     ) -> list[Tensor]:  # Latents of each level, the finest first: (B, *latent_shapes[i])
@@ -419,7 +420,7 @@ class Glow(nn.Module):
     ) -> Tensor:  # Bits for each value of the image with its rim (B,): the loss of training
         "Bits per value of dequantised images (Eq. 7); also what calling the flow returns."
         if self.training and not _started(self.chain):
-            raise ValueError("the flow has not started: call initialise(first_batch) before training")
+            raise ValueError("the flow has not started: call initialise(first_batch) first")
         canvas = dequantise(self._canvas(x), generator)
         return _bits(self.chain.log_density(canvas - 0.5), canvas[0].numel())
 
@@ -431,7 +432,7 @@ class Glow(nn.Module):
         x: Tensor,  # First batch of training images (B, C, H, W) in [0, 1], from bytes
         generator: Randomness = None,  # Of the noise
     ) -> None:  # Nothing; a flow that has started, also one from a file, is left alone
-        "Start every ActNorm. With several processes: before they share the flow, so that copies agree."
+        "Start every ActNorm; with several processes, before they share the flow."
         h = dequantise(self._canvas(x), generator) - 0.5
         with _full_precision(x.device):
             for level in self.chain.levels:
@@ -441,7 +442,7 @@ class Glow(nn.Module):
     def sample(
         self,
         n: int,  # Images wanted
-        temperature: float = 0.7,  # Factor on every deviation, at least 0; 0 gives the mode (Glow: 0.7)
+        temperature: float = 0.7,  # Factor on every deviation (Glow: 0.7); 0 gives the mode
         generator: Randomness = None,  # One generator, or one per image
     ) -> Tensor:  # Images (n, C, H, W), clamped to [0, 1]
         "Draw images, from the coarsest latents to the finest."
@@ -451,7 +452,7 @@ class Glow(nn.Module):
         draws = [_normal(z, temperature, generator) for z in like]
         return self.decode(draws, whitened=True).clamp(0, 1)
 
-# %% ../nbs/15_glow.ipynb #15fa0df6
+# %% ../nbs/15_glow.ipynb #7f7085dd
 @torch.no_grad()
 def round_trip_error(
     flow: Glow,  # Trained or not

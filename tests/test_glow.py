@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from jat_nb.glow import (ActNorm, AffineCoupling, Glow, InvertibleConv, Split, Squeeze, dequantise,
                          round_trip_error)
-from jat_nb.models import read_tensors, write_tensors
+from jat_nb.models import frozen, read_tensors, write_tensors
 from jat_nb.randomness import image_generators
 
 
@@ -382,6 +382,17 @@ def test_half_precision_stays_outside():
     with torch.autocast("cpu", torch.bfloat16):
         assert round_trip_error(flow, x).max() <= 1e-4
         assert flow.encode(x)[0].dtype == torch.float32 and flow.log_prob(x).dtype == torch.float32
+
+
+def test_a_frozen_flow_is_left_as_it_was():
+    flow, x = small().train(), images()
+    before = copy.deepcopy(flow.state_dict())
+    with frozen(flow):
+        z = [t.requires_grad_() for t in flow.encode(x)]
+        grads = torch.autograd.grad(flow.decode(z).sum(), z)
+    assert all(g.any() for g in grads) and flow.training
+    assert all(p.requires_grad and p.grad is None for p in flow.parameters())
+    assert all(torch.equal(before[k], v) for k, v in flow.state_dict().items())
 
 
 def test_matmul_precision_is_put_back():
