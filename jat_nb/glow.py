@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Squeeze', 'ActNorm', 'InvertibleConv', 'AffineCoupling', 'Split', 'dequantise', 'Glow', 'round_trip_error']
 
-# %% ../nbs/15_glow.ipynb #7f51a6f1
+# %% ../nbs/15_glow.ipynb #206781d1
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .randomness import Randomness, uniform
 from .threats import check_images
 
-# %% ../nbs/15_glow.ipynb #4565f3ce
+# %% ../nbs/15_glow.ipynb #bfaa1cfe
 class Squeeze(nn.Module):
     "Each square of 2 x 2 pixels becomes four channels of one pixel."
 
@@ -36,7 +36,7 @@ class Squeeze(nn.Module):
     ) -> Tensor:  # (B, C, 2 H, 2 W)
         return F.pixel_shuffle(h, 2)
 
-# %% ../nbs/15_glow.ipynb #a7bcece1
+# %% ../nbs/15_glow.ipynb #8743470a
 class ActNorm(nn.Module):
     "Shift and scale each channel; the first batch decides where they start (Glow section 3.1)."
 
@@ -79,7 +79,7 @@ class ActNorm(nn.Module):
     ) -> Tensor:  # The same shape
         return h * (-self.log_scale).exp() - self.bias
 
-# %% ../nbs/15_glow.ipynb #46daedfc
+# %% ../nbs/15_glow.ipynb #ea8de601
 class InvertibleConv(nn.Module):
     "A 1 x 1 convolution whose matrix is kept as triangular factors (Glow section 3.2)."
 
@@ -122,7 +122,7 @@ class InvertibleConv(nn.Module):
         back = torch.linalg.solve_triangular(upper, half, upper=True).to(h.dtype)
         return (back @ h.flatten(2)).view_as(h)
 
-# %% ../nbs/15_glow.ipynb #59a98e49
+# %% ../nbs/15_glow.ipynb #1715795a
 class _ZeroConv(nn.Conv2d):
     "A 3 x 3 convolution that starts at zero, each output channel times exp(3 k) with k learned."
 
@@ -135,7 +135,7 @@ class _ZeroConv(nn.Conv2d):
     def forward(self, h: Tensor) -> Tensor:
         return super().forward(h) * (3 * self.log_gain).exp()
 
-# %% ../nbs/15_glow.ipynb #aa6905ef
+# %% ../nbs/15_glow.ipynb #d14eabdb
 class AffineCoupling(nn.Module):
     "The first half of the channels decides on shift and scale of the second (Glow section 3.3)."
 
@@ -173,13 +173,13 @@ class AffineCoupling(nn.Module):
         log_scale, t = self._decide(a)
         return torch.cat([a, b * (-log_scale).exp() - t], dim=1)
 
-# %% ../nbs/15_glow.ipynb #7f2946ad
+# %% ../nbs/15_glow.ipynb #4f54abd3
 def _log_normal(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     "Log-density of independent normal values, summed for each image (B,)."
     each = -0.5 * ((z - mean) * (-log_std).exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
     return each.flatten(1).sum(1)
 
-# %% ../nbs/15_glow.ipynb #186d99b5
+# %% ../nbs/15_glow.ipynb #602dc73c
 class Split(nn.Module):
     "Half of the channels go on, half become latents with a learned normal prior."
 
@@ -215,7 +215,7 @@ class Split(nn.Module):
         mean, log_std = self.prior(passed).chunk(2, dim=1)
         return mean, log_std
 
-# %% ../nbs/15_glow.ipynb #771d0d9c
+# %% ../nbs/15_glow.ipynb #9f2fa991
 def dequantise(
     x: Tensor,  # Images (B, C, H, W) in [0, 1]; the nearest grey level counts
     generator: Randomness = None,  # One generator, or one per image
@@ -225,7 +225,7 @@ def dequantise(
     within = uniform(x, generator) * (1 - 2**-16)  # single precision would round 255.999999 up
     return ((255 * x).round() + within) / 256
 
-# %% ../nbs/15_glow.ipynb #31d147d0
+# %% ../nbs/15_glow.ipynb #32db9dbb
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
     "No autocast and no TF32 in a `with` block: both directions must round alike."
@@ -239,7 +239,7 @@ def _full_precision(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(matmul)
         torch.backends.cudnn.allow_tf32 = conv
 
-# %% ../nbs/15_glow.ipynb #acf355e6
+# %% ../nbs/15_glow.ipynb #3bbd30fa
 class _Level(nn.Module):
     "Squeeze and several steps, with the split that follows them."
 
@@ -270,7 +270,7 @@ class _Level(nn.Module):
             h, _ = layer(h)
         return self.split(h)[0]
 
-# %% ../nbs/15_glow.ipynb #98edfdb5
+# %% ../nbs/15_glow.ipynb #7bcc781f
 class _Chain(nn.Module):
     "All levels: values of images to latents and back."
 
@@ -315,7 +315,7 @@ class _Chain(nn.Module):
         priors = [_log_normal(z, *m) for (_, z), m in zip(pairs, self.moments(pairs))]
         return logdet + sum(priors)  # Eq. 1
 
-# %% ../nbs/15_glow.ipynb #a5382d79
+# %% ../nbs/15_glow.ipynb #9dd251e3
 def _rim(shape: Sequence[int], levels: int) -> tuple[int, int, int, int]:
     "Pixels to add left, right, above and below, so that both sides can be halved `levels` times."
     unit = 2**levels
@@ -328,14 +328,14 @@ def _rim(shape: Sequence[int], levels: int) -> tuple[int, int, int, int]:
     down, right = (-side % unit for side in shape[1:])
     return right // 2, right - right // 2, down // 2, down - down // 2
 
-# %% ../nbs/15_glow.ipynb #81f0840c
+# %% ../nbs/15_glow.ipynb #2972951a
 def _latent_shapes(shape: Sequence[int], levels: int) -> list[tuple[int, int, int]]:
     "Shapes of the latents of each level for a canvas (C, H, W), the finest first."
     c, h, w = shape
     shapes = [(c * 2**i, h >> i, w >> i) for i in range(1, levels + 1)]
     return [*shapes[:-1], (2 * shapes[-1][0], *shapes[-1][1:])]
 
-# %% ../nbs/15_glow.ipynb #da85edad
+# %% ../nbs/15_glow.ipynb #5d31f9e2
 def _check_latents(latents: Sequence[Tensor], shapes: list[tuple[int, int, int]]) -> None:
     if [tuple(z.shape[1:]) for z in latents] != shapes or len({len(z) for z in latents}) != 1:
         raise ValueError(f"expected latents of {shapes} for each image, got "
@@ -348,7 +348,7 @@ def _check_shape(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         raise ValueError(f"expected {dtype} images (B, {wanted}), got {got}: build Glow(shape) "
                          "for this shape, and convert the type")
 
-# %% ../nbs/15_glow.ipynb #676f99f5
+# %% ../nbs/15_glow.ipynb #fb3f4174
 def _started(chain: nn.Module) -> bool:
     "Whether every ActNorm has seen its first batch."
     return all(m.initialised for m in chain.modules() if isinstance(m, ActNorm))
@@ -358,12 +358,12 @@ def _bits(log_density: Tensor, n: int) -> Tensor:
     "Bits for each of n values, Eq. 7."
     return (n * math.log(256) - log_density) / (n * math.log(2))
 
-# %% ../nbs/15_glow.ipynb #6b08f4f6
+# %% ../nbs/15_glow.ipynb #24641e63
 def _normal(like: Tensor, temperature: float, generator: Randomness) -> Tensor:
     "Normal draws of the shape of `like`, their deviation the temperature."
     return temperature * torch.special.ndtri(uniform(like, generator).clamp(1e-7, 1 - 1e-7))
 
-# %% ../nbs/15_glow.ipynb #86379b3e
+# %% ../nbs/15_glow.ipynb #a94d6d58
 class Glow(nn.Module):
     "An invertible network between images in [0, 1] and latents (Kingma and Dhariwal 2018)."
 
@@ -452,7 +452,7 @@ class Glow(nn.Module):
         draws = [_normal(z, temperature, generator) for z in like]
         return self.decode(draws, whitened=True).clamp(0, 1)
 
-# %% ../nbs/15_glow.ipynb #7f7085dd
+# %% ../nbs/15_glow.ipynb #791b2087
 @torch.no_grad()
 def round_trip_error(
     flow: Glow,  # Trained or not
