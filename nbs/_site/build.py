@@ -31,7 +31,8 @@ import links
 import pages
 from book import NOTEBOOKS, ROOT, SITE, Book, BuildError, settings
 
-PLAIN = re.compile(r'<span class="[npw]">([^<]*)</span>')
+PLAIN = re.compile(r'<span class="(?:[npw]|pre)">([^<]*)</span>')
+CELL = re.compile(r'<(t[dh])([^>]*)><p>((?:(?!</?p).)*)</p>\s*</\1>', re.S)  # a table cell that is one paragraph
 
 DOCS, README = ROOT / "docs", ROOT / "README.md"
 
@@ -65,15 +66,16 @@ def shrink(path: Path) -> None:
     "Store a figure with at most 256 colours where the eye sees no difference, else as it is but packed tighter."
     full = Image.open(path).convert("RGB")
     few = full.quantize(256, dither=Image.Dither.NONE)
-    off = ImageChops.difference(full, few.convert("RGB")).convert("L").point(lambda v: 255 * (v > 8))
-    visible = ImageStat.Stat(off).mean[0] / 255  # share of pixels that are off by more than 8 of 255
-    (few if visible < 0.005 else full).save(path, optimize=True)
+    off = ImageChops.difference(full, few.convert("RGB")).convert("L").point(lambda v: 255 * (v > 16))
+    visible = ImageStat.Stat(off).mean[0] / 255  # share of pixels that are off by more than 16 of 255
+    (few if visible < 0.05 else full).save(path, optimize=True)
 
 
 def lighten(path: Path) -> None:
-    "Take the marks off names, punctuation and white space in code: they have the colour of plain code anyway."
-    text = path.read_text(encoding="utf-8")
-    path.write_text(PLAIN.sub(r"\1", text), encoding="utf-8")
+    "Take off marks that change nothing: of names and white space in code, of inline code, of lone paragraphs in tables."
+    text = PLAIN.sub(r"\1", path.read_text(encoding="utf-8"))
+    text = text.replace('class="docutils literal notranslate"', 'class="literal"')
+    path.write_text(CELL.sub(r"<\1\2>\3</\1>", text), encoding="utf-8")
 
 
 def run_sphinx(source: Path, site: Path, doctrees: Path) -> None:
