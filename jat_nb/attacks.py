@@ -267,4 +267,5 @@ class Named(Mapping[str, Callable[..., Any]]):
 ATTACKS = Named({f.__name__: f for f in (fgsm, pgd, mi_fgsm, ggsm, one_pass, cascade, double_pass)}
                 | {name: f"jat_nb.spatial:{name}" for name in ("affine", "integrated")}
                 | {name: f"jat_nb.rigid:{name}" for name in ("rigid", "rand_adv", "grid_adv",
-                                                             "worst_of_k", "pgd_plus", "grid_plus")})  # for recipes
+                                                             "worst_of_k", "pgd_plus", "grid_plus")}
+                | {name: f"jat_nb.unseen:{name}" for name in ("elastic", "jpeg", "fog", "snow", "gabor")})  # for recipes
