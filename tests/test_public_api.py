@@ -28,6 +28,7 @@ PROMISED = {
     "ascent": "Adversarial ascend assemble plan",
     "attacks": "Adversarial ascend chain fgsm pgd mi_fgsm ggsm one_pass cascade double_pass Named",
     "risks": "Risks risks",
+    "unseen": "Elastic elastic JPEG jpeg Fog fog Snow snow Gabor gabor unseen_attacks avg_accuracy",
     "rigid": "Rigid search rigid_grid rand_adv grid_adv worst_of_k rigid pgd_plus grid_plus",
     "objectives": "natural adversarial jat attacked_losses average maximum WithMemory roles networks OBJECTIVES",
     "semi_supervised": "srt klr trades guessed rst uat",
