@@ -253,10 +253,8 @@ def test_flakes_lie_on_seven_grids():
     flakes[5, 3, 4] = 0.5  # third grid that begins below the corner: row 4 * 3 + 2, column 4 * 4
     seen, shape = threat.snow(x, p)[0, 0], unseen._flake_shapes(p[:, -22:])[0, 5]
     assert_close(seen[8:21, 10:23], 0.5**4 * shape, rtol=0, atol=1e-6)
-    assert shape[6, 6] == 1 and_symmetric(shape) and shape.max() == 1 and 5 <= shape.sum() <= 60
-
-
-def and_symmetric(kernel): return torch.allclose(kernel, kernel.flip(0, 1), atol=1e-6)
+    assert shape[6, 6] == shape.max() == 1 and 5 <= shape.sum() <= 60
+    assert_close(shape, shape.flip(0, 1))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
