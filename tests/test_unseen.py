@@ -17,6 +17,8 @@ from jat_nb import unseen
 from jat_nb.ascent import ascend
 from jat_nb.attacks import ATTACKS, pgd
 from jat_nb.contract import check_attack
+from jat_nb.data import default_budget
+from jat_nb.own_pictures import attack_pictures
 from jat_nb.randomness import image_generators
 from jat_nb.threats import Flow, Pixel, apply_chain
 from jat_nb.unseen import JPEG, Elastic, Fog, Gabor, Snow, avg_accuracy, unseen_attacks
@@ -343,3 +345,12 @@ def test_printed_averages(table):
 @pytest.mark.parametrize("columns", [[], ["AA", "AA"], ["AA", "Rain"], "AA"])
 def test_averages_refuse_columns_that_are_none(columns):
     with pytest.raises(ValueError, match="each once"): avg_accuracy({"AA": 1.0, "A": 2.0}, columns)
+
+
+@pytest.mark.parametrize("attack", ["elastic", "integrated", "snow"])
+def test_own_pictures_take_every_attack(attack, tmp_path):
+    x, y = torch.rand(2, 3, 16, 16, generator=seeded()), torch.tensor([0, 1])
+    rows = attack_pictures(net(3), x, y, ["a", "b"], tmp_path, attack=attack, budget=default_budget("cifar10"), steps=3)
+    assert all(row["within_budget_before_rounding"] for row in rows)
+    flows = {"a-flow.png", "b-flow.png"} if attack != "snow" else set()
+    assert {p.name for p in tmp_path.iterdir()} == {"a-adv.png", "b-adv.png"} | flows
