@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Elastic', 'elastic', 'JPEG', 'jpeg', 'Fog', 'fog', 'Snow', 'snow', 'Gabor', 'gabor', 'unseen_attacks', 'avg_accuracy']
 
-# %% ../nbs/18_unseen.ipynb #43a4eaa0
+# %% ../nbs/18_unseen.ipynb #536e9b47
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from .randomness import Randomness, uniform
 from .threats import _ROUNDING, Flow, _check_budget, _check_norm, _wide
 from .warp import per_image, warp
 
-# %% ../nbs/18_unseen.ipynb #5f20c9f8
+# %% ../nbs/18_unseen.ipynb #1bcaa1b2
 def _smooth(flow: Tensor, sigma: float) -> Tensor:
     "Gaussian mean over the neighbours, reflected at the rim."
     for dim, rim in ((2, (0, 0, 1, 1)), (3, (1, 1, 0, 0))):
@@ -32,7 +32,7 @@ def _smooth(flow: Tensor, sigma: float) -> Tensor:
         flow = sum(w / sum(weights) * padded.narrow(dim, k, size) for k, w in enumerate(weights))
     return flow
 
-# %% ../nbs/18_unseen.ipynb #5d4a9cc5
+# %% ../nbs/18_unseen.ipynb #579112a9
 @dataclass(frozen=True)
 class Elastic(Flow):
     "A rough flow in a box, smoothed before it is used (Kang et al. 2019); all else is a `Flow`."
@@ -49,7 +49,7 @@ class Elastic(Flow):
         "The bent image."
         return warp(x, self.displacement(x, p), padding=self.padding)
 
-# %% ../nbs/18_unseen.ipynb #b94876e5
+# %% ../nbs/18_unseen.ipynb #1eeef956
 def elastic(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -70,7 +70,7 @@ def elastic(
     return ascend(model, x, y, [Elastic(eps_flow, step_flow)], steps=steps, loss=loss, target=target,
                   random_start=random_start, restarts=restarts, keep_best=keep_best, generator=generator, return_info=return_info)
 
-# %% ../nbs/18_unseen.ipynb #77c18eb4
+# %% ../nbs/18_unseen.ipynb #237ad298
 def _block_dct(planes: Tensor, inverse: bool = False) -> Tensor:
     "Orthonormal cosine transform of every 8 x 8 block of planes (B, C, H, W), in float64."
     b, c, h, w = planes.shape
@@ -80,7 +80,7 @@ def _block_dct(planes: Tensor, inverse: bool = False) -> Tensor:
     blocks, basis = planes.double().reshape(b, c, h // 8, 8, w // 8, 8), basis.T if inverse else basis
     return torch.einsum("ki,bchiwj,lj->bchkwl", basis, blocks, basis).reshape(b, c, h, w)
 
-# %% ../nbs/18_unseen.ipynb #4c1ac1b7
+# %% ../nbs/18_unseen.ipynb #7ee67526
 _LUMA = torch.tensor([[16, 11, 10, 16, 24, 40, 51, 61], [12, 12, 14, 19, 26, 58, 60, 55], [14, 13, 16, 24, 40, 57, 69, 56],
                       [14, 17, 22, 29, 51, 87, 80, 62], [18, 22, 37, 56, 68, 109, 103, 77], [24, 35, 55, 64, 81, 104, 113, 92],
                       [49, 64, 78, 87, 103, 121, 120, 101], [72, 92, 95, 98, 112, 100, 103, 99]])
@@ -109,7 +109,7 @@ def _from_planes(planes: Sequence[Tensor], height: int, width: int) -> Tensor:
         v = torch.einsum("ij,bjhw->bihw", _TO_YCC.inverse().to(v.device), v)
     return v[:, :, :height, :width]
 
-# %% ../nbs/18_unseen.ipynb #5af994c7
+# %% ../nbs/18_unseen.ipynb #0124d3a2
 _MOST = 2.0  # largest entry under the l1 budget (Kang et al. 2019)
 
 
@@ -127,7 +127,7 @@ def _l1_start(like: Tensor, eps: Tensor, generator: Randomness) -> Tensor:
     size = (eps * spacing / spacing.sum(1, keepdim=True))[:, :-1].clamp(max=_MOST)
     return size * (uniform(like, generator) - 0.5).sign()
 
-# %% ../nbs/18_unseen.ipynb #284ea1d7
+# %% ../nbs/18_unseen.ipynb #49cda09f
 @dataclass(frozen=True)
 class JPEG:
     "Move the numbers that a JPEG file stores (Kang et al. 2019)."
@@ -172,7 +172,7 @@ class JPEG:
         largest = p.abs().amax(1)
         return largest <= eps if self.norm == "linf" else (p.double().abs().sum(1) <= eps) & (largest <= _MOST)
 
-# %% ../nbs/18_unseen.ipynb #1f72d247
+# %% ../nbs/18_unseen.ipynb #238b11ca
 def jpeg(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -194,7 +194,7 @@ def jpeg(
     return ascend(model, x, y, [JPEG(eps_quanta, step_quanta, norm)], steps=steps, loss=loss, target=target,
                   random_start=random_start, restarts=restarts, keep_best=keep_best, generator=generator, return_info=return_info)
 
-# %% ../nbs/18_unseen.ipynb #c229f43e
+# %% ../nbs/18_unseen.ipynb #9dc93547
 def _draws(x: Tensor, n: int, random: bool, generator: Randomness) -> Tensor:
     "n uniform numbers for each image (B, n); without randomness the same ones for every image."
     like = _wide(x).new_empty(len(x), n)
@@ -216,7 +216,7 @@ def _finer(coarse: Tensor, rough: Tensor) -> Tensor:
     left = (coarse + down + middle + middle.roll(1, 2)) / 4 + rough[:, 2]
     return torch.stack([torch.stack([coarse, top], 3), torch.stack([left, middle], 3)], dim=2).flatten(3).flatten(1, 2)
 
-# %% ../nbs/18_unseen.ipynb #ee69bf4a
+# %% ../nbs/18_unseen.ipynb #f59c6c6c
 def _side(height: int, width: int) -> int:
     "Smallest power of two that covers the image, at least 2."
     return 2 ** math.ceil(math.log2(max(height, width, 2)))
@@ -232,7 +232,7 @@ def _fog_map(p: Tensor, height: int, width: int) -> Tensor:
     top, left = (side - height) // 2, (side - width) // 2
     return _unit_range(fog[:, None, top:top + height, left:left + width])
 
-# %% ../nbs/18_unseen.ipynb #a7baca88
+# %% ../nbs/18_unseen.ipynb #83d69c2f
 @dataclass(frozen=True)
 class Fog:
     "Cover the image with clouds whose shape is chosen by the adversary (Kang et al. 2019)."
@@ -259,7 +259,7 @@ class Fog:
     def contains(self, base: Tensor, p: Tensor) -> Tensor:  # every number in [0, 1]
         return ((p >= 0) & (p <= 1)).all(1)
 
-# %% ../nbs/18_unseen.ipynb #b4702dec
+# %% ../nbs/18_unseen.ipynb #dcd97945
 def fog(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -280,7 +280,7 @@ def fog(
     return ascend(model, x, y, [Fog(strength, step_fog)], steps=steps, loss=loss, target=target,
                   random_start=random_start, restarts=restarts, keep_best=keep_best, generator=generator, return_info=return_info)
 
-# %% ../nbs/18_unseen.ipynb #0545e99e
+# %% ../nbs/18_unseen.ipynb #25ae0ab1
 def _convolve(maps: Tensor, kernels: Tensor) -> Tensor:
     "Maps (B, K, H, W) with kernels (B, K, k, k) of odd side, zero outside, summed over K: (B, 1, H, W)."
     height, width = maps.shape[2:]
@@ -311,7 +311,7 @@ def _block_mean(flakes: Tensor) -> Tensor:
     mean = F.avg_pool2d(flakes, 8, ceil_mode=True, count_include_pad=False)
     return mean.repeat_interleave(8, 2).repeat_interleave(8, 3)[:, :, :flakes.shape[2], :flakes.shape[3]]
 
-# %% ../nbs/18_unseen.ipynb #be8f3439
+# %% ../nbs/18_unseen.ipynb #87f61ab3
 @dataclass(frozen=True)
 class Snow:
     "Let it snow where it hurts (Kang et al. 2019)."
@@ -364,7 +364,7 @@ class Snow:
         density = _block_mean(self._parts(base, p)[0]).flatten(1).amax(1)
         return (p.amin(1) >= 0) & (p.amax(1) <= 1) & (density <= self.max_density * (1 + _ROUNDING))
 
-# %% ../nbs/18_unseen.ipynb #6bc709af
+# %% ../nbs/18_unseen.ipynb #304d113e
 def snow(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -385,7 +385,7 @@ def snow(
     return ascend(model, x, y, [Snow(strength, step_snow)], steps=steps, loss=loss, target=target,
                   random_start=random_start, restarts=restarts, keep_best=keep_best, generator=generator, return_info=return_info)
 
-# %% ../nbs/18_unseen.ipynb #400d6609
+# %% ../nbs/18_unseen.ipynb #6f903160
 def _gabor_kernels(draws: Tensor) -> Tensor:
     "Waves under a bell, superposed in up to ten directions (B, 1, 23, 23), from four uniform numbers (B, 4)."
     width, waves, angle, sides = draws.view(-1, 4, 1, 1).unbind(1)  # each (B, 1, 1)
@@ -404,7 +404,7 @@ def _even_contrast(v: Tensor) -> Tensor:
     peak = v.abs().amax((1, 2, 3), keepdim=True)
     return _unit_range(v / (0.001 * torch.where(peak > 0, peak, 1) + v.abs()))
 
-# %% ../nbs/18_unseen.ipynb #88f267d2
+# %% ../nbs/18_unseen.ipynb #1fb9c0e5
 @dataclass(frozen=True)
 class Gabor:
     "Ripples around a few points, whose heights the adversary chooses (Kang et al. 2019)."
@@ -445,7 +445,7 @@ class Gabor:
         heights, chosen, _ = self._parts(p)
         return (heights.abs().amax(1) <= 1) & ~(heights.bool() & ~chosen).any(1)
 
-# %% ../nbs/18_unseen.ipynb #35a06ab4
+# %% ../nbs/18_unseen.ipynb #1dcbad83
 def gabor(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -466,7 +466,7 @@ def gabor(
     return ascend(model, x, y, [Gabor(strength, step_gabor)], steps=steps, loss=loss, target=target,
                   random_start=random_start, restarts=restarts, keep_best=keep_best, generator=generator, return_info=return_info)
 
-# %% ../nbs/18_unseen.ipynb #c8e91e12
+# %% ../nbs/18_unseen.ipynb #04455505
 _WEATHER = 0.0316  # step of fog, snow and ripples times the root of the number of steps (Kang et al. 2019)
 _LADDERS: dict[str, tuple[str, dict[str, Any], str, str, tuple[float, ...]]] = {
     "L2": ("pgd", {"norm": "l2"}, "eps", "step", tuple(levels / 255 for levels in (40, 80, 160, 320, 640, 2560))),
@@ -490,7 +490,7 @@ def unseen_attacks(
         columns[column] = [(attack, {**fixed, "steps": steps, budget: value, step: pace}) for value, pace in paces.items()]
     return columns
 
-# %% ../nbs/18_unseen.ipynb #0cbbf941
+# %% ../nbs/18_unseen.ipynb #13eda9f0
 def avg_accuracy(
     row: Mapping[str, float],  # Numbers of one model by column, such as accuracies
     columns: Sequence[str],  # Which of them to average, each once
