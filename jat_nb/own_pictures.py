@@ -90,8 +90,11 @@ def attack_options(
 # %% ../nbs/50_own_pictures.ipynb #66ef321d
 def _write(out: Path, names: Sequence[str], levels: Tensor, found: Adversarial, longest: float) -> None:
     "One PNG for each image, and one for its flow if there is a flow."
-    flows = [p for p in found.params if p.shape[1:] == (2, *levels.shape[2:])]
-    drawn = flow_to_rgb(flows[0].float().cpu(), longest) if flows else []
+    moved = [(threat, p) for threat, p in zip(found.threats, found.params) if p.shape[1:] == (2, *levels.shape[2:])]
+    drawn = []
+    for threat, p in moved[:1]:
+        far = longest * (2**0.5 if threat.norm == "linf" else 1)  # a box reaches further along its diagonal
+        drawn = flow_to_rgb(threat.displacement(found.x_adv, p).float().cpu(), far)
     for kind, images in (("adv", levels.cpu()), ("flow", [(255 * f).round().to(torch.uint8) for f in drawn])):
         for name, image in zip(names, images):
             picture = Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy())
