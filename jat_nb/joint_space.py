@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Latent', 'om_pgd', 'jsa', 'latent_report']
 
-# %% ../nbs/16_joint_space.ipynb #66ef3daa
+# %% ../nbs/16_joint_space.ipynb #939a559e
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,7 @@ from .randomness import Randomness, uniform
 from .threats import Pixel, Threat, _check_budget, _wide
 from .warp import per_image
 
-# %% ../nbs/16_joint_space.ipynb #a7f395b7
+# %% ../nbs/16_joint_space.ipynb #fa0c7b5f
 def _check_glow(flow: nn.Module, levels: Sequence[int] | None) -> None:
     if not all(hasattr(flow, name) for name in ("encode", "decode", "latent_shapes")):
         raise ValueError(f"expected a flow with encode, decode and latent_shapes, got {flow!r}: "
@@ -39,7 +39,7 @@ def _mask(flow: nn.Module, levels: Sequence[int] | None, like: Tensor) -> Tensor
            for level, shape in enumerate(flow.latent_shapes, start=1)]
     return torch.cat(own, dim=1).to(like)
 
-# %% ../nbs/16_joint_space.ipynb #c022dcc5
+# %% ../nbs/16_joint_space.ipynb #16a7c08a
 @dataclass(frozen=True)
 class Latent:
     "Move the latents of each image, every one by at most `eta`, and decode (IJSAT section 3)."
@@ -99,7 +99,7 @@ class Latent:
         "Every latent within its box, latents of other levels unmoved."
         return (p.abs() <= self._limits(p) * (1 + 1e-6)).all(1)
 
-# %% ../nbs/16_joint_space.ipynb #931e48b8
+# %% ../nbs/16_joint_space.ipynb #27c15cf3
 def _climb(model: nn.Module, x: Tensor, y: Tensor, threats: Sequence[Threat], **options: object) -> Tensor | Adversarial:
     found = ascend(model, x, y, threats, **options)
     images = found.x_adv if isinstance(found, Adversarial) else found
@@ -107,7 +107,7 @@ def _climb(model: nn.Module, x: Tensor, y: Tensor, threats: Sequence[Threat], **
         raise ValueError("the flow decoded to numbers that are not finite: choose a smaller eta")
     return found
 
-# %% ../nbs/16_joint_space.ipynb #ed5043ab
+# %% ../nbs/16_joint_space.ipynb #d86aae04
 def om_pgd(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -132,7 +132,7 @@ def om_pgd(
                   target=target, random_start=random_start, restarts=restarts, keep_best=keep_best,
                   generator=generator, return_info=return_info)
 
-# %% ../nbs/16_joint_space.ipynb #b01d8ece
+# %% ../nbs/16_joint_space.ipynb #3096eb8d
 def jsa(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -163,7 +163,7 @@ def jsa(
                   random_start=random_start, restarts=restarts, keep_best=keep_best,
                   generator=generator, return_info=return_info)
 
-# %% ../nbs/16_joint_space.ipynb #ce9ea21f
+# %% ../nbs/16_joint_space.ipynb #2c4e987e
 @torch.no_grad()
 def latent_report(
     flow: nn.Module,  # Glow for images of this shape

@@ -64,6 +64,11 @@ def _check_norm(norm: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"unknown norm {norm!r}: choose one of {', '.join(known)}")
 
 
+def _check_valid(valid: str) -> None:
+    if valid not in ("project", "clamp"):
+        raise ValueError(f"unknown valid={valid!r}: choose project or clamp")
+
+
 def _wide(x: Tensor) -> Tensor:
     "Parameters live in single precision at least."
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -128,13 +133,10 @@ class Pixel:
         _check_norm(self.norm, ("linf", "l2"))
         if self.norm == "linf":
             _check_unit(eps_pixel=self.eps_pixel)
-        if self.valid not in ("project", "clamp"):
-            raise ValueError(f"unknown valid={self.valid!r}: choose project or clamp")
+        _check_valid(self.valid)
 
     @property
-    def needs_base(self) -> bool:
-        "Whether projecting asks for the image that the perturbation is added to."
-        return self.valid == "project"
+    def needs_base(self) -> bool: return self.valid == "project"  # projecting asks for the image
 
     def init(self, x: Tensor, random: bool = True, generator: Randomness = None) -> Tensor:
         "Zeros, or a random start: uniform in the ball, or Gaussian; then projected."
