@@ -143,6 +143,17 @@ class _State:
         params = tuple(pick(a, b) for a, b in zip(self.params, other.params))
         return _State(params, pick(self.loss, other.loss), pick(self.success, other.success))
 
+# %% ../nbs/09_ascent.ipynb #8e7ed237
+def _prepared(threats: Sequence[Threat], x: Tensor) -> list[Threat]:
+    "The same threats, the first with its work on the clean images done."
+    first, *rest = threats
+    return [first.prepare(x) if hasattr(first, "prepare") else first, *rest]
+
+
+def _base(threats: Sequence[Threat], i: int, x: Tensor, params: Sequence[Tensor]) -> Tensor:
+    "The image that threat i acts on; the clean one stands in where only its shape counts."
+    return apply_chain(threats[:i], x, params[:i]) if getattr(threats[i], "needs_base", True) else x
+
 # %% ../nbs/09_ascent.ipynb #d811a46f
 def _unit_l1(g: Tensor) -> Tensor:
     "Gradient with mean absolute value 1 in each image, zero where it is zero."
@@ -159,7 +170,7 @@ def _run(
     best, velocity = None, {}
     for starting, passes in phases:
         for i in starting:
-            params[i] = threats[i].init(apply_chain(threats[:i], x, params[:i]), random_start, generator)
+            params[i] = threats[i].init(_base(threats, i, x, params), random_start, generator)
         for active in passes:
             first = grid_start(threats, active[0])  # what comes before it does not change in this pass
             base = apply_chain(threats[:first], x, params[:first])
@@ -169,7 +180,8 @@ def _run(
                 best = _State(tuple(params), loss, success).best(best)
             for i, g in zip(active, grads):
                 start = grid_start(threats, i)
-                base = base if start == first else apply_chain(threats[:start], x, params[:start])
+                if start != first and getattr(threats[i], "needs_base", True):
+                    base = apply_chain(threats[:start], x, params[:start])
                 if momentum:
                     g = velocity[i] = momentum * velocity.get(i, 0) + _unit_l1(g)
                 params[i] = threats[i].step(params[i], g, base)
@@ -228,7 +240,7 @@ def ascend(
     model = bare(model)
     with torch.inference_mode(False), torch.no_grad(), frozen(model):
         x, y, target = (v if v is None else v.detach().clone() for v in (x, y, target))
-        objective, kept = _Objective(model, y, target, loss), None
+        threats, objective, kept = _prepared(threats, x), _Objective(model, y, target, loss), None
         for _ in range(restarts):
             last, best = _run(objective, x, threats, phases, random_start, keep_best, momentum, generator)
             if restarts > 1 or keep_best:

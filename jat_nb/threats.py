@@ -64,6 +64,11 @@ def _check_norm(norm: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"unknown norm {norm!r}: choose one of {', '.join(known)}")
 
 
+def _check_valid(valid: str) -> None:
+    if valid not in ("project", "clamp"):
+        raise ValueError(f"unknown valid={valid!r}: choose project or clamp")
+
+
 def _wide(x: Tensor) -> Tensor:
     "Parameters live in single precision at least."
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -92,6 +97,15 @@ def _project_boxes(delta: Tensor, eps: float | Tensor, base: Tensor) -> Tensor:
     return delta.clamp(torch.maximum(-eps, -base), torch.minimum(eps, 1 - base))
 
 
+def _project_ball(delta: Tensor, eps: float | Tensor, norm: str) -> Tensor:
+    "The ball alone, wherever its centre is."
+    eps = per_image(eps, delta)
+    if norm == "linf":
+        return torch.minimum(torch.maximum(delta, -eps), eps)
+    length = delta.flatten(1).norm(dim=1).view(-1, *[1] * (delta.ndim - 1))
+    return delta * torch.where(length > eps, eps / length, 1)
+
+
 def _normal(like: Tensor, generator: Randomness) -> Tensor:
     "Standard normal draws of the shape of `like`."
     return torch.special.ndtri(uniform(like, generator).clamp(1e-7, 1 - 1e-7))
@@ -111,6 +125,7 @@ class Pixel:
     step_pixel: float | Tensor = 2 / 255  # step in image units (JAT section 6)
     norm: str = "linf"  # "linf" or "l2"
     start_std: float | None = None  # Gaussian start of this deviation, unit of the budget; None: uniform
+    valid: str = "project"  # how [0, 1] is kept: "project" the perturbation, or "clamp" the sum in `apply`
 
     def __post_init__(self) -> None:
         _check_budget(eps_pixel=self.eps_pixel, step_pixel=self.step_pixel)
@@ -118,6 +133,10 @@ class Pixel:
         _check_norm(self.norm, ("linf", "l2"))
         if self.norm == "linf":
             _check_unit(eps_pixel=self.eps_pixel)
+        _check_valid(self.valid)
+
+    @property
+    def needs_base(self) -> bool: return self.valid == "project"  # projecting asks for the image
 
     def init(self, x: Tensor, random: bool = True, generator: Randomness = None) -> Tensor:
         "Zeros, or a random start: uniform in the ball, or Gaussian; then projected."
@@ -131,12 +150,15 @@ class Pixel:
         return self.project((2 * draws - 1) * per_image(self.eps_pixel, draws), x)
 
     def project(self, p: Tensor, base: Tensor) -> Tensor:
-        "The nearest perturbation within the budget that keeps the image valid."
+        "The nearest perturbation within the budget; one that keeps the image valid, unless `apply` clamps."
+        if self.valid == "clamp":
+            return _project_ball(p, self.eps_pixel, self.norm)
         return (project_ball_box if self.norm == "l2" else _project_boxes)(p, self.eps_pixel, base)
 
     def apply(self, x: Tensor, p: Tensor) -> Tensor:
         "Sum of image and perturbation."
-        return x + p.to(x.dtype)
+        moved = x + p.to(x.dtype)
+        return moved.clamp(0, 1) if self.valid == "clamp" else moved
 
     def step(self, p: Tensor, grad: Tensor, base: Tensor) -> Tensor:
         "Move by the sign of the gradient, or along the gradient for the Euclidean norm; then project."
@@ -144,9 +166,9 @@ class Pixel:
         return self.project(torch.addcmul(p, per_image(self.step_pixel, p), unit), base)
 
     def contains(self, base: Tensor, p: Tensor) -> Tensor:
-        "Within the budget, and base + p in [0, 1]."
+        "Within the budget, and base + p in [0, 1] unless `apply` clamps."
         length = p.flatten(1).norm(dim=1, p=torch.inf if self.norm == "linf" else 2)
-        eps, image = per_image(self.eps_pixel, length), (base + p).flatten(1)
+        eps, image = per_image(self.eps_pixel, length), self.apply(base, p).flatten(1)
         return (length <= eps + _ROUNDING) & (image.amin(1) >= -_ROUNDING) & (image.amax(1) <= 1 + _ROUNDING)
 
 # %% ../nbs/05_threats.ipynb #0be752fb
