@@ -179,7 +179,9 @@ class WithMemory(Protocol):
 OBJECTIVES = Named({"natural": natural, "adversarial": adversarial, "jat": jat, "average": average,
                     "maximum": maximum, "pareto": "jat_nb.pareto:Pareto"}
                    | {name: f"jat_nb.semi_supervised:{name}"
-                      for name in ("srt", "klr", "trades", "rst", "uat")})  # by name, for recipes
+                      for name in ("srt", "klr", "trades", "rst", "uat")}
+                   | {name: f"jat_nb.mixing:{name}"
+                      for name in ("mixup", "robust_mixup", "attack_then_mix", "iat", "mart")})  # by name, for recipes
 
 # %% ../nbs/21_objectives.ipynb #f7eb7cfb
 def roles(

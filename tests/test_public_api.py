@@ -19,7 +19,8 @@ PROMISED = {
     "randomness": "seed_from image_generators uniform",
     "threats": "Pixel Flow Affine apply_chain contains_chain check_images check_labels",
     "data": "ImageSet Unlabelled few_labels load available picture_files read_picture DATASETS default_budget",
-    "batches": "Batch batches num_batches shares crop_flip random_crop_flip resized_crop_flip random_resized_crop_flip AUGMENTATIONS",
+    "batches": "Batch batches num_batches shares crop_flip random_crop_flip resized_crop_flip random_resized_crop_flip "
+               "random_cutout cutout AUGMENTATIONS",
     "models": "NormalizedModel create start_from frozen unwrap bare plain_state check_rebuildable tensor_hash write_tensors read_tensors "
               "save_weights load_weights pretrained zoo",
     "backbones": "SmallCNN PreActBlock PreActResNet PaddedBlock PaddedResNet resnet32_cifar wide_resnet resnet18_cifar",
@@ -34,6 +35,7 @@ PROMISED = {
     "joint_space": "Latent om_pgd jsa latent_report",
     "rigid": "Rigid search rigid_grid rand_adv grid_adv worst_of_k rigid pgd_plus grid_plus",
     "objectives": "natural adversarial jat attacked_losses average maximum WithMemory roles networks OBJECTIVES",
+    "mixing": "draw_share Partners partners mix mixed_loss mixup robust_mixup attack_then_mix iat mart",
     "semi_supervised": "srt klr trades guessed rst uat",
     "papers.srt_claims": "CLAIMS PAPER SURFACE",
     "papers.srt": "RECIPES ROWS COLUMNS OWN_SUITES SYNONYMS NUMBERS HOMES LAMBDAS FRACTIONS rigid_columns",

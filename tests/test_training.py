@@ -79,7 +79,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights():
                                      {"augment": (), "schedule": "onecycle"}])
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
 def test_every_objective_trains(objective, options):
-    attacks = {} if objective == "natural" else ATTACKED
+    attacks = {} if objective in ("natural", "mixup") else ATTACKED
     own = {"r": 0.5} if objective == "pareto" else {}
     needs = {name: net() for name in networks(OBJECTIVES[objective])}
     recipe = Recipe(objective=objective, objective_options=own, attacks=attacks, needs=dict.fromkeys(needs, "a/b"),
