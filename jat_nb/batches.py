@@ -184,6 +184,9 @@ def shares(
     unlabelled: int = 0,  # Images without
 ) -> tuple[int, int]:  # Labelled and unlabelled images in each batch
     "A batch in proportion to the sets (SRT section 5; the labelled part is rounded down)."
+    if batch_size < 1 + bool(unlabelled):
+        raise ValueError(f"expected batch_size of at least {1 + bool(unlabelled)}, got {batch_size}: with and without labels "
+                         "there must be room for an image each")
     with_labels = max(1, batch_size * labelled // (labelled + unlabelled)) if unlabelled else batch_size
     return with_labels, max(batch_size - with_labels, 1 if unlabelled else 0)
 

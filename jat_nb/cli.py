@@ -156,6 +156,11 @@ def _networks(pairs: Sequence[str], r: Recipe) -> dict[str, NormalizedModel]:
         if (name := facts["about"].get("name")) != r.needs[keyword]:
             raise ValueError(f"--needs {keyword}={given[keyword]} is a run of {name!r}, the recipe stands on "
                              f"{r.needs[keyword]!r}: jat_train --recipe {r.needs[keyword]} --out FOLDER makes one")
+        if why := unfinished(Path(given[keyword])):
+            raise ValueError(f"--needs {keyword}={given[keyword]} is not finished ({why}): train it to the end")
+        if (share := facts["recipe"].get("labelled", 1.0)) != r.labelled:
+            raise ValueError(f"--needs {keyword}={given[keyword]} was trained on the labels of {share:.1%} of the images, "
+                             f"the recipe may see {r.labelled:.1%}: train one with --set labelled={r.labelled}")
     return found
 
 # %% ../nbs/51_cli.ipynb #e4f0818e

@@ -170,7 +170,7 @@ def few_labels(
     if not (labelled >= 1 and unlabelled >= 0 and labelled + unlabelled <= len(data)):
         raise ValueError(f"cannot take {labelled} labelled and {unlabelled} unlabelled images out of the "
                          f"{len(data)} of {data.name!r}: take fewer")
-    part = replace(data, images=data.images[:labelled], labels=data.labels[:labelled])
+    part = replace(data, images=data.images[:labelled], labels=data.labels[:labelled].clone())  # no view of the others
     absent = sorted(set(range(data.num_classes)) - set(part.labels.tolist()))
     if absent:
         raise ValueError(f"the first {labelled} labels of {data.name!r} lack {len(absent)} of "

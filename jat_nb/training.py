@@ -45,10 +45,10 @@ def _whole(batch: Batch, state: Tensor) -> Batch:
 def _pieces(batch: Batch, parts: int, count: int = 1) -> list[tuple[Batch, float]]:
     "A share in parts, each with its own generator and fraction; equally many in all processes."
     n, fewest = len(batch.y), round(len(batch.y) / batch.share) // count  # images of a process
-    free = [None] * parts if batch.u is None else batch.u.tensor_split(parts)
     parts = min(parts, max(1, fewest // 2))
     if parts == 1:
         return [(batch, 1.0)]
+    free = [None] * parts if batch.u is None else batch.u.tensor_split(parts)
     whole = batch.whole or partial(_whole, batch, batch.generator.get_state())
     draws = torch.randint(2**62, (parts,), generator=batch.generator, device=batch.generator.device)
     pieces, start = [], batch.start

@@ -109,6 +109,15 @@ def test_surfaces_know_their_damage(answer, damage):
         SURFACE.check(suite, broken)
 
 
+def test_an_undecided_network_has_a_valid_record():
+    class Undecided(nn.Module):
+        def forward(self, x):
+            return torch.tensor([0.002, 0.0, 0.0]).repeat(len(x), 1) + 0 * x.flatten(1)[:, :1]
+    suite = Suite(kind="jat_nb.papers.srt_claims:SURFACE", options={"points": 3})
+    job = Job(Undecided().eval(), torch.rand(2, 1, 8, 8), torch.zeros(2, dtype=torch.long), default_budget("digits"))
+    SURFACE.check(suite, SURFACE.ask(suite, job))
+
+
 # Comparisons
 
 def test_a_lead_that_grows():

@@ -486,3 +486,13 @@ def test_a_run_may_be_counted_in_iterations(tmp_path):
 def test_no_two_batches_share_their_randomness(a, b):
     from jat_nb.randomness import seed_from
     assert seed_from(*a) != seed_from(*b) and seed_from(*a, 0, "model") != seed_from(*a, 1, "model")
+
+
+@pytest.mark.parametrize("labelled, free, parts", [(4, 20, 4), (25, 103, 16), (12, 28, 5)])
+def test_no_unlabelled_image_is_lost_between_the_parts(labelled, free, parts):
+    x, u = torch.rand(labelled, 1, 4, 4), torch.rand(free, 1, 4, 4)
+    batch = Batch(x, torch.zeros(labelled, dtype=torch.long), torch.Generator().manual_seed(0), u=u)
+    pieces = [piece for piece, _ in _pieces(batch, parts)]
+    assert torch.equal(torch.cat([p.u for p in pieces]), u) and torch.equal(torch.cat([p.x for p in pieces]), x)
+    together = sum(share * piece.balance for piece, share in _pieces(batch, parts))
+    assert abs(together - 1) < 1e-6

@@ -105,8 +105,9 @@ def _check_surface(suite: Suite, answer: Mapping[str, Any]) -> None:
         kept = torch.tensor(answer["shown"][name]["decision"])
         if kept.shape[1:] != (answer["points"],) * 2:
             raise ValueError(f"{name}: expected planes of {answer['points']} points on each side")
-        apart = (kept > 0).double().mean(dim=(1, 2)) - numbers[0, :len(kept)]
-        if apart.abs().max() > 0.02:  # rounding moves points where the answer tips over
+        surely, perhaps = ((kept > bound).double().mean(dim=(1, 2)) for bound in (0.009, -0.009))  # two decimals are kept
+        share = numbers[0, :len(kept)]
+        if (share < surely - 1e-6).any() or (share > perhaps + 1e-6).any():
             raise ValueError(f"{name}: planes and shares of right answers disagree")
 
 
@@ -184,7 +185,7 @@ def _faster(e: Evidence, check: Check) -> Iterator[Finding]:
     "How many times faster the second training is than the first: as published, in passes; as recorded, in seconds."
     slow, fast = (e.full(where[0]) for where in check.at)
     ratio = _passes(RECIPES[slow]) / _passes(RECIPES[fast])
-    yield Finding(f"{e.short(slow)} over {e.short(fast)}, passes", ratio, ratio, ratio, **check.bounds)
+    yield Finding(f"{e.short(slow)} over {e.short(fast)}, passes as published", ratio, ratio, ratio, **check.bounds)
     times = [[_seconds(run) for run in e.of(name, data=check.data)] for name in (slow, fast)]
     words = f"{e.short(slow)} over {e.short(fast)}, seconds"
     if all(times):
@@ -225,7 +226,7 @@ def _with_weight(column: str, word: str, **bounds: Any) -> tuple[Check, ...]:
 # %% ../../nbs/47_srt_claims.ipynb #7ec58ca9
 def _widens(data: str) -> Check:
     at = (*_line(data, "pixel-srt-{}", "PGD"), *_line(data, "pixel-rt-{}-equal", "PGD"))
-    return Check(_HERE + "_widening", at, data, at_least=0.0, options={
+    return Check(_HERE + "_widening", at, data, at_least=0.01, options={
         "what": f"rank correlation of SRT's lead under PGD with the weight on {data}"})
 
 
@@ -243,7 +244,7 @@ _WEIGHTS = (
         for check in _higher("GridAdv", (f"spatial-srt-{w}", f"spatial-rt-{w}"), homes=("cifar10",), by=17.0)),
         "17.0 to 21.7"),
     Claim("SC4", "With the weight clean accuracy falls, robustness to PGD rises, and SRT's lead grows", (
-        *_with_weight("Clean", "clean accuracy", at_most=0.0), *_with_weight("PGD", "PGD accuracy", at_least=0.0),
+        *_with_weight("Clean", "clean accuracy", at_most=-0.01), *_with_weight("PGD", "PGD accuracy", at_least=0.01),
         *(_widens(d) for d in _HOMES)),
         "RT 83.24 to 78.37 and 31.91 to 37.91; SRT 83.83 to 80.23 and 34.94 to 47.24; lead 3.0, 5.8, 6.9, 9.3"),
     Claim("SC5", "In the spatial setting clean accuracy hardly depends on the weight and is above the standard network's", (
@@ -294,10 +295,10 @@ _COMPOUND = ("long-srt-plus", "long-at-plus-equal")
 
 
 def _stronger(data: str, name: str) -> Iterator[Check]:
-    "A compound attack leaves at most a point more than its first part."
+    "A compound attack leaves at most a point more than its first part; the estimate decides."
     for single, share in ((s, k) for s in ("PGD", "GridAdv") for k in _BY_SHARE):
         at = (_place(data, name, f"{single} {share}"), _place(data, name, f"{single}+ {share}"))
-        yield Check("gap", at, data, at_least=-1.0, options={"if_measured": data == "cifar10"})
+        yield Check("gap", at, data, at_least=-1.0, by_estimate=True, options={"if_measured": data == "cifar10"})
 
 
 def _each(column_pairs: Sequence[tuple[str, str, str]], **more: Any) -> tuple[Check, ...]:
@@ -308,7 +309,7 @@ def _each(column_pairs: Sequence[tuple[str, str, str]], **more: Any) -> tuple[Ch
 _TOGETHER = (
     Claim("SC11", "Compound attacks are at least as strong as single ones", tuple(
         check for d in _HOMES for name in ("long-standard", *_SINGLE, *_COMPOUND) for check in _stronger(d, name))),
-    Claim("SC12", "Defences against movements alone fall below 5 % under PGD on CIFAR-10 at half of the budget", tuple(
+    Claim("SC12", "Defences against movements alone fall below 5 % under PGD on CIFAR-10 at 0.4 of the budget", tuple(
         Check("level", (_place("cifar10", name, "PGD 0.4"),), "cifar10", at_most=5.0)
         for name in ("spatial-worst-of-k", "spatial-srt-0.2"))),
     Claim("SC13", "SRT+ is above AT+, and AT+ above the average and the maximum of both attacks", (
@@ -365,7 +366,7 @@ def _fast_name(rate: float, length: float) -> str:
 
 def _longer(data: str, rate: float) -> Check:
     at = tuple(_place(data, f"long-{_fast_name(rate, length)}", "PGD, long") for length in _LENGTHS)
-    return Check("trend", at, data, at_least=0.0, options={
+    return Check("trend", at, data, at_least=0.01, options={
         "what": f"rank correlation of PGD accuracy with length at rate {rate} on {data}", "fewest": 3})
 
 # %% ../../nbs/47_srt_claims.ipynb #91c8ae30
