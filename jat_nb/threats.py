@@ -96,16 +96,16 @@ def _project_boxes(delta: Tensor, eps: float | Tensor, base: Tensor) -> Tensor:
     eps = per_image(eps, delta)
     return delta.clamp(torch.maximum(-eps, -base), torch.minimum(eps, 1 - base))
 
-
+# %% ../nbs/05_threats.ipynb #7f77294c
 def _project_ball(delta: Tensor, eps: float | Tensor, norm: str) -> Tensor:
     "The ball alone, wherever its centre is."
     eps = per_image(eps, delta)
     if norm == "linf":
         return torch.minimum(torch.maximum(delta, -eps), eps)
     length = delta.flatten(1).norm(dim=1).view(-1, *[1] * (delta.ndim - 1))
-    return delta * torch.where(length > eps, eps / length, 1)
+    return delta * torch.where(length > eps, eps / length * (1 - 1e-6), 1)  # rounding stays inside
 
-
+# %% ../nbs/05_threats.ipynb #5075a011
 def _normal(like: Tensor, generator: Randomness) -> Tensor:
     "Standard normal draws of the shape of `like`."
     return torch.special.ndtri(uniform(like, generator).clamp(1e-7, 1 - 1e-7))
