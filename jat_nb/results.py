@@ -191,7 +191,8 @@ def _read_run(path: Path, folder: str) -> Run:
 # %% ../nbs/36_results.ipynb #97adacac
 def _setting(run: Run) -> dict[str, Any]:
     "All that seeds of one recipe must share."
-    about = {k: run.about.get(k) for k in ("variant", "images", "start")}  # images: where not the tier's
+    about = {k: run.about.get(k) for k in ("variant", "images")}  # images: where not the tier's
+    about["start"] = "start" in run.about  # from a file: each seed from its own, or all from one
     return {k: v for k, v in asdict(run.plan).items() if k != "seed"} | about
 
 
