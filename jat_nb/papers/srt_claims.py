@@ -20,7 +20,8 @@ from ..data import load
 from ..explain import decision_value, plane, signed_plane
 from ..losses import cross_entropy
 from ..models import pretrained
-from .srt import COLUMNS, FRACTIONS, LAMBDAS, NUMBERS, OWN_SUITES, RECIPES, ROWS, SYNONYMS
+from .srt import (COLUMNS, COUNTS, FRACTIONS, LAMBDAS, LENGTHS, NUMBERS, OWN_SUITES, RATES, RECIPES, ROWS,
+                               SYNONYMS)
 from ..randomness import image_generators
 from ..recipes import Recipe
 from ..results import Run
@@ -321,14 +322,10 @@ _TOGETHER = (
         "MNIST: more than 7 and 10 points ahead"))
 
 # %% ../../nbs/47_srt_claims.ipynb #dc06f128
-_NUMBERS_OF_IMAGES: Mapping[str, tuple[int, ...]] = MappingProxyType({
-    "cifar10": (30, 20, 10, 5), "mnist": (35, 20, 10, 5)})  # unlabelled images, thousands of the paper's, descending
-
-
 def _more_images(data: str, full: str, none: str, column: str) -> Check:
     "A column that does not fall by more than a point as unlabelled images are added."
     setting = full.partition("-")[0]
-    names = (full, *(f"{setting}-srt-u{n}" for n in _NUMBERS_OF_IMAGES[data]), none)
+    names = (full, *(f"{setting}-srt-u{n}" for n in COUNTS[data][::-1]), none)
     return Check("order", tuple(_place(data, name, column) for name in names), data, at_least=-1.0)
 
 # %% ../../nbs/47_srt_claims.ipynb #3b3641fe
@@ -356,16 +353,13 @@ _UNLABELLED = (
         for check in _flatter(d, plane, srt, standard))))
 
 # %% ../../nbs/47_srt_claims.ipynb #d6eea793
-_RATES, _LENGTHS = (0.05, 0.1, 0.2, 0.4), (0.2, 0.4, 0.6, 1.0)  # of Figure 9
-
-
 def _fast_name(rate: float, length: float) -> str:
     "Recipe of fast SRT by its highest learning rate and its share of the full length."
     return "fast-srt" if (rate, length) == (0.2, 1.0) else f"fast-srt-{rate}-{length}"
 
 
 def _longer(data: str, rate: float) -> Check:
-    at = tuple(_place(data, f"long-{_fast_name(rate, length)}", "PGD, long") for length in _LENGTHS)
+    at = tuple(_place(data, f"long-{_fast_name(rate, length)}", "PGD, long") for length in LENGTHS)
     return Check("trend", at, data, at_least=0.01, options={
         "what": f"rank correlation of PGD accuracy with length at rate {rate} on {data}", "fewest": 3})
 
@@ -382,7 +376,7 @@ _FAST = (
                       ("Clean", "long-fast-srt", "long-srt")))),
           "1.84 and 11.3 times; 64.81 and 64.83; 44.93 between 48.66 and 40.20; 82.27 against 78.46"),
     Claim("SC18", "Fast SRT grows more robust with the length of training, at every highest learning rate",
-          tuple(_longer(d, rate) for d in _HOMES for rate in _RATES)))
+          tuple(_longer(d, rate) for d in _HOMES for rate in RATES)))
 
 # %% ../../nbs/47_srt_claims.ipynb #6bd947d5
 _REST = (
