@@ -19,7 +19,7 @@ SITE = Path(__file__).resolve().parent
 NOTEBOOKS = SITE.parent
 ROOT = NOTEBOOKS.parent
 PACKAGE = "jat_nb"
-PARTS = ((0, "Foundations"), (10, "Attacks"), (20, "Training"), (30, "Evaluation"), (40, "Papers"), (50, "Tools"),
+PARTS = ((0, "Foundations"), (10, "Attacks"), (20, "Training"), (33, "Evaluation"), (43, "Papers"), (53, "Tools"),
          (60, "Experiments"), (70, "Tutorials"))
 CAPTION = re.compile(r"\*\*(Figure \d+\.)\*\*\s*")
 
