@@ -269,4 +269,5 @@ ATTACKS = Named({f.__name__: f for f in (fgsm, pgd, mi_fgsm, ggsm, one_pass, cas
                 | {name: f"jat_nb.rigid:{name}" for name in ("rigid", "rand_adv", "grid_adv",
                                                              "worst_of_k", "pgd_plus", "grid_plus")}
                 | {name: f"jat_nb.minimum_norm:{name}" for name in ("ddn", "cw_l2", "jsma", "pointwise")}
+                | {name: f"jat_nb.joint_space:{name}" for name in ("om_pgd", "jsa")}
                 | {name: f"jat_nb.unseen:{name}" for name in ("elastic", "jpeg", "fog", "snow", "gabor")})

@@ -132,7 +132,7 @@ _FAST = dict(schedule="onecycle", milestones=(), knots=(), nesterov=True, weight
 _WIDE = ("wrn_28_10_cifar", "wrn_34_10_cifar")
 _NARROW = dict.fromkeys((*_WIDE, "preact_resnet18_cifar", "resnet32_cifar"), "wrn_10_1_cifar")
 _MIDDLE = dict.fromkeys(_WIDE, "wrn_16_4_cifar")
-_STEPS = {"pgd": 7} | dict.fromkeys(("ggsm", "affine", "integrated", "double_pass"), 5)
+_STEPS = dict.fromkeys(("pgd", "om_pgd", "jsa"), 7) | dict.fromkeys(("ggsm", "affine", "integrated", "double_pass"), 5)
 
 TIER: Mapping[str, Tier] = MappingProxyType({
     "smoke": Tier(_NARROW, 128, 32, 2, _STEPS, 5, dict(_FAST, batch_size=32, probe_images=32)),
@@ -165,6 +165,7 @@ def _fewer(attack: str, options: Mapping[str, Any], most: int | None) -> dict[st
     if most is None or before <= most:
         return dict(options)
     lengths = {name: name.replace("eps", "step") for name in known if name.startswith("eps")}
+    lengths |= {"eta": "step_latent"} if "eta" in known else {}
     far = {step: min(before * known[step], known[eps]) for eps, step in lengths.items()}
     grown = {step: max(known[step], way / most) for step, way in far.items()}
     return {**options, "steps": most, **{k: v for k, v in grown.items() if v != known[k]}}

@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from argparse import ArgumentParser, BooleanOptionalAction
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import wraps
 from inspect import Parameter, signature
@@ -148,16 +148,27 @@ def _changes(pairs: Sequence[str]) -> dict[str, Any]:
     return changes
 
 # %% ../nbs/54_cli.ipynb #52a69b2a
-def _networks(pairs: Sequence[str], r: Recipe) -> dict[str, NormalizedModel]:
-    "KEYWORD=RUN on the command line as the trained networks that a recipe stands on."
-    given, found = dict(pair.partition("=")[::2] for pair in pairs), {}
+def _needed(pairs: Sequence[str]) -> dict[str, Path]:
+    "KEYWORD=RUN on the command line as folders of finished runs."
+    found = {}
+    for pair in pairs:
+        keyword, equals, run = pair.partition("=")
+        if not (keyword and equals and run):
+            raise ValueError(f"--needs takes KEYWORD=RUN, such as flow=runs/glow; got {pair!r}")
+        if why := unfinished(Path(run)):
+            raise ValueError(f"--needs {pair} is not finished ({why}): train it to the end")
+        found[keyword] = Path(run)
+    return found
+
+
+def _networks(given: Mapping[str, Path], r: Recipe) -> dict[str, NormalizedModel]:
+    "The trained networks that a recipe stands on, from their runs."
+    found = {}
     for keyword in given.keys() & r.needs.keys():
         facts, found[keyword] = open_run(given[keyword])
         if (name := facts["about"].get("name")) != r.needs[keyword]:
             raise ValueError(f"--needs {keyword}={given[keyword]} is a run of {name!r}, the recipe stands on "
                              f"{r.needs[keyword]!r}: jat_train --recipe {r.needs[keyword]} --out FOLDER makes one")
-        if why := unfinished(Path(given[keyword])):
-            raise ValueError(f"--needs {keyword}={given[keyword]} is not finished ({why}): train it to the end")
         if (share := facts["recipe"].get("labelled", 1.0)) != r.labelled:
             raise ValueError(f"--needs {keyword}={given[keyword]} was trained on the labels of {share:.1%} of the images, "
                              f"the recipe may see {r.labelled:.1%}: train one with --set labelled={r.labelled}")
@@ -258,6 +269,7 @@ def jat_train(
         raise ValueError(f"unknown recipe {name!r}: jat_train --list shows all")
     _threads(threads), _check(time_budget=(time_budget, 0), seed=(min(seed or [0]), 0), images=(images, 1))
     deadline, changes = time.perf_counter() + time_budget, _changes(set_ or [])
+    runs = _needed(needs or [])
     jobs = [(name, s) for s in seed or [0] for name in recipe]
     for name, number in jobs:
         s = setting(name, data=data, tier=tier, model=model, images=images, seed=number, init=init,
@@ -267,7 +279,7 @@ def jat_train(
                  "size": s.train.images.shape[-1]} | ({"images": images} if images else {})
         about |= {"start": s.model.metadata["start"]} if init else {}
         place = run_folder(out, name, number) if len(jobs) > 1 else Path(out)
-        if not _train_one(s, _networks(needs or [], s.recipe), about, place, device, deadline):
+        if not _train_one(s, _networks(runs, s.recipe), about, place, device, deadline):
             _say("the time allowed is over; the same command goes on from here")
             return 3
     return 0
@@ -311,6 +323,7 @@ def jat_eval(
     weights: Literal["last", "best"] = "last",  # Which epoch
     steps: int = 20,  # Steps of the iterated attacks
     source: list[str] | None = None,  # Runs on which transferred images are made
+    needs: list[str] | None = None,  # KEYWORD=RUN: the run of a network that an attack stands on, such as flow=RUN
     seed: int = 0,  # Seed of the attacks
     batch_size: int = 250,  # Images attacked at once; not the result
     fast: bool | None = None,  # Attack a faster copy, judge by the network itself; on at tier cpu if not given
@@ -323,7 +336,7 @@ def jat_eval(
     _threads(threads), _check(n=(n, 1), steps=(steps, 1), batch_size=(batch_size, 1), seed=(seed, 0))
     for name in (s for s in suite or () if s not in suites()):
         raise ValueError(f"unknown suite {name!r}: choose from {', '.join(suites())}")
-    finished = _finished(runs)
+    finished, standing = _finished(runs), _needed(needs or [])
     jobs = [(run, name) for name in suite or [""] for run in finished]
     for run, name in progress(jobs, description="judging", unit="suite"):
         name = name or _first_suite(run)
@@ -331,8 +344,8 @@ def jat_eval(
         if "sources" in suites()[name].needs and source and not sources:
             _say(f"{run}, {name}: passed over, it has no source but itself")
             continue
-        record, new = judge(run, name, n=n, weights=weights, steps=steps, sources=sources, seed=seed, fast=fast,
-                            batch_size=batch_size, amp=amp, again=again, device=device)
+        record, new = judge(run, name, n=n, weights=weights, steps=steps, sources=sources, needs=standing, seed=seed,
+                            fast=fast, batch_size=batch_size, amp=amp, again=again, device=device)
         _say(f"{run}, {name}: {_one_line(record.metrics)} ({record.seconds:.0f} s)" if new
              else f"{run}, {name}: already there (--again repeats it)")
     return 0

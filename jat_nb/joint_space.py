@@ -112,8 +112,8 @@ def om_pgd(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
     y: Tensor,  # True classes (B,), int64
-    flow: nn.Module,  # Glow for images of this shape
     *,
+    flow: nn.Module,  # Glow for images of this shape
     eta: float | Tensor = 0.02,  # Budget in latent units (IJSAT section 6); one for all or (B,)
     step_latent: float | Tensor = 0.005,  # Step in latent units (IJSAT section 6)
     steps: int = 10,  # Steps, one gradient each (IJSAT section 6)
@@ -137,8 +137,8 @@ def jsa(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
     y: Tensor,  # True classes (B,), int64
-    flow: nn.Module,  # Glow for images of this shape
     *,
+    flow: nn.Module,  # Glow for images of this shape
     eps_pixel: float | Tensor = 8 / 255,  # Pixel budget in image units (IJSAT section 6); one for all or (B,)
     step_pixel: float | Tensor = 2 / 255,  # Pixel step in image units (IJSAT section 6)
     eta: float | Tensor = 0.02,  # Budget in latent units (IJSAT section 6); one for all or (B,)

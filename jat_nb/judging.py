@@ -9,9 +9,10 @@ __all__ = ['find_runs', 'run_facts', 'unfinished', 'open_run', 'sources_for', 'j
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from .evaluation import counted
 from .models import NormalizedModel, load_weights
 from .processes import on_first, processes, total
 from .records import Record, check_writable, read_jsonl
-from .suites import Job, run_suite, suites
+from .suites import Job, networks_of, run_suite, suites
 
 # %% ../nbs/42_judging.ipynb #6b3264b5
 def find_runs(
@@ -129,6 +130,7 @@ def judge(
     weights: str = "last",  # "last" or "best": which epoch
     steps: int = 20,  # Steps of the iterated attacks
     sources: Sequence[Path] = (),  # Runs on which transferred images are made
+    needs: Mapping[str, Path] = MappingProxyType({}),  # Runs of networks that attacks stand on, by keyword
     seed: int = 0,  # Seed of the attacks
     batch_size: int = 250,  # Images attacked at once; not the result
     fast: bool | None = None,  # Attack a faster copy; None: at tier cpu
@@ -146,13 +148,16 @@ def judge(
               "epoch": model.metadata.get("record", {}).get("epoch"), "budget": asdict(budget), "steps": steps,
               "batch_size": batch_size, "fast": fast, "amp": amp, "run": facts,
               "sources": {path.name: _hash(path, weights) for path in sources}}
+    if asked := [keyword for keyword in networks_of(suite) if keyword in needs]:
+        config["needs"] = {keyword: _hash(needs[keyword], "last") for keyword in asked}
     config = json.loads(json.dumps(config))
     if old := on_first(lambda: None if again else _answered(out, config, seed)):
         return old, False
     record = Record("jat_eval", config, about["tier"], about["data"], about["variant"], seed, device=device)
     others = {path.name: open_run(path, weights, device)[1] for path in sources}
+    networks = {keyword: open_run(needs[keyword], "last", device)[1] for keyword in asked}
     job = Job(model, test.x.to(device), test.labels.to(device), budget, steps, seed, batch_size, others, fast=fast,
-              data=about["data"])
+              data=about["data"], networks=networks)
     start = time.perf_counter()
     with counted(model) as count, torch.autocast(device.split(":")[0], torch.bfloat16, enabled=amp):
         record.metrics = run_suite(suite, job)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Target', 'Labels', 'State', 'OBJECTIVES', 'natural', 'adversarial', 'choose_target', 'clean_logits',
-           'training_labels', 'jat', 'attacked_losses', 'average', 'maximum', 'WithMemory', 'roles', 'networks']
+           'training_labels', 'jat', 'attacked_losses', 'average', 'maximum', 'WithMemory', 'roles', 'networks',
+           'standing_on']
 
 # %% ../nbs/21_objectives.ipynb #416e404d
 import inspect
@@ -196,8 +197,23 @@ def roles(
 
 # %% ../nbs/21_objectives.ipynb #4624741f
 def networks(
-    objective: Callable[..., Any],  # objective(model, batch, ...), also a partial
+    function: Callable[..., Any],  # An objective or an attack, also a partial
 ) -> tuple[str, ...]:  # Names of the keywords, in order
-    "The trained networks an objective stands on."
-    parameters = inspect.signature(objective).parameters.values()
+    "The trained networks that an objective or an attack stands on."
+    parameters = inspect.signature(function).parameters.values()
     return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.annotation is torch.nn.Module)
+
+# %% ../nbs/21_objectives.ipynb #7bee5866
+def standing_on(
+    function: Callable[..., Any],  # An objective or an attack
+    given: Mapping[str, torch.nn.Module],  # Trained networks by keyword; others than it asks for are passed over
+    **options: Any,  # Further keywords of the function
+) -> Callable[..., Any]:  # The function itself where there is nothing to hand over
+    "A function with its options and the trained networks that it stands on."
+    asked = networks(function)
+    for keyword in (k for k in asked if k not in given):
+        name = getattr(function, "__name__", type(function).__name__)
+        raise ValueError(f"{name!r} stands on a trained network {keyword!r} and none was given: "
+                         f"pass {keyword}=network from Python, --needs {keyword}=FOLDER to a command")
+    options |= {keyword: given[keyword] for keyword in asked}
+    return partial(function, **options) if options else function

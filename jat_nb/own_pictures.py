@@ -20,6 +20,7 @@ from .attacks import ATTACKS, Adversarial
 from .data import Budget, picture_files, read_picture
 from .losses import LOSSES, correct
 from .models import frozen
+from .objectives import networks
 from .pictures import flow_to_rgb
 from .randomness import image_generators
 from .records import write_atomic
@@ -80,6 +81,9 @@ def attack_options(
     for name, known in ((attack, ATTACKS), (loss or "margin", LOSSES)):
         if name not in known:
             raise ValueError(f"unknown {name!r}: choose one of {', '.join(known)}")
+    if asked := networks(ATTACKS[attack]):
+        raise ValueError(f"{attack!r} stands on a trained network ({', '.join(asked)}), which this call does "
+                         "not take: call the attack from Python")
     both = {"eps_pixel": budget.eps_pixel, "step_pixel": budget.step_pixel,
             "eps_flow": budget.eps_flow, "step_flow": budget.step_flow, "steps": steps}
     moved = "flow" if attack == "ggsm" else "pixel"

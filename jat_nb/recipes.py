@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .attacks import ATTACKS, chain
 from .batches import AUGMENTATIONS
 from .losses import LOSSES
-from .objectives import OBJECTIVES, WithMemory, networks, roles
+from .objectives import OBJECTIVES, WithMemory, networks, roles, standing_on
 
 # %% ../nbs/28_recipes.ipynb #24cbcc46
 _Schedule = Literal["multistep", "onecycle", "cosine", "constant", "piecewise"]
@@ -183,7 +183,11 @@ def _try_attack(attack: Callable[..., Any], written: str) -> None:
 
 def _check_attack(what: str, name: str, options: Mapping[str, Any]) -> None:
     "Refuse options that an attack does not take, and values that make no sense to it."
-    _check_options(what, name, ATTACKS, options, hidden=_OF_THE_CALL)
+    _check_name(what, name, ATTACKS)
+    stands_on = networks(ATTACKS[name])
+    _check_options(what, name, ATTACKS, options, hidden=(*_OF_THE_CALL, *stands_on))
+    if stands_on:
+        return  # without its networks it cannot be tried
     try:
         _try_attack(ATTACKS[name], json.dumps(options))
     except ValueError as error:
@@ -219,12 +223,19 @@ def _check_roles(r: Recipe) -> None:
             raise ValueError(f"objective {r.objective!r}: {error}") from error
 
 # %% ../nbs/28_recipes.ipynb #5b4b8abf
+def _asked(r: Recipe) -> list[str]:
+    "The keywords of all networks that the objective, the attacks and the probe stand on."
+    links = [name for chain_ in r.attacks.values() for name, _ in chain_] + [r.probe]
+    functions = [OBJECTIVES[r.objective], *(ATTACKS[name] for name in links)]
+    return list(dict.fromkeys(keyword for function in functions for keyword in networks(function)))
+
+
 def _check_needs(r: Recipe) -> None:
-    "A recipe for each network that the objective stands on, and for no other."
-    asked = networks(OBJECTIVES[r.objective])
+    "A recipe for each network that a recipe stands on, and for no other."
+    asked = _asked(r)
     if set(r.needs) != set(asked):
-        raise ValueError(f"objective {r.objective!r} stands on the networks {list(asked)}, the recipe "
-                         f"names {list(r.needs)}: needs={{keyword: recipe}}")
+        raise ValueError(f"objective {r.objective!r} and its attacks stand on the networks {asked}, "
+                         f"the recipe names {list(r.needs)}: needs={{keyword: recipe}}")
     for keyword, name in r.needs.items():
         _check_kind(f"needs[{keyword!r}]", name, str)
 
@@ -288,9 +299,9 @@ def _check_recipe(r: Recipe) -> None:
     _check_name("objective", r.objective, OBJECTIVES)
     _check_options("objective", r.objective, OBJECTIVES, r.objective_options,
                    networks(OBJECTIVES[r.objective]))
-    _check_needs(r)
     _check_attack("probe", r.probe, r.probe_options)
     _check_attacks(r)
+    _check_needs(r)
     for name in r.augment:
         _check_name("augmentation", name, AUGMENTATIONS)
     for name in r.essential:
@@ -366,7 +377,8 @@ def bind(
         raise ValueError(f"the recipe has no use for a network {keyword!r}" if name is None else
                          f"the recipe needs a trained network {keyword!r}: train it with jat_train "
                          f"--recipe {name} --out FOLDER and pass --needs {keyword}=FOLDER")
-    attacks = {role: chain([partial(ATTACKS[name], **options) for name, options in links])
-               for role, links in recipe.attacks.items()}
-    objective = partial(_objective(recipe), **given) if given else _objective(recipe)
-    return Bound(objective, attacks, partial(ATTACKS[recipe.probe], **recipe.probe_options))
+    objective, attacks = _objective(recipe), {}
+    for role, links in recipe.attacks.items():
+        attacks[role] = chain([standing_on(ATTACKS[name], given, **options) for name, options in links])
+    probe = standing_on(ATTACKS[recipe.probe], given, **recipe.probe_options)
+    return Bound(standing_on(objective, given), attacks, probe)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Spec', 'KINDS', 'SUITES', 'Job', 'quantity', 'attack_from', 'attacks_from', 'bits', 'with_bits', 'Suite',
-           'as_they_are', 'Kind', 'suites', 'run_suite', 'check_answer']
+           'as_they_are', 'Kind', 'suites', 'run_suite', 'networks_of', 'check_answer']
 
 # %% ../nbs/38_suites.ipynb #f1e51c34
 import pkgutil
@@ -24,6 +24,7 @@ from .catalogue import in_proportion, papers
 from .data import Budget, default_budget
 from .evaluation import Attack, Evaluation, budget_curve, clean, evaluate, raw_accuracy
 from .masking import budget_surface, masking_report, random_flow, random_pixels, transfer
+from .objectives import networks, standing_on
 from .pictures import similarity
 from .randomness import image_generators
 
@@ -42,6 +43,7 @@ class Job:
     sources: Mapping[str, nn.Module] = field(default_factory=dict)  # other networks, by name
     fast: bool = False  # attack a faster copy of the network; the verdict stays the original's
     data: str = ""  # name of the data set, for suites whose attacks depend on it
+    networks: Mapping[str, nn.Module] = field(default_factory=dict)  # those that attacks stand on, by keyword
 
     @property
     def options(self) -> dict[str, Any]:
@@ -77,6 +79,7 @@ _OTHERS: Mapping[str, Callable[..., Attack]] = MappingProxyType({
 def attack_from(
     spec: Spec,  # Name of an attack and its options
     given: Mapping[str, float],  # Quantities by name, such as `Job.quantities`
+    networks: Mapping[str, nn.Module] = MappingProxyType({}),  # Trained networks by keyword, such as `Job.networks`
 ) -> Attack:  # attack(model, x, y, generator=...) -> images
     "The attack that a spec names, at these budgets."
     name, options = spec[0], {k: quantity(v, given) for k, v in spec[1].items()}
@@ -84,19 +87,21 @@ def attack_from(
     if name not in ATTACKS:
         known = ", ".join([*_OTHERS, *ATTACKS])
         raise ValueError(f"unknown attack {name!r}: choose one of {known}")
-    return partial(ATTACKS[name], **options)
+    return standing_on(ATTACKS[name], networks, **options)
 
 # %% ../nbs/38_suites.ipynb #fc7b8b45
 def attacks_from(
     columns: Mapping[str, Spec | Sequence[Spec]],  # Column name to a spec, or to several
     given: Mapping[str, float],  # Quantities by name, such as `Job.quantities`
+    networks: Mapping[str, nn.Module] = MappingProxyType({}),  # Trained networks by keyword, such as `Job.networks`
 ) -> dict[str, Attack | list[Attack]]:  # As `evaluate` takes them
     "The columns of a table, at these budgets."
     found: dict[str, Attack | list[Attack]] = {}
     for column, what in columns.items():
         name = re.sub(r"{(.+?)}", lambda part: str(quantity(part[1], given)), column)
         one = isinstance(what[0], str)
-        found[name] = attack_from(what, given) if one else [attack_from(s, given) for s in what]
+        made = [attack_from(spec, given, networks) for spec in ([what] if one else what)]
+        found[name] = made[0] if one else made
     return found
 
 # %% ../nbs/38_suites.ipynb #2f902dc0
@@ -139,7 +144,7 @@ def _attacks(suite: Suite, job: Job) -> dict[str, Attack | list[Attack]]:
     "The columns of a suite at the budgets of a job."
     home = default_budget(suite.home) if suite.home else job.budget
     columns = {name: _fitted(what, home, job.budget) for name, what in suite.columns.items()}
-    return attacks_from(columns, job.quantities)
+    return attacks_from(columns, job.quantities, job.networks)
 
 # %% ../nbs/38_suites.ipynb #3f251f18
 def _table(suite: Suite, job: Job) -> dict[str, Any]:
@@ -164,7 +169,7 @@ def _check_table(suite: Suite, answer: Mapping[str, Any]) -> None:
 
 # %% ../nbs/38_suites.ipynb #17b2952d
 def _curve(job: Job, spec: Spec, budgets: list[float], steps: int) -> dict[str, Any]:
-    at = lambda budget: attack_from(spec, {"budget": budget, "steps": steps})
+    at = lambda budget: attack_from(spec, {"budget": budget, "steps": steps}, job.networks)
     found = budget_curve(job.model, job.x, job.y, at, budgets, **job.options)
     low, high = found.interval
     return {"budgets": budgets, "steps": steps, "accuracy": found.accuracy.tolist(),
@@ -348,6 +353,17 @@ def run_suite(
         if not getattr(job, need):
             raise ValueError(f"the suite {name!r} needs {need}, the job has none: give it {need}")
     return _answer(asked, job)
+
+# %% ../nbs/38_suites.ipynb #2adecad6
+def networks_of(
+    suite: str | Suite,  # Key of `suites()`, or questions of your own
+) -> tuple[str, ...]:  # Keywords, each once
+    "The trained networks that the attacks of a suite, and of those beside it, stand on."
+    asked = suites()[suite] if isinstance(suite, str) else suite
+    specs = [s for what in asked.columns.values() for s in ([what] if isinstance(what[0], str) else what)]
+    found = [keyword for name, _ in specs if name in ATTACKS for keyword in networks(ATTACKS[name])]
+    found += [keyword for part in asked.also.values() for keyword in networks_of(part)]
+    return tuple(dict.fromkeys(found))
 
 # %% ../nbs/38_suites.ipynb #69d25508
 def check_answer(

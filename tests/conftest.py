@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from jat_nb.attacks import ATTACKS
+from jat_nb.objectives import networks
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if not p.name.startswith("_"))
 
 torch.set_num_threads(1)
 
-ASCENTS = sorted(name for name in ATTACKS if "random_start" in ATTACKS[name].__kwdefaults__)  # the others search
+ALONE = sorted(name for name in ATTACKS if not networks(ATTACKS[name]))  # the others stand on trained networks
+ASCENTS = sorted(name for name in ALONE if "random_start" in ATTACKS[name].__kwdefaults__)  # the others search
 CHANGING = {"jpeg", "fog", "snow"}  # threats without the identity: they change an image at zero budget too
 
 

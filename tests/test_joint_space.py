@@ -54,7 +54,7 @@ def reencoded(flow, x, y):
 
 def test_without_a_latent_budget_jsa_is_pgd():
     flow, model, x, y = make()
-    ours = jsa(model, x, y, flow, eta=0.0, random_start=False)
+    ours = jsa(model, x, y, flow=flow, eta=0.0, random_start=False)
     theirs = pgd(model, x, y, eps=EPS, steps=10, random_start=False)
     assert (ours - x).abs().max() > 0.9 * EPS
     assert_close(ours, theirs, rtol=0, atol=10 * round_trip_error(flow, x).max().item() + 1e-12)
@@ -62,15 +62,15 @@ def test_without_a_latent_budget_jsa_is_pgd():
 
 def test_without_a_pixel_budget_jsa_is_om_pgd():
     flow, model, x, y = make()
-    ours = jsa(model, x, y, flow, eps_pixel=0.0, eta=0.1, generator=seeds())
-    theirs = om_pgd(model, x, y, flow, eta=0.1, generator=seeds())
+    ours = jsa(model, x, y, flow=flow, eps_pixel=0.0, eta=0.1, generator=seeds())
+    theirs = om_pgd(model, x, y, flow=flow, eta=0.1, generator=seeds())
     assert_close(ours, theirs, rtol=0, atol=1e-12)
     assert (theirs - x).abs().max() > 1e-3
 
 
 def test_zero_budgets_give_the_image_back_up_to_rounding():
     flow, model, x, y = make()
-    back = jsa(model, x, y, flow, eps_pixel=0.0, eta=0.0)
+    back = jsa(model, x, y, flow=flow, eps_pixel=0.0, eta=0.0)
     assert (back - x).abs().max() <= round_trip_error(flow, x).max() < 1e-10
 
 
@@ -78,7 +78,7 @@ def test_zero_budgets_give_the_image_back_up_to_rounding():
 @pytest.mark.parametrize("whitened", [False, True])
 def test_only_the_chosen_level_moves(level, whitened):
     flow, model, x, y = make()
-    info = om_pgd(model, x, y, flow, eta=0.1, levels=[level], whitened=whitened, generator=seeds(), return_info=True)
+    info = om_pgd(model, x, y, flow=flow, eta=0.1, levels=[level], whitened=whitened, generator=seeds(), return_info=True)
     assert info.within.all()
     images = info.threats[0].decode(x, info.params[0])
     for i, (a, b) in enumerate(zip(flow.encode(x, whitened=whitened), flow.encode(images, whitened=whitened)), start=1):
@@ -88,7 +88,7 @@ def test_only_the_chosen_level_moves(level, whitened):
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-4), (torch.float64, 1e-9)])
 def test_lemma_1_on_what_the_attack_found(dtype, atol):
     flow, model, x, y = make(dtype)
-    info = om_pgd(model, x, y, flow, eta=0.1, step_latent=0.05, generator=seeds(), return_info=True)
+    info = om_pgd(model, x, y, flow=flow, eta=0.1, step_latent=0.05, generator=seeds(), return_info=True)
     before_clamp = info.threats[0].decode(x, info.params[0])
     assert_close(reencoded(flow, x, before_clamp), info.params[0], rtol=0, atol=atol)
     assert_close(reencoded(flow, x, before_clamp).abs().amax(1), torch.full((6,), 0.1, dtype=dtype), rtol=0, atol=atol)
@@ -97,7 +97,7 @@ def test_lemma_1_on_what_the_attack_found(dtype, atol):
 def test_boxes_and_the_image():
     flow, model, x, y = make()
     x = x.round()  # black and white: the clamp has work to do
-    info = jsa(model, x, y, flow, eta=0.1, step_latent=0.05, generator=seeds(), return_info=True)
+    info = jsa(model, x, y, flow=flow, eta=0.1, step_latent=0.05, generator=seeds(), return_info=True)
     lam, delta = info.params
     assert info.within.all() and lam.abs().max() <= 0.1 and delta.abs().max() <= EPS
     decoded = info.threats[0].decode(x, lam)
@@ -109,8 +109,8 @@ def test_boxes_and_the_image():
 def test_both_spaces_beat_either():
     flow, model, x, y = make()
     start = dict(random_start=False, return_info=True)
-    joint = jsa(model, x, y, flow, **start)
-    for alone in (om_pgd(model, x, y, flow, **start), pgd(model, x, y, eps=EPS, steps=10, **start)):
+    joint = jsa(model, x, y, flow=flow, **start)
+    for alone in (om_pgd(model, x, y, flow=flow, **start), pgd(model, x, y, eps=EPS, steps=10, **start)):
         assert joint.loss.mean() > alone.loss.mean()
 
 
@@ -118,20 +118,20 @@ def test_what_it_costs():
     flow, model, x, y = make(kind=Counting)
     for schedule, gradients in (("simultaneous", 10), ("alternating", 20)):
         flow.encodes = flow.decodes = 0
-        images = jsa(model, x, y, flow, schedule=schedule)
+        images = jsa(model, x, y, flow=flow, schedule=schedule)
         assert flow.encodes == 1 and images.shape == x.shape
         assert flow.decodes <= gradients + 1  # one for each gradient, one for the result
-        assert jsa(model, x, y, flow, schedule=schedule, return_info=True).n_backward == gradients
+        assert jsa(model, x, y, flow=flow, schedule=schedule, return_info=True).n_backward == gradients
     flow.encodes = 0
-    jsa(model, x, y, flow, restarts=3, keep_best=True, between=[Flow()], return_info=True)
+    jsa(model, x, y, flow=flow, restarts=3, keep_best=True, between=[Flow()], return_info=True)
     assert flow.encodes == 1
 
 
 def test_batches_do_not_matter():
     flow, model, x, y = make()
-    together = jsa(model, x, y, flow, generator=seeds())
-    assert torch.equal(together, jsa(model, x, y, flow, generator=seeds()))
-    alone = torch.cat([jsa(model, x[i:i + 1], y[i:i + 1], flow, generator=seeds()[i:i + 1]) for i in range(6)])
+    together = jsa(model, x, y, flow=flow, generator=seeds())
+    assert torch.equal(together, jsa(model, x, y, flow=flow, generator=seeds()))
+    alone = torch.cat([jsa(model, x[i:i + 1], y[i:i + 1], flow=flow, generator=seeds()[i:i + 1]) for i in range(6)])
     assert_close(alone, together, rtol=0, atol=1e-9)
 
 
@@ -158,7 +158,7 @@ def test_model_and_flow_are_left_as_found(broken):
     before = state(flow), state(model)
     options = dict(loss=lambda logits, labels: 1 / 0) if broken else {}
     try:
-        jsa(model, x, y, flow, steps=2, **options)
+        jsa(model, x, y, flow=flow, steps=2, **options)
         ascend(model, x, y, [Latent(flow)], steps=2, **options)
     except ZeroDivisionError:
         assert broken
@@ -177,17 +177,17 @@ def test_targets_and_soft_labels():
     flow, model, x, y = make()
     target = (y + 1) % 5
     at_target = lambda v: nn.functional.cross_entropy(model.eval()(v), target).item()
-    assert at_target(jsa(model, x, y, flow, target=target)) < at_target(x)
+    assert at_target(jsa(model, x, y, flow=flow, target=target)) < at_target(x)
     soft = nn.functional.one_hot(y, 5).double()
-    by_class = jsa(model, x, y, flow, random_start=False)
-    by_soft = jsa(model, x, y, flow, random_start=False, loss=lambda logits, _: soft_cross_entropy(logits, soft))
+    by_class = jsa(model, x, y, flow=flow, random_start=False)
+    by_soft = jsa(model, x, y, flow=flow, random_start=False, loss=lambda logits, _: soft_cross_entropy(logits, soft))
     assert_close(by_soft, by_class, rtol=0, atol=1e-12)
 
 
 def test_a_budget_for_each_image():
     flow, model, x, y = make()
     eta = torch.tensor([0.0, 0.02, 0.1] * 2)
-    info = om_pgd(model, x, y, flow, eta=eta, step_latent=0.05, generator=seeds(), return_info=True)
+    info = om_pgd(model, x, y, flow=flow, eta=eta, step_latent=0.05, generator=seeds(), return_info=True)
     assert_close(info.params[0].abs().amax(1), eta.double(), rtol=1e-6, atol=0)
     again = ascend(model, x, y, info.threats, steps=1)  # threats of a record can be used again
     assert again.shape == x.shape
@@ -203,7 +203,7 @@ def test_a_latent_threat_anywhere_in_the_chain():
 
 def test_the_report():
     flow, model, x, y = make()
-    found = jsa(model, x, y, flow, generator=seeds())
+    found = jsa(model, x, y, flow=flow, generator=seeds())
     report = latent_report(flow, x, found)
     assert all(v.shape == (6,) and v.isfinite().all() and not v.requires_grad for v in report.values())
     assert_close(report["l2"], (found - x).square().sum((1, 2, 3)).sqrt())
@@ -231,7 +231,7 @@ def test_a_flow_that_is_not_finite():
         copy_ = copy.deepcopy(flow)
         next(copy_.parameters()).fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite"):
-        om_pgd(model, x, y, copy_)
+        om_pgd(model, x, y, flow=copy_)
     flow, model, x, y = make(torch.float32)
     with pytest.raises(ValueError, match="smaller eta"):  # such codes overflow
-        om_pgd(model, x, y, flow, eta=3e38, step_latent=3e38)
+        om_pgd(model, x, y, flow=flow, eta=3e38, step_latent=3e38)

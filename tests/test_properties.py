@@ -1,7 +1,7 @@
 """Laws that hold for every shape, type and budget."""
 import pytest
 import torch
-from conftest import ASCENTS
+from conftest import ALONE, ASCENTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -81,7 +81,7 @@ def test_every_chain_and_schedule_stays_inside(size, threats, steps):
         assert 0 <= info.x_adv.min() and info.x_adv.max() <= 1 and info.x_adv.isfinite().all()
 
 
-@pytest.mark.parametrize("name", sorted(ATTACKS))
+@pytest.mark.parametrize("name", ALONE)
 @pytest.mark.parametrize("image", ["black", "white", "flat"])
 def test_constant_images_and_flat_losses_give_no_nan(name, image):
     x = torch.full((2, 1, 8, 8), {"black": 0.0, "white": 1.0, "flat": 0.4}[image])
