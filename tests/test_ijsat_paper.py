@@ -1,0 +1,111 @@
+"The IJSAT paper as data: recipes that can be trained, rows that exist, averages that follow, questions that can be asked."
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from jat_nb.catalogue import TIER, adapt, papers
+from jat_nb.claims import Evidence, verdict
+from jat_nb.data import default_budget, load
+from jat_nb.glow import Glow
+from jat_nb.models import pretrained
+from jat_nb.papers.ijsat import FLOW, OWN_SUITES, RECIPES, ROWS, SEVEN, SINGLE, SIX
+from jat_nb.papers.ijsat_claims import CLAIMS, PAPER, centroid, mixing_excess
+from jat_nb.recipes import bind
+from jat_nb.results import published, row_labels
+from jat_nb.suites import Job, check_answer, networks_of, run_suite
+from jat_nb.unseen import unseen_attacks
+
+ROBUST = ("at", "trades", "mart", "iat", "at-jsa", "ijsat", "dmat-jsa", "latent-at")
+
+
+@pytest.fixture(scope="module")
+def job():
+    test = load("digits", "test").subset(6)
+    torch.manual_seed(0)
+    flow = Glow((1, 8, 8), levels=2, steps=1, width=8)
+    flow.initialise(load("digits", "train").subset(64).x)
+    return Job(pretrained("digits-joint"), test.x, test.labels, default_budget("digits"), steps=2, networks={"flow": flow.eval()})
+
+
+@pytest.mark.parametrize("tier", TIER)
+def test_every_recipe_fits_every_tier_and_binds(tier):
+    for name, r in RECIPES.items():
+        small = adapt(r, tier=tier)
+        bind(small, dict.fromkeys(small.needs, torch.nn.Identity()))
+        assert set(small.needs.values()) <= {"ijsat/glow"} and small.objective == r.objective, name
+
+
+@pytest.mark.parametrize("name", ROBUST)
+def test_a_small_tier_reaches_the_whole_budget(name):
+    for links in adapt(RECIPES[f"ijsat/{name}"], tier="cpu").attacks.values():
+        for _, o in links:
+            for eps, step in (("eps", "step"), ("eps_pixel", "step_pixel"), ("eta", "step_latent")):
+                assert eps not in o or o["steps"] * o[step] >= o[eps] > 0
+
+
+def test_what_stands_on_the_flow_says_so():
+    latent = {name for name, r in RECIPES.items() for links in r.attacks.values() for attack, _ in links
+              if attack in ("jsa", "om_pgd")}
+    assert latent == {name for name, r in RECIPES.items() if r.needs} and len(latent) >= 9
+    assert FLOW.objective == "likelihood" and not FLOW.needs
+
+
+def test_rows_are_printed_and_no_recipe_fills_two_of_a_table():
+    for number in {row.table for row in ROWS}:
+        rows = [row for row in ROWS if row.table == number]
+        assert {row.label for row in rows} <= set(row_labels(published("ijsat", number)))
+        assert len({row.recipe for row in rows}) == len(rows)
+
+
+def test_budgets_are_rungs_of_the_ladders():
+    ladders, singles = unseen_attacks(), OWN_SUITES["ijsat-unseen"].columns
+    for name in SINGLE:
+        assert singles[name] in ladders[name] and len(ladders[name]) == 6
+    assert set(SIX) < set(SEVEN) and set(SEVEN) - set(SIX) == {"JSA50"}
+
+
+@pytest.mark.parametrize("name", ["ijsat", "ijsat-levels", "ijsat-mixing"])
+def test_suites_answer_alike_twice_and_survive_a_file(job, name):
+    suite = replace(papers()["ijsat"].suites[name], options={"batch_size": 3} if name == "ijsat-mixing" else {})
+    answer = run_suite(suite, job)
+    check_answer(suite, json.loads(json.dumps(answer)))
+    assert answer == run_suite(suite, replace(job, batch_size=4)) or name == "ijsat"
+    assert networks_of(suite) == (() if name == "ijsat-mixing" else ("flow",))
+
+
+def test_a_damaged_study_is_refused(job):
+    suite = replace(papers()["ijsat"].suites["ijsat-levels"], options={})
+    answer = run_suite(suite, job)
+    for change in ({"level 1": answer["level 1"][1:]}, {"level 2": [float("nan")] * 6}):
+        with pytest.raises(ValueError, match="finite numbers"):
+            check_answer(suite, answer | change)
+
+
+def test_the_excess_is_that_of_two_losses_by_hand(job):
+    x, y = job.x, job.y
+    attack = ("pgd", {"eps": 0.1, "step": 0.05, "steps": 3, "random_start": False})
+    [found] = mixing_excess(job.model, x, y, attack, batch_size=6, tau=1.0, seed=3)
+    assert found > 0
+    [none] = mixing_excess(job.model, x, y, ("pgd", {"eps": 0.0, "step": 0.0, "steps": 1}), batch_size=6, seed=3)
+    assert abs(none) < 1e-5
+    assert mixing_excess(job.model, x[:5], y[:5], batch_size=6) == []
+
+
+def test_the_centroid_is_the_frequency_of_a_wave_and_ignores_its_size():
+    wave = torch.arange(16.0).view(1, 1, 16, 1).expand(1, 1, 16, 16)
+    for cycles in (1, 3, 8):
+        change = torch.cos(2 * torch.pi * cycles * wave / 16)
+        assert centroid(change).item() == pytest.approx(cycles / 16, abs=1e-6)
+        assert torch.allclose(centroid(change), centroid(7 * change))
+    mixed = torch.cos(2 * torch.pi * wave / 16) + torch.cos(2 * torch.pi * 8 * wave / 16) / 2**0.5  # cos(pi n) has twice the power
+    assert centroid(mixed).item() == pytest.approx((1 / 16 + 8 / 16) / 2, abs=1e-6)
+
+
+def test_claims_are_complete_and_open_without_runs():
+    assert [c.id for c in CLAIMS] == [f"IC{k}" for k in range(1, 27)]
+    evidence = Evidence((), "cpu", PAPER)
+    assert {verdict(evidence.findings(claim))[0] for claim in CLAIMS} == {"inconclusive"}
+    places = {where for claim in CLAIMS for check in claim.checks for where in check.at}
+    assert all(f"ijsat/{where[0]}" in RECIPES for where in places)
