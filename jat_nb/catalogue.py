@@ -17,10 +17,11 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from .attacks import ATTACKS
 from .data import Budget, ImageSet, Unlabelled, default_budget, few_labels, load
-from .models import NormalizedModel, create, start_from
+from .models import create, start_from
 from .recipes import Recipe
 
 # %% ../nbs/32_catalogue.ipynb #0040ef56
@@ -236,24 +237,27 @@ def adapt(
 class Setting(NamedTuple):
     "What `fit` needs for one row of a table: fit(model, train, recipe, validation=validation)."
 
-    model: NormalizedModel  # Freshly initialised from the seed, or from a file
+    model: nn.Module  # Freshly initialised from the seed, or from a file
     train: ImageSet  # Training images of the tier
     recipe: Recipe  # The recipe at this tier, with the seed
     validation: ImageSet  # Training images held out
     unlabelled: Unlabelled | None = None  # Training images without labels, if the recipe uses any
 
 # %% ../nbs/32_catalogue.ipynb #e31eade6
-def _fresh(plan: Recipe, data: ImageSet) -> NormalizedModel:
+def _fresh(plan: Recipe, data: ImageSet) -> nn.Module:
     "The network of a recipe, for the images and classes of a data set."
     return create(plan.model, num_classes=data.num_classes, in_chans=data.channels, mean=data.mean,
-                  std=data.std, **plan.model_options)
+                  std=data.std, size=data.images.shape[-1], **plan.model_options)
 
 
-def _continued(init: Path, data: ImageSet) -> NormalizedModel:
+def _continued(init: Path, data: ImageSet) -> nn.Module:
     "The network of a file, for the classes of a data set."
     network = start_from(init, data.num_classes)
     if (channels := network.metadata["in_chans"]) != data.channels:
         raise ValueError(f"{init} takes images of {channels} channels, {data.name} has {data.channels}: "
+                         "choose weights that were trained on such images")
+    if (size := network.metadata.get("size", data.images.shape[-1])) != data.images.shape[-1]:
+        raise ValueError(f"{init} takes images of {size} x {size}, {data.name} has others: "
                          "choose weights that were trained on such images")
     return network
 

@@ -253,11 +253,18 @@ def add_stretch(
     write_json(file, {**about, "stretches": [*about.get("stretches", []), dict(facts)]})
 
 # %% ../nbs/29_checkpoints.ipynb #ff7ea4f5
+def _merit(row: Mapping[str, Any]) -> float | None:
+    "What makes an epoch better than another; None where it was not judged by the book's judges."
+    if "val_robust" in row:
+        return row["val_robust"]
+    return -row["val_bits_per_dim"] if "val_bits_per_dim" in row else None
+
+
 def best_row(
     history: list[dict[str, Any]],  # Rows of `fit`, with a validation set
-) -> dict[str, Any]:  # The row with the largest `val_robust`; of equals the later one
-    "The epoch to keep: chosen on validation images under attack, never on the test set."
-    return max(history, key=lambda row: (row["val_robust"], row["epoch"]))
+) -> dict[str, Any]:  # Largest `val_robust`, of a flow least `val_bits_per_dim`; of equals the later one
+    "The epoch to keep: chosen on images held out, classifiers under attack, never on the test set."
+    return max(history, key=lambda row: (_merit(row), row["epoch"]))
 
 # %% ../nbs/29_checkpoints.ipynb #5a928fa4
 def shortfall(
@@ -292,6 +299,6 @@ def publish(
         weights = plain_state(model)
         _check_finite(folder / "last.safetensors", weights)
         write_tensors(folder / "last.safetensors", weights, header)
-        if "val_robust" in history[-1] and best_row(history) is history[-1]:
+        if _merit(history[-1]) is not None and best_row(history) is history[-1]:
             write_tensors(folder / "best.safetensors", weights, header)
     write_atomic(folder / "log.jsonl", lambda part: part.write_text(log, encoding="utf-8"))

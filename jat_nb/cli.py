@@ -21,14 +21,16 @@ from typing import Any, Literal, get_args, get_origin
 
 import torch
 from fastcore.docments import docments
+from torch import nn
 
 import jat_nb
 from .batches import batches
 from .catalogue import Setting, papers, recipes, setting
 from .claims import judge_claims
 from .data import Budget, default_budget
-from .judging import find_runs, judge, open_run, run_facts, sources_for, unfinished
-from .models import NormalizedModel, frozen
+from .glow import Glow
+from .judging import classifies, find_runs, judge, open_classifier, open_run, run_facts, sources_for, unfinished
+from .models import frozen
 from .own_pictures import attack_options, attack_pictures, label_pictures, read_pictures
 from .processes import on_first, processes
 from .recipes import Recipe, bind, make_optimizer
@@ -161,7 +163,7 @@ def _needed(pairs: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def _networks(given: Mapping[str, Path], r: Recipe) -> dict[str, NormalizedModel]:
+def _networks(given: Mapping[str, Path], r: Recipe) -> dict[str, nn.Module]:
     "The trained networks that a recipe stands on, from their runs."
     found = {}
     for keyword in given.keys() & r.needs.keys():
@@ -175,7 +177,7 @@ def _networks(given: Mapping[str, Path], r: Recipe) -> dict[str, NormalizedModel
     return found
 
 # %% ../nbs/54_cli.ipynb #e4f0818e
-def _measure(s: Setting, needs: dict[str, NormalizedModel], device: str) -> str:
+def _measure(s: Setting, needs: dict[str, nn.Module], device: str) -> str:
     "How fast this training will go: three steps of a copy."
     r, model = s.recipe, copy.deepcopy(s.model).to(device).train()
     layout = torch.channels_last if r.channels_last else torch.preserve_format
@@ -183,6 +185,8 @@ def _measure(s: Setting, needs: dict[str, NormalizedModel], device: str) -> str:
     bound, optimizer = bind(r, needs), make_optimizer(model, r)
     batch = next(iter(batches(s.train, r.batch_size, unlabelled=s.unlabelled, device=device)))
     batch = batch._replace(x=batch.x.contiguous(memory_format=layout)) if r.channels_last else batch
+    if isinstance(model, Glow):
+        model.initialise(batch.x)
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
@@ -198,7 +202,7 @@ def _length(r: Recipe) -> str:
     return f"{r.iterations} iterations" if r.iterations else f"{r.epochs} epochs"
 
 # %% ../nbs/54_cli.ipynb #b7cf9f90
-def _train_one(s: Setting, needs: dict[str, NormalizedModel], about: dict[str, Any], out: Path, device: str,
+def _train_one(s: Setting, needs: dict[str, nn.Module], about: dict[str, Any], out: Path, device: str,
                deadline: float) -> bool:
     "Train until a moment of `time.perf_counter`, or go on with it; whether it is finished."
     title = f"{about['name']}, seed {about['seed']}"
@@ -216,6 +220,9 @@ def _summary(history: list[dict[str, Any]], recipe: Recipe, left: str) -> str:
     if not history:
         return f"stopped within epoch 1 of {_length(recipe)}"
     last, fallen = history[-1], [row["epoch"] for row in history if row.get("collapsed")]
+    if "val_bits_per_dim" in last:
+        return (f"{left or f'all of {_length(recipe)}'}, validation {last['val_bits_per_dim']:.3f} bits/dim, "
+                f"there and back within {last['round_trip']:.1e}")
     return (f"{left or f'all of {_length(recipe)}'}, validation clean {100 * last['val_clean']:.1f} %, "
             f"under {recipe.probe} {100 * last['val_robust']:.1f} %"
             + (f", CATASTROPHIC OVERFITTING from epoch {fallen[0]}" if fallen else "")
@@ -248,7 +255,7 @@ def jat_train(
     recipe: list[str] | None = None,  # What to train, names from --list
     out: str | None = None,  # The run's folder; with several recipes or seeds OUT/PAPER-NAME-sSEED
     data: str | None = None,  # Data set, a name or folder:PATH; the recipe's own if not given
-    model: str | None = None,  # Network, any timm name; the tier's if not given
+    model: str | None = None,  # Network, any name that `create` takes; the tier's if not given
     needs: list[str] | None = None,  # KEYWORD=RUN: the run of a network that the recipe stands on
     init: str | None = None,  # Weights to start from, such as a run's best.safetensors; they bring their network
     tier: Literal["smoke", "cpu", "gpu", "paper"] = "cpu",  # How far the published setting is cut down
@@ -291,10 +298,13 @@ def _finished(runs: Sequence[str]) -> list[Path]:
     for run in find_runs(runs):
         if left := unfinished(run):
             _say(f"{run}: passed over at {left}; the command that began it goes on")
+        elif not classifies(run):
+            _say(f"{run}: passed over, its network names no classes")
         else:
             found.append(run)
     if not found:
-        raise ValueError(f"no finished run in or below {', '.join(runs)}: train to the end before judging")
+        raise ValueError(f"no finished run of a classifier in or below {', '.join(runs)}: train one to the end "
+                         "before judging; what a flow learned is in its log.jsonl")
     return found
 
 # %% ../nbs/54_cli.ipynb #48cf7d2e
@@ -388,7 +398,7 @@ def jat_attack(
     "Attack pictures: writes each as PNG, its flow as a colour picture, and attack.json with what became of it."
     _threads(threads), _check(steps=(steps, 1), batch_size=(batch_size, 1), seed=(seed, 0))
     attack_options(attack, default_budget("cifar10"), steps, loss)  # refuses unknown names before anything is read
-    (facts, model), place = open_run(run, weights, device), check_writable(out)
+    (facts, model), place = open_classifier(run, weights, device), check_writable(out)
     about = facts["about"]
     classes = list(map(str, about.get("classes") or range(facts["model"]["num_classes"])))
     files, x = read_pictures(images, about.get("size", 32), facts["model"]["in_chans"])

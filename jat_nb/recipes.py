@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from .attacks import ATTACKS, chain
 from .batches import AUGMENTATIONS
 from .losses import LOSSES
-from .objectives import OBJECTIVES, WithMemory, networks, roles, standing_on
+from .models import BUILDERS
+from .objectives import JUDGES, OBJECTIVES, WithMemory, networks, roles, standing_on
 
 # %% ../nbs/28_recipes.ipynb #24cbcc46
 _Schedule = Literal["multistep", "onecycle", "cosine", "constant", "piecewise"]
@@ -294,9 +295,19 @@ def _check_length(r: Recipe) -> None:
                          f"{within}, got {r.knots}")
 
 # %% ../nbs/28_recipes.ipynb #fabfc013
+def _check_model(r: Recipe) -> None:
+    "A flow for an objective of flows, a classifier for all others."
+    if (r.model in BUILDERS) != (r.objective in JUDGES):
+        kind = "no classifier" if r.objective in JUDGES else "a classifier"
+        some = ", ".join(BUILDERS) if r.objective in JUDGES else "such as 'wrn_28_10_cifar'"
+        raise ValueError(f"objective {r.objective!r} trains {kind}, the recipe has model={r.model!r}: "
+                         f"choose one ({some})")
+
+
 def _check_recipe(r: Recipe) -> None:
     "Every mistake that can be seen before the first batch."
     _check_name("objective", r.objective, OBJECTIVES)
+    _check_model(r)
     _check_options("objective", r.objective, OBJECTIVES, r.objective_options,
                    networks(OBJECTIVES[r.objective]))
     _check_attack("probe", r.probe, r.probe_options)

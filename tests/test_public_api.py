@@ -21,7 +21,7 @@ PROMISED = {
     "data": "ImageSet Unlabelled few_labels load available picture_files read_picture DATASETS default_budget",
     "batches": "Batch batches num_batches shares crop_flip random_crop_flip resized_crop_flip random_resized_crop_flip "
                "random_cutout cutout AUGMENTATIONS",
-    "models": "NormalizedModel create start_from frozen unwrap bare plain_state check_rebuildable tensor_hash write_tensors read_tensors "
+    "models": "NormalizedModel BUILDERS create start_from frozen unwrap bare plain_state check_rebuildable tensor_hash write_tensors read_tensors "
               "save_weights load_weights pretrained zoo",
     "backbones": "SmallCNN PreActBlock PreActResNet PaddedBlock PaddedResNet resnet32_cifar wide_resnet resnet18_cifar",
     "records": "Record write_json append_jsonl write_atomic environment progress",
@@ -34,7 +34,7 @@ PROMISED = {
     "unseen": "Elastic elastic JPEG jpeg Fog fog Snow snow Gabor gabor unseen_attacks avg_accuracy",
     "joint_space": "Latent om_pgd jsa latent_report",
     "rigid": "Rigid search rigid_grid rand_adv grid_adv worst_of_k rigid pgd_plus grid_plus",
-    "objectives": "natural adversarial jat attacked_losses average maximum WithMemory roles networks standing_on OBJECTIVES",
+    "objectives": "natural adversarial jat attacked_losses average maximum WithMemory roles networks standing_on OBJECTIVES likelihood judge_flow JUDGES",
     "mixing": "draw_share Partners partners mix mixed_loss mixup robust_mixup attack_then_mix iat mart",
     "semi_supervised": "srt klr trades guessed rst uat",
     "papers.srt_claims": "CLAIMS PAPER SURFACE",
@@ -43,7 +43,7 @@ PROMISED = {
               "hypervolume knee universal_score",
     "recipes": "Recipe Bound bind learning_rate make_optimizer",
     "processes": "Processes processes own_device total from_first on_first agree distribute copy_buffers timer report_lost",
-    "training": "fit train_step accuracy Memory",
+    "training": "fit train_step accuracy judge_classifier Judge Memory",
     "catalogue": "Row Paper Tier TIER Setting papers register recipe recipes adapt setting",
     "papers.jat": "PAPER RECIPES ROWS COLUMNS SYNONYMS OWN_SUITES CLAIMS jat_suite",
     "checkpoints": "save_state load_state state_tensors restore claim add_stretch run_identity function_names publish shortfall best_row collapsed",
@@ -60,7 +60,7 @@ PROMISED = {
     "bench_report": "run targets main",
     "cli": "jat_train jat_eval jat_attack jat_report command run_folder",
     "own_pictures": "to_png read_pictures label_pictures attack_options attack_pictures",
-    "judging": "find_runs run_facts unfinished open_run sources_for judge",
+    "judging": "find_runs run_facts unfinished open_run open_classifier classifies sources_for judge",
     "evaluation": "counted wilson_interval Evaluation evaluate budget_curve clean pgd_at ggsm_at joint_at raw_accuracy",
 }
 
