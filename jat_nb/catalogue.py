@@ -126,18 +126,21 @@ class Tier:
     steps: Mapping[str, int] = field(default_factory=dict)  # {attack: most steps in training}
     probe_steps: int | None = None  # Most steps of the probe; None: as published
     changes: Mapping[str, Any] = field(default_factory=dict)  # Other fields of the recipe
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # {network: its `model_options`}
 
 # %% ../nbs/32_catalogue.ipynb #28ac104b
 _FAST = dict(schedule="onecycle", milestones=(), knots=(), nesterov=True, weight_decay=5e-4,
              amp=True, channels_last=True)
 _WIDE = ("wrn_28_10_cifar", "wrn_34_10_cifar")
-_NARROW = dict.fromkeys((*_WIDE, "preact_resnet18_cifar", "resnet32_cifar"), "wrn_10_1_cifar")
+_NARROW = dict.fromkeys((*_WIDE, "resnet18_cifar", "preact_resnet18_cifar", "resnet32_cifar"), "wrn_10_1_cifar")
 _MIDDLE = dict.fromkeys(_WIDE, "wrn_16_4_cifar")
 _STEPS = dict.fromkeys(("pgd", "om_pgd", "jsa"), 7) | dict.fromkeys(("ggsm", "affine", "integrated", "double_pass"), 5)
 
 TIER: Mapping[str, Tier] = MappingProxyType({
-    "smoke": Tier(_NARROW, 128, 32, 2, _STEPS, 5, dict(_FAST, batch_size=32, probe_images=32)),
-    "cpu": Tier(_NARROW, 15_000, 1_000, 8, _STEPS, 5, dict(_FAST, batch_size=64, probe_images=256)),
+    "smoke": Tier(_NARROW, 128, 32, 2, _STEPS, 5, dict(_FAST, batch_size=32, probe_images=32),
+                  {"glow": {"levels": 2, "steps": 1, "width": 16}}),
+    "cpu": Tier(_NARROW, 15_000, 1_000, 8, _STEPS, 5, dict(_FAST, batch_size=64, probe_images=256),
+                {"glow": {"levels": 3, "steps": 4, "width": 64}}),
     "gpu": Tier(_MIDDLE, None, 1_000, 30, changes=_FAST),
     "paper": Tier({}, None, 1_000),
 })  # settings by name; "paper" cuts nothing down
@@ -179,6 +182,7 @@ def _cut_down(recipe: Recipe, tier: Tier) -> Recipe:
                for role, chain in recipe.attacks.items()}
     probe = _fewer(recipe.probe, recipe.probe_options, tier.probe_steps)
     changes = {"model": tier.models.get(recipe.model, recipe.model), "attacks": attacks,
+               "model_options": tier.options.get(recipe.model, recipe.model_options),
                "probe_options": probe, **tier.changes}
     changes = {name: value for name, value in changes.items() if name not in kept}
     shorter = _shorter(recipe, tier, changes.get("batch_size", recipe.batch_size))
