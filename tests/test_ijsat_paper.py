@@ -24,7 +24,7 @@ ROBUST = ("at", "trades", "mart", "iat", "at-jsa", "ijsat", "dmat-jsa", "latent-
 def job():
     test = load("digits", "test").subset(6)
     torch.manual_seed(0)
-    flow = Glow((1, 8, 8), levels=2, steps=1, width=8)
+    flow = Glow((1, 32, 32), levels=2, steps=1, width=8)
     flow.initialise(load("digits", "train").subset(64).x)
     return Job(pretrained("digits-joint"), test.x, test.labels, default_budget("digits"), steps=2, networks={"flow": flow.eval()})
 
