@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from .attacks import ATTACKS
+from .batches import num_batches
 from .data import Budget, ImageSet, Unlabelled, default_budget, few_labels, load
 from .models import create, start_from
 from .recipes import Recipe
@@ -54,6 +55,8 @@ class Paper:
     corrections: Mapping[tuple[int, str, str], float] = field(
         default_factory=dict)  # {(table, row, our column): the number that a misprint stands for}
     remark: str = ""  # "module:function" that tells what must stand beside a run; "": nothing
+    updates: Mapping[str, tuple[str, float]] = field(
+        default_factory=dict)  # {recipe: (another, the share of its updates that it makes)}
 
     def __post_init__(self) -> None:
         foreign = [name for name in self.recipes if not name.startswith(f"{self.key}/")]
@@ -61,8 +64,9 @@ class Paper:
             raise ValueError(f"recipes of the paper {self.key!r} are named '{self.key}/...', "
                              f"got {foreign[0]!r}")
         named = {name for row in self.rows for name in (row.recipe, row.source) if name}
+        named |= {name for own, (other, _) in self.updates.items() for name in (own, other)}
         if named - set(self.recipes):
-            raise ValueError(f"rows of the paper {self.key!r} name recipes it does not have: "
+            raise ValueError(f"rows or updates of the paper {self.key!r} name recipes it does not have: "
                              f"{', '.join(sorted(named - set(self.recipes)))}")
 
     @property
@@ -275,6 +279,39 @@ def _divided(plan: Recipe, rest: ImageSet, whole: int, most: int) -> tuple[Image
     known, unknown = few_labels(rest, labelled, unlabelled)
     return known, unknown if unlabelled else None
 
+# %% ../nbs/32_catalogue.ipynb #42d6a6fc
+def _number(plan: Recipe, train: ImageSet, unlabelled: Unlabelled | None) -> int:
+    "Updates that a recipe makes on these images, in one process."
+    per_epoch = num_batches(len(train), plan.batch_size, unlabelled=len(unlabelled or ()))
+    return plan.iterations or plan.epochs * per_epoch
+
+
+def _with_updates(plan: Recipe, updates: int) -> Recipe:
+    "A recipe of so many updates, its milestones and knots in proportion."
+    before = plan.iterations or plan.epochs
+    return replace(plan, epochs=None, iterations=updates, milestones=tuple(m * updates / before for m in plan.milestones),
+                   knots=tuple((place * updates / before, factor) for place, factor in plan.knots))
+
+# %% ../nbs/32_catalogue.ipynb #88c33387
+def _planned(name: str, data: str | None, tier: str, rest: ImageSet, whole: int, images: int | None,
+             changes: Mapping[str, Any]) -> tuple[Recipe, ImageSet, Unlabelled | None]:
+    "A recipe, its length settled, and its images out of those that are not held out."
+    most = images or TIER[tier].images or len(rest)
+
+    def cut(of: str, **own: Any) -> tuple[Recipe, ImageSet, Unlabelled | None]:
+        plan = replace(adapt(recipe(of), data, tier), **own)
+        if plan.labelled < 1:
+            return plan, *_divided(plan, rest, whole, most)
+        return plan, rest if most >= len(rest) else rest.subset(most), None
+
+    plan, train, unlabelled = cut(name, **changes)
+    other, share = papers()[name.split("/")[0]].updates.get(name, ("", 0.0))
+    if other and not {"epochs", "iterations"} & set(changes):
+        same = {k: v for k, v in changes.items() if k == "batch_size"}
+        updates = max(1, round(share * _number(*cut(other, **same))))
+        if updates != _number(plan, train, unlabelled): plan = _with_updates(plan, updates)
+    return plan, train, unlabelled
+
 # %% ../nbs/32_catalogue.ipynb #0d3495fb
 def setting(
     name: str,  # Full name of a recipe, such as "jat/natural"
@@ -291,15 +328,11 @@ def setting(
     if init is not None and model:
         raise ValueError(f"{init} brings its own network: leave out model={model!r}")
     changes |= {"seed": seed} | ({"model": model} if model else {})
-    plan, size = replace(adapt(recipe(name), data, tier), **changes), TIER[tier]
-    whole = load(plan.data)
-    rest, validation = whole.split(min(size.held_out, len(whole) // 5))
+    whole = load(replace(adapt(recipe(name), data, tier), **changes).data)
+    rest, validation = whole.split(min(TIER[tier].held_out, len(whole) // 5))
     if images is not None and not 1 <= images <= len(rest):
         raise ValueError(f"expected 1 to {len(rest)} training images, got {images}")
-    most = images or size.images or len(rest)
-    train, unlabelled = rest if most >= len(rest) else rest.subset(most), None
-    if plan.labelled < 1:
-        train, unlabelled = _divided(plan, rest, len(whole), most)
+    plan, train, unlabelled = _planned(name, data, tier, rest, len(whole), images, changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = _fresh(plan, whole) if init is None else _continued(Path(init), whole)

@@ -23,7 +23,8 @@ from .attacks import ATTACKS, chain
 from .batches import AUGMENTATIONS
 from .losses import LOSSES
 from .models import BUILDERS
-from .objectives import JUDGES, OBJECTIVES, WithMemory, networks, roles, standing_on
+from .objectives import JUDGES, OBJECTIVES, OWN_LOSS, WithMemory, networks, roles, standing_on
+from .rigid import SEARCHES
 
 # %% ../nbs/28_recipes.ipynb #24cbcc46
 _Schedule = Literal["multistep", "onecycle", "cosine", "constant", "piecewise"]
@@ -253,6 +254,15 @@ def _check_attacks(r: Recipe) -> None:
             _check_kind(f"the options of {name!r}", options, dict)
             _check_attack("attack", name, options)
 
+# %% ../nbs/28_recipes.ipynb #efdfb2ca
+def _check_searches(r: Recipe) -> None:
+    "Refuse a search under an objective whose attack climbs a loss of the batch's own."
+    tried = [name for links in r.attacks.values() for name, _ in links if name in SEARCHES]
+    if tried and r.objective in OWN_LOSS:
+        raise ValueError(f"objective {r.objective!r} gives its attack a loss that belongs to the images of "
+                         f"the batch, attack {tried[0]!r} tries copies of them: take one that climbs a "
+                         "gradient ('rigid' for movements, 'pgd' for pixels), or objective 'klr'")
+
 # %% ../nbs/28_recipes.ipynb #36de4509
 def _check_numbers(r: Recipe) -> None:
     "Numbers in their ranges."
@@ -312,6 +322,7 @@ def _check_recipe(r: Recipe) -> None:
                    networks(OBJECTIVES[r.objective]))
     _check_attack("probe", r.probe, r.probe_options)
     _check_attacks(r)
+    _check_searches(r)
     _check_needs(r)
     for name in r.augment:
         _check_name("augmentation", name, AUGMENTATIONS)

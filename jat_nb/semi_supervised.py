@@ -7,7 +7,7 @@ __all__ = ['Reduction', 'srt', 'trades', 'klr', 'guessed', 'rst', 'uat']
 
 # %% ../nbs/23_semi_supervised.ipynb #34343c1f
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,16 @@ def _weighed(batch: Batch, right: Tensor, constant: Tensor, reduction: Reduction
     "Eq. 1 from two means, the second weighed; a part of a batch counts as its balance says."
     if reduction == "separate":
         return right + batch.balance * constant
-    if reduction != "concat":
-        raise ValueError(f"unknown reduction {reduction!r}: choose 'separate' or 'concat'")
     per_label = len(batch.mixed) / (len(batch.y) * batch.balance)  # images for each labelled one, in the whole batch
     return (right + per_label * batch.balance * constant) / (1 + per_label)
+
+
+def _answers(model: nn.Module, x: Tensor, x_adv: Tensor, reduction: Reduction) -> tuple[Tensor, Tensor]:
+    "Logits on labelled and on attacked images; under \"concat\" all of them in one pass (D-S10)."
+    if reduction == "separate":
+        return model(x), model(x_adv)
+    logits = model(torch.cat([x, x_adv]))
+    return logits[:len(x)], logits[len(x):]
 
 # %% ../nbs/23_semi_supervised.ipynb #5e2f62ff
 def srt(
@@ -39,17 +45,24 @@ def srt(
     reduction: Reduction = "separate",  # "separate" (SRT Eq. 9) or "concat" (its published code)
 ) -> Tensor:  # Scalar, nats
     "Semi-supervised robust training; without unlabelled images robust training (SRT Eq. 9)."
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"unknown reduction {reduction!r}: choose 'separate' or 'concat'")
     x = batch.mixed
     own = clean_logits(model, x).argmax(1)
     x_adv = attack(model, x, own, target=None, generator=batch.generator)
-    right = cross_entropy(model(batch.x), batch.y).mean()
-    constant = weight * cross_entropy(model(x_adv), own).mean()
+    logits, logits_adv = _answers(model, batch.x, x_adv, reduction)
+    right = cross_entropy(logits, batch.y).mean()
+    constant = weight * cross_entropy(logits_adv, own).mean()
     return _weighed(batch, right, constant, reduction)
 
 # %% ../nbs/23_semi_supervised.ipynb #48b54a36
 def _diverging(logits: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     "A loss for an attack: divergence (B,) from given logits (B, K), in nats; the classes are not read."
     def loss(found: Tensor, y: Tensor) -> Tensor:
+        if len(found) != len(logits):
+            raise ValueError(f"expected answers to the {len(logits)} images of the batch in their order, got "
+                             f"{len(found)}: attacks that search copy and drop images, take one that climbs "
+                             "a gradient, such as rigid for movements")
         return kl_divergence(logits, found)
     return loss
 

@@ -357,6 +357,14 @@ def _averaging(ema: float) -> Callable[..., None]:
     return update
 
 # %% ../nbs/31_training.ipynb #77039482
+def _check_unlabelled(recipe: Recipe, unlabelled: Unlabelled | None) -> None:
+    "Refuse to leave out, in silence, images that a recipe counts on."
+    if recipe.unlabelled and unlabelled is None:
+        raise ValueError(f"the recipe uses a share of {recipe.unlabelled:.3g} of the images without their labels, "
+                         "fit was given none: pass unlabelled=, as `setting` or `few_labels` hands them out; to "
+                         "train without, pass an empty set, or set unlabelled=0 in the recipe")
+
+
 def _check_fit(model: nn.Module, recipe: Recipe, train: ImageSet, validation: ImageSet | None,
                kept: bool) -> None:
     "What would be noticed only after hours otherwise."
@@ -433,7 +441,7 @@ def fit(
     recipe: Recipe,  # Everything that decides the result, but the initial weights
     *,
     validation: ImageSet | None = None,  # Held-out training images, never the test set
-    unlabelled: Unlabelled | None = None,  # Training images beside them; an empty set is none
+    unlabelled: Unlabelled | None = None,  # Images without labels, if the recipe uses any; may be empty
     needs: Mapping[str, nn.Module] | None = None,  # Trained networks, by the recipe's `needs`
     objective: Callable[..., Any] | None = None,  # Instead of the recipe's; `WithMemory` or not
     attacks: Mapping[str, Callable[..., Tensor]] | None = None,  # Instead of the recipe's, by role
@@ -448,6 +456,7 @@ def fit(
     given = {"objective": objective, "attacks": attacks, "probe": probe}
     with report_lost():
         _check_fit(model, recipe, train, validation, out is not None)
+        _check_unlabelled(recipe, unlabelled)
         needs, folder = dict(needs or {}), None if out is None else Path(out)
         bound = _functions(recipe, needs, given)
         own = {} if out is None else function_names({**given, "judge": judge})

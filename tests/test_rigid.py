@@ -219,6 +219,8 @@ def test_odd_sizes():
     (lambda: Rigid(max_deg=-1), "max_deg=-1"), (lambda: Rigid(max_deg=181), "max_deg <= 180"),
     (lambda: Rigid(max_px=math.inf), "max_px=inf"), (lambda: Rigid(step_px=math.nan), "step_px=nan"),
     (lambda: rigid_grid(n_deg=0), "at least 1"), (lambda: rigid_grid(max_px=-2), "max_px=-2"),
+    (lambda: rigid_grid(n_px=1.5), "n_px=1.5"), (lambda: rigid_grid(n_deg="7"), "n_deg='7'"), (lambda: Rigid(max_deg=True), "max_deg=True"),
+    (lambda: Rigid().draw(torch.zeros(1, 1, 9, 9), 3.5), "k=3.5"),
 ])
 def test_bad_numbers(call, message):
     with pytest.raises(ValueError, match=message): call()
@@ -228,11 +230,22 @@ def test_bad_numbers(call, message):
     (rand_adv, dict(k=0), "k of at least 1"), (rand_adv, dict(max_px=12.0), "out of sight"), (grid_adv, dict(max_px=12.0), "out of sight"),
     (grid_adv, dict(n_px=0), "at least 1"), (grid_adv, dict(padding="mirror"), "unknown padding"), (grid_adv, dict(max_bytes=0), "max_bytes"),
     (pgd_plus, dict(fraction=-0.1), r"fraction in \[0, 1\]"), (grid_plus, dict(fraction=math.nan), r"fraction in \[0, 1\]"),
+    (rand_adv, dict(k="4"), "k='4'"), (worst_of_k, dict(k=1.5), "k=1.5"), (worst_of_k, dict(k=None), "k=None"), (rand_adv, dict(k=True), "k=True"),
+    (grid_adv, dict(n_deg=4.5), "n_deg=4.5"), (grid_adv, dict(n_px=2.0, max_px=0.0), "n_px=2.0"), (grid_plus, dict(n_px=math.nan), "n_px=nan"),
+    (grid_adv, dict(images_per_pass=1.5), "images_per_pass=1.5"), (rand_adv, dict(images_per_pass=None), "images_per_pass=None"),
+    (worst_of_k, dict(max_deg=-10.0), "max_deg=-10"), (pgd_plus, dict(max_deg="30"), "max_deg='30'"), (grid_plus, dict(max_px=None), "max_px=None"),
+    (pgd_plus, dict(fraction="half"), r"fraction in \[0, 1\]"), (grid_plus, dict(eps="8/255"), "eps"), (pgd_plus, dict(step=None), "step"),
     (worst_of_k, dict(loss="mse"), "unknown loss"), (rand_adv, dict(target=torch.zeros(2, dtype=torch.int64)), "one label per image"), (rand_adv, dict(generator=own(2)), "one generator per image"),
 ])
 def test_bad_calls(case, attack, options, message):
     model, x, y = case
     with pytest.raises(ValueError, match=message): attack(model, x, y, **options)
+
+
+@pytest.mark.parametrize("candidates", [torch.zeros(3), torch.zeros(N + 1, 4, 3), torch.zeros(5, 4), torch.zeros(1, 1, 1, 3), [[0.0, 1.0, 1.0]]])
+def test_candidates_of_another_shape(case, candidates):
+    model, x, y = case
+    with pytest.raises(ValueError, match=rf"candidates \(k, 3\) for all images or \({N}, k, 3\)"): search(model, x, y, Rigid(), candidates)
 
 
 @pytest.mark.parametrize("angle", [-30.0, -7.5, 12.0, 90.0])

@@ -5,17 +5,18 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from jat_nb.attacks import ATTACKS
 from jat_nb.batches import Batch, batches, shares
 from jat_nb.catalogue import setting
 from jat_nb.checkpoints import run_identity
 from jat_nb.cli import jat_train
 from jat_nb.data import Unlabelled, few_labels, load
 from jat_nb.models import create, pretrained
-from jat_nb.objectives import OBJECTIVES
+from jat_nb.objectives import OBJECTIVES, OWN_LOSS, networks, roles
 from jat_nb.papers.srt import LAMBDAS, RECIPES
 from jat_nb.recipes import Recipe, bind
 from jat_nb.records import read_jsonl
-from jat_nb.rigid import worst_of_k
+from jat_nb.rigid import SEARCHES, worst_of_k
 from jat_nb.semi_supervised import rst, srt, trades, uat
 from jat_nb.training import fit, train_step
 from torch import nn
@@ -63,10 +64,79 @@ def test_rt_is_srt_without_unlabelled_images_to_the_bit(parts):
     known, unknown = parts
     empty = Unlabelled("digits", unknown.images[:0])
     models = [net(norm="batch") for _ in range(2)]
-    for model, others in zip(models, (None, empty)):
-        fit(model, known, PLAN, unlabelled=others)
+    fit(models[0], known, replace(PLAN, unlabelled=0.0))
+    fit(models[1], known, PLAN, unlabelled=empty)
     torch.testing.assert_close(*(m.state_dict() for m in models), rtol=0, atol=0)
     assert run_identity(PLAN, models[0], known, unlabelled=empty) == run_identity(PLAN, models[0], known)
+
+
+@pytest.mark.parametrize("objective", ["srt", "uat", "rst"])
+def test_images_that_a_recipe_counts_on_are_not_left_out_in_silence(parts, objective):
+    needs = {} if objective == "srt" else {"teacher": net(1)}
+    plan = replace(PLAN, objective=objective, needs=dict.fromkeys(needs, "srt/mnist-long-standard"), unlabelled=0.25)
+    before = net().state_dict()
+    model = net()
+    with pytest.raises(ValueError, match="share of 0.25 of the images without their labels.*pass unlabelled=.*empty set"):
+        fit(model, parts[0], plan, needs=needs)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert len(fit(net(), parts[0], replace(plan, unlabelled=0.0), needs=needs)) == 1
+
+
+@pytest.mark.parametrize("name", ["srt", "klr", "trades", "rst", "uat", "mart", "iat", "robust_mixup", "attack_then_mix", "adversarial", "jat", "average", "maximum"])
+def test_who_gives_attacks_a_loss_of_its_own(parts, name):
+    seen, objective = [], OBJECTIVES[name]
+    def spy(model, x, y, *, loss=None, **options):
+        seen.append(loss)
+        return x
+    needs = {keyword: net(1) for keyword in networks(objective)}
+    attacks = dict.fromkeys(roles(objective) or ("attack", "other"), spy)
+    objective(net(), next(batches(parts[0], 20, unlabelled=parts[1] if name == "srt" else None)), **attacks, **needs)
+    assert any(map(callable, seen)) == (name in OWN_LOSS) and seen
+    assert set(OWN_LOSS) <= set(OBJECTIVES)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_who_shows_a_loss_other_images_than_the_batch(name):
+    "Attacks that are no searches may be given a loss that belongs to the images, each in its place."
+    attack, x, y, seen = ATTACKS[name], torch.full((3, 1, 6, 6), 0.5), torch.tensor([0, 1, 2]), []
+    def loss(logits, labels):
+        seen.append(torch.equal(labels, y))
+        return F.cross_entropy(logits, labels, reduction="none")
+    short = {key: 1 for key in ("steps", "restarts") if key in attack.__kwdefaults__}
+    attack(nn.Flatten(), x, y, loss=loss, generator=torch.Generator(), **short)
+    assert all(seen) == (name not in SEARCHES) and seen and set(SEARCHES) <= set(ATTACKS)
+
+
+@pytest.mark.parametrize("attack, options", [("grid_adv", {"n_deg": 3}), ("pgd_plus", {"eps": 0.1}), ("worst_of_k", {"k": 4}), ("rand_adv", {})])
+@pytest.mark.parametrize("objective", OWN_LOSS)
+def test_a_search_cannot_rank_by_a_loss_of_the_batch(parts, objective, attack, options):
+    needs = {"teacher": "srt/mnist-long-standard"} if objective in ("rst", "uat") else {}
+    chain = [WEAK[0], [attack, options]]
+    with pytest.raises(ValueError, match=f"objective '{objective}' .* attack '{attack}' tries copies of them.*'rigid' for movements"):
+        Recipe(objective=objective, attacks={"attack": chain}, needs=needs, epochs=1)
+    climbing = {"attack": [WEAK[0], ["rigid", {"steps": 2}]]}
+    assert Recipe(objective=objective, attacks=climbing, needs=needs, epochs=1).attacks == climbing
+    more = {"teacher": net(1)} if needs else {}
+    with pytest.raises(ValueError, match="attacks that search copy"):  # given as a function: at the first batch, with the mend
+        OBJECTIVES[objective](net(), next(batches(parts[0], 20)), partial(ATTACKS[attack], **options), **more)
+
+
+@pytest.mark.parametrize("labelled_only", [True, False])
+def test_concat_is_one_pass_of_the_network(parts, labelled_only):
+    "The published code: batch statistics of labelled and attacked images together (D-S10)."
+    model, twin = net(2, norm="batch"), net(2, norm="batch")
+    b = next(batches(parts[0], 40, unlabelled=None if labelled_only else parts[1], shuffle=True, seed=5))
+    sizes = []
+    handle = model.register_forward_hook(lambda module, inputs, output: sizes.append((module.training, len(output))))
+    loss = srt(model, b, wavy, weight=0.7, reduction="concat")
+    handle.remove()
+    own = twin.eval()(b.mixed).argmax(1)
+    twin.train()
+    all_at_once = torch.cat([b.x, (b.mixed + 0.1 * torch.sin(40 * b.mixed)).clamp(0, 1)])
+    each = F.cross_entropy(twin(all_at_once), torch.cat([b.y, own]), reduction="none")
+    torch.testing.assert_close(loss, (each[:len(b.y)].sum() + 0.7 * each[len(b.y):].sum()) / len(each), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(dict(model.named_buffers()), dict(twin.named_buffers()), rtol=1e-4, atol=1e-5)
+    assert sizes == [(False, len(b.mixed)), (True, len(b.y) + len(b.mixed))]
 
 
 def wavy(model, x, y, **options):
@@ -85,8 +155,9 @@ def test_trainer_does_what_equation_9_says(parts, reduction):
         own = twin.eval()(x).argmax(1)
         twin.train()
         x_adv = (x + 0.1 * torch.sin(40 * x)).clamp(0, 1)
-        right = F.cross_entropy(twin(b.x), b.y, reduction="none")
-        same = 0.4 * F.cross_entropy(twin(x_adv), own, reduction="none")
+        answers = (twin(b.x), twin(x_adv)) if reduction == "separate" else twin(torch.cat([b.x, x_adv])).tensor_split([len(b.x)])
+        right = F.cross_entropy(answers[0], b.y, reduction="none")
+        same = 0.4 * F.cross_entropy(answers[1], own, reduction="none")
         both = right.mean() + same.mean() if reduction == "separate" else (right.sum() + same.sum()) / (len(right) + len(same))
         optimizer.zero_grad()
         both.backward()
