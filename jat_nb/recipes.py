@@ -64,6 +64,7 @@ class Recipe:
     probe: str = "double_pass"  # Key of ATTACKS: what validation images face after an epoch
     probe_options: Mapping[str, Any] = field(default_factory=lambda: {"steps": 10})  # Keywords
     probe_images: int = 512  # How many it faces; about 4 points of 95 % interval
+    probes: Mapping[str, Sequence] = field(default_factory=dict)  # {name: [attack, keywords]}, for the log
     essential: tuple[str, ...] = ()  # Fields that no tier may change
 
     def __post_init__(self) -> None: _settle(self)
@@ -241,6 +242,14 @@ def _check_attacks(r: Recipe) -> None:
             _check_kind(f"the options of {name!r}", options, dict)
             _check_attack("attack", name, options)
 
+# %% ../nbs/28_recipes.ipynb #228a7821
+def _check_probes(r: Recipe) -> None:
+    "Attacks for the log that can be carried out."
+    for name, given in r.probes.items():
+        if not (isinstance(given, list) and len(given) == 2 and isinstance(given[1], dict)):
+            raise ValueError(f"expected probes[{name!r}] to be [attack, options], got {given}")
+        _check_attack(f"probe {name!r}:", *given)
+
 # %% ../nbs/28_recipes.ipynb #36de4509
 def _check_numbers(r: Recipe) -> None:
     "Numbers in their ranges."
@@ -291,6 +300,7 @@ def _check_recipe(r: Recipe) -> None:
     _check_needs(r)
     _check_attack("probe", r.probe, r.probe_options)
     _check_attacks(r)
+    _check_probes(r)
     for name in r.augment:
         _check_name("augmentation", name, AUGMENTATIONS)
     for name in r.essential:
@@ -353,6 +363,7 @@ class Bound(NamedTuple):
     objective: Callable[..., Any]  # objective(model, batch, **attacks) -> scalar loss, or `WithMemory`
     attacks: dict[str, Callable[..., Tensor]]  # By role: attack(model, x, y, target=, generator=)
     probe: Callable[..., Tensor]  # probe(model, x, y, generator=) -> images
+    probes: dict[str, Callable[..., Tensor]]  # By name, called as `probe` is
 
 # %% ../nbs/28_recipes.ipynb #f56ab06b
 def bind(
@@ -369,4 +380,5 @@ def bind(
     attacks = {role: chain([partial(ATTACKS[name], **options) for name, options in links])
                for role, links in recipe.attacks.items()}
     objective = partial(_objective(recipe), **given) if given else _objective(recipe)
-    return Bound(objective, attacks, partial(ATTACKS[recipe.probe], **recipe.probe_options))
+    probes = {name: partial(ATTACKS[attack], **own) for name, (attack, own) in recipe.probes.items()}
+    return Bound(objective, attacks, partial(ATTACKS[recipe.probe], **recipe.probe_options), probes)

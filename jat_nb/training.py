@@ -327,6 +327,8 @@ def _finish_epoch(run: _Run, row: dict[str, Any], validation: ImageSet | None) -
         few = validation.subset(min(run.recipe.probe_images, len(validation)))
         row |= {"val_clean": accuracy(run.judged, validation),
                 "val_robust": accuracy(run.judged, few, run.bound.probe, amp=run.recipe.amp)}
+        row |= {"probes": {name: accuracy(run.judged, few, attack, amp=run.recipe.amp)
+                           for name, attack in run.bound.probes.items()}} if run.bound.probes else {}
         row["collapsed"] = collapsed([*run.history, row])
         row["one_answer"] = _one_answer(run.judged, few)
     run.history.append(row)
