@@ -185,9 +185,11 @@ def _cut_down(recipe: Recipe, tier: Tier) -> Recipe:
     attacks = {role: [[name, _fewer(name, options, tier.steps.get(name))] for name, options in chain]
                for role, chain in recipe.attacks.items()}
     probe = _fewer(recipe.probe, recipe.probe_options, tier.probe_steps)
+    probes = {name: [attack, _fewer(attack, options, tier.probe_steps)]
+              for name, (attack, options) in recipe.probes.items()}
     changes = {"model": tier.models.get(recipe.model, recipe.model), "attacks": attacks,
                "model_options": tier.options.get(recipe.model, recipe.model_options),
-               "probe_options": probe, **tier.changes}
+               "probe_options": probe, "probes": probes, **tier.changes}
     changes = {name: value for name, value in changes.items() if name not in kept}
     shorter = _shorter(recipe, tier, changes.get("batch_size", recipe.batch_size))
     return replace(recipe, **{**shorter, **changes})
@@ -236,7 +238,9 @@ def adapt(
     attacks = {role: [[name, in_proportion(name, options, home, there)] for name, options in chain]
                for role, chain in recipe.attacks.items()}
     given = in_proportion(recipe.probe, recipe.probe_options, home, there)
-    moved = replace(recipe, data=data, attacks=attacks,
+    probes = {name: [attack, in_proportion(attack, options, home, there)]
+              for name, (attack, options) in recipe.probes.items()}
+    moved = replace(recipe, data=data, attacks=attacks, probes=probes,
                     probe_options=_lengths(recipe.probe, there) | given,
                     lr=recipe.lr * _LR_DIVISOR.get(recipe.data, 1) / _LR_DIVISOR.get(data, 1))
     return _cut_down(moved, TIER[tier])

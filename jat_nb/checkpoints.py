@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESUME', 'state_tensors', 'restore', 'save_state', 'load_state', 'run_identity', 'function_names', 'claim',
-           'add_stretch', 'best_row', 'shortfall', 'collapsed', 'publish']
+           'add_stretch', 'best_row', 'shortfall', 'probe_curve', 'overfitting_gap', 'collapsed', 'publish']
 
 # %% ../nbs/29_checkpoints.ipynb #4d561cf1
 import json
@@ -198,7 +198,8 @@ def _lock(folder: Path) -> None:
 # %% ../nbs/29_checkpoints.ipynb #3a126c78
 def _settings(identity: Mapping[str, Any]) -> dict[str, Any]:
     "All settings of a run by name, those of its recipe among them."
-    return {**identity.get("recipe", {}), **{k: v for k, v in identity.items() if k != "recipe"}}
+    of_recipe = {"probes": {}, **identity.get("recipe", {})}  # older records know no probes
+    return {**of_recipe, **{k: v for k, v in identity.items() if k != "recipe"}}
 
 
 def _said(folder: Path) -> list[dict[str, Any]]:
@@ -277,6 +278,27 @@ def shortfall(
     if unit == "iterations":
         done = sum(row.get("iterations", 0) for row in history)
     return "" if done == recipe.get(unit) else f"{done} of {recipe.get(unit)} {unit}"
+
+# %% ../nbs/29_checkpoints.ipynb #e5e63b57
+def probe_curve(
+    history: Sequence[Mapping[str, Any]],  # Rows of `fit`, or of a run's log
+    name: str,  # Of one of the recipe's `probes`, or of a column such as "val_robust"
+) -> list[float]:  # Accuracy after each epoch, in [0, 1]
+    "Accuracy on the images held out, epoch by epoch, under one attack."
+    for row in history:
+        if name not in row.keys() | row.get("probes", {}):
+            raise ValueError(f"epoch {row.get('epoch')} was not probed with {name!r}, but with "
+                             f"{list(row.get('probes', {}))}: name it in the recipe's probes")
+    return [{**row, **row.get("probes", {})}[name] for row in history]
+
+
+def overfitting_gap(
+    history: Sequence[Mapping[str, Any]],  # Rows of `fit`, or of a run's log; at least one
+    name: str = "val_robust",  # As for `probe_curve`
+) -> float:  # Best minus last, in [0, 1]
+    "Robust overfitting in one number: what the last epoch has lost against the best."
+    curve = probe_curve(history, name)
+    return max(curve) - curve[-1]
 
 # %% ../nbs/29_checkpoints.ipynb #31d5623b
 def collapsed(

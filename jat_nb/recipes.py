@@ -66,6 +66,7 @@ class Recipe:
     probe: str = "double_pass"  # Key of ATTACKS: what validation images face after an epoch
     probe_options: Mapping[str, Any] = field(default_factory=lambda: {"steps": 10})  # Keywords
     probe_images: int = 512  # How many it faces; about 4 points of 95 % interval
+    probes: Mapping[str, Sequence] = field(default_factory=dict)  # {name: [attack, keywords]}, for the log
     essential: tuple[str, ...] = ()  # Fields that no tier may change
 
     def __post_init__(self) -> None: _settle(self)
@@ -226,8 +227,9 @@ def _check_roles(r: Recipe) -> None:
 
 # %% ../nbs/28_recipes.ipynb #5b4b8abf
 def _asked(r: Recipe) -> list[str]:
-    "The keywords of all networks that the objective, the attacks and the probe stand on."
-    links = [name for chain_ in r.attacks.values() for name, _ in chain_] + [r.probe]
+    "The keywords of all networks that the objective, the attacks and the probes stand on."
+    links = [name for chain_ in r.attacks.values() for name, _ in chain_]
+    links += [r.probe, *(name for name, _ in r.probes.values())]
     functions = [OBJECTIVES[r.objective], *(ATTACKS[name] for name in links)]
     return list(dict.fromkeys(keyword for function in functions for keyword in networks(function)))
 
@@ -262,6 +264,14 @@ def _check_searches(r: Recipe) -> None:
         raise ValueError(f"objective {r.objective!r} gives its attack a loss that belongs to the images of "
                          f"the batch, attack {tried[0]!r} tries copies of them: take one that climbs a "
                          "gradient ('rigid' for movements, 'pgd' for pixels), or objective 'klr'")
+
+# %% ../nbs/28_recipes.ipynb #228a7821
+def _check_probes(r: Recipe) -> None:
+    "Attacks for the log that can be carried out."
+    for name, given in r.probes.items():
+        if not (isinstance(given, list) and len(given) == 2 and isinstance(given[1], dict)):
+            raise ValueError(f"expected probes[{name!r}] to be [attack, options], got {given}")
+        _check_attack(f"probe {name!r}:", *given)
 
 # %% ../nbs/28_recipes.ipynb #36de4509
 def _check_numbers(r: Recipe) -> None:
@@ -322,6 +332,7 @@ def _check_recipe(r: Recipe) -> None:
                    networks(OBJECTIVES[r.objective]))
     _check_attack("probe", r.probe, r.probe_options)
     _check_attacks(r)
+    _check_probes(r)
     _check_searches(r)
     _check_needs(r)
     for name in r.augment:
@@ -386,6 +397,7 @@ class Bound(NamedTuple):
     objective: Callable[..., Any]  # objective(model, batch, **attacks) -> scalar loss, or `WithMemory`
     attacks: dict[str, Callable[..., Tensor]]  # By role: attack(model, x, y, target=, generator=)
     probe: Callable[..., Tensor]  # probe(model, x, y, generator=) -> images
+    probes: dict[str, Callable[..., Tensor]]  # By name, called as `probe` is
 
 # %% ../nbs/28_recipes.ipynb #f56ab06b
 def bind(
@@ -403,4 +415,5 @@ def bind(
     for role, links in recipe.attacks.items():
         attacks[role] = chain([standing_on(ATTACKS[name], given, **options) for name, options in links])
     probe = standing_on(ATTACKS[recipe.probe], given, **recipe.probe_options)
-    return Bound(standing_on(objective, given), attacks, probe)
+    probes = {name: standing_on(ATTACKS[attack], given, **own) for name, (attack, own) in recipe.probes.items()}
+    return Bound(standing_on(objective, given), attacks, probe, probes)

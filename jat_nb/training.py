@@ -346,6 +346,9 @@ def _finish_epoch(run: _Run, row: dict[str, Any], validation: ImageSet | None) -
         row |= from_first(run.judge(run.judged, validation, few))
         if "val_robust" in row:
             row["collapsed"] = collapsed([*run.history, row])
+        if run.bound.probes:
+            row["probes"] = {name: accuracy(run.judged, few, attack, amp=run.recipe.amp)
+                             for name, attack in run.bound.probes.items()}
     run.history.append(row)
 
 # %% ../nbs/31_training.ipynb #47e6a0a1

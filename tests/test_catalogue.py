@@ -35,7 +35,7 @@ def test_settings_are_those_of_0_2(data, tier):
         same = set(old) - {"attack", "attack_options", "augment"}
         assert {k: new[k] for k in same} == {k: old[k] for k in same}, name
         added = {"data": data, "model": OLD["models"][tier], "model_options": {}, "iterations": None, "knots": [], "essential": [],
-                 "needs": {}, "labelled": 1.0, "unlabelled": 0.0}
+                 "needs": {}, "labelled": 1.0, "unlabelled": 0.0, "probes": {}}
         assert {k: new[k] for k in set(new) - same - {"attacks", "augment"}} == added, name
         assert adapt(recipe(name), data, tier) == Recipe.from_dict(old, data=data, model=OLD["models"][tier])
 

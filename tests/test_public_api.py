@@ -32,6 +32,7 @@ PROMISED = {
     "minimum_norm": "THRESHOLDS distance at_threshold Nearest nearest ddn cw_l2 jsma pointwise",
     "glow": "Squeeze ActNorm InvertibleConv AffineCoupling Split dequantise Glow round_trip_error",
     "unseen": "Elastic elastic JPEG jpeg Fog fog Snow snow Gabor gabor unseen_attacks avg_accuracy",
+    "corruptions": "CORRUPTIONS available_corruptions corrupt cifar10_c corruption_accuracy corruption_score",
     "joint_space": "Latent om_pgd jsa latent_report",
     "rigid": "Rigid SEARCHES search rigid_grid rand_adv grid_adv worst_of_k rigid pgd_plus grid_plus",
     "objectives": "natural adversarial jat attacked_losses average maximum WithMemory roles networks standing_on OBJECTIVES OWN_LOSS likelihood judge_flow JUDGES",
@@ -46,7 +47,8 @@ PROMISED = {
     "training": "fit train_step accuracy judge_classifier Judge Memory",
     "catalogue": "Row Paper Tier TIER Setting papers register recipe recipes adapt setting",
     "papers.jat": "PAPER RECIPES ROWS COLUMNS SYNONYMS OWN_SUITES CLAIMS jat_suite",
-    "checkpoints": "save_state load_state state_tensors restore claim add_stretch run_identity function_names publish shortfall best_row collapsed",
+    "checkpoints": "save_state load_state state_tensors restore claim add_stretch run_identity function_names publish shortfall best_row collapsed "
+                   "probe_curve overfitting_gap",
     "contract": "Check check_attack",
     "autoattack": "autoattack",
     "masking": "random_pixels random_flow transfer steps_curve budget_surface local_linearity masking_report",
