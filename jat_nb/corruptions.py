@@ -35,7 +35,7 @@ _Draws = np.random.Generator
 def _gaussian_noise(x: np.ndarray, c: float, draws: _Draws) -> np.ndarray:
     return x + draws.normal(scale=c, size=x.shape)
 
-
+# %% ../nbs/26_corruptions.ipynb #8d39feca
 def _shot_noise(x: np.ndarray, c: float, draws: _Draws) -> np.ndarray:
     return draws.poisson(x * c) / c
 
@@ -51,7 +51,7 @@ def _defocus_blur(x: np.ndarray, c: tuple[float, float], draws: _Draws) -> np.nd
     lens = ndimage.gaussian_filter(disc / disc.sum(), soft, radius=1, mode="constant")
     return ndimage.correlate(x, lens[..., None], mode="mirror")
 
-
+# %% ../nbs/26_corruptions.ipynb #14b91b8c
 def _glass_blur(x: np.ndarray, c: tuple[float, int], draws: _Draws) -> np.ndarray:
     soft, rounds = c
     rows, columns = np.indices(x.shape[:2])
@@ -76,7 +76,7 @@ def _streak(x: np.ndarray, radius: int, sigma: float, degrees: float) -> np.ndar
         total += weight * padded[i:i + height, j:j + width]
     return total
 
-
+# %% ../nbs/26_corruptions.ipynb #9b58e12b
 def _motion_blur(x: np.ndarray, c: tuple[int, float], draws: _Draws) -> np.ndarray:
     return _streak(x, *c, draws.uniform(-45, 45))
 
@@ -89,7 +89,7 @@ def _zoomed(x: np.ndarray, factor: float) -> np.ndarray:
     top, left = ((m - n) // 2 for n, m in zip(x.shape, big.shape[:2]))
     return big[top:top + x.shape[0], left:left + x.shape[1]]
 
-
+# %% ../nbs/26_corruptions.ipynb #6ddff2bf
 def _zoom_blur(x: np.ndarray, c: float, draws: _Draws) -> np.ndarray:
     factors = np.arange(1, c, 0.01)
     return (x + sum(_zoomed(x, factor) for factor in factors)) / (len(factors) + 1)
@@ -104,7 +104,7 @@ def _snow(x: np.ndarray, c: Sequence[float], draws: _Draws) -> np.ndarray:
     white = np.maximum(x, 1.5 * grey[..., None] + 0.5)
     return keep * x + (1 - keep) * white + flakes + flakes[::-1, ::-1]
 
-
+# %% ../nbs/26_corruptions.ipynb #752f5f95
 def _brightness(x: np.ndarray, c: float, draws: _Draws) -> np.ndarray:
     value = x.max(axis=2, keepdims=True)
     hue = np.where(value > 0, x / np.where(value > 0, value, 1), 1)
@@ -127,7 +127,7 @@ def _cloud(side: int, decay: float, draws: _Draws) -> np.ndarray:
         step, rough = half, rough / decay
     return (sky - sky.min()) / (sky.max() - sky.min())
 
-
+# %% ../nbs/26_corruptions.ipynb #9afeb46c
 def _fog(x: np.ndarray, c: tuple[float, float], draws: _Draws) -> np.ndarray:
     strength, decay = c
     side = 1 << (max(x.shape[:2]) - 1).bit_length()
@@ -146,7 +146,7 @@ def _ice() -> tuple[np.ndarray, ...]:
     photographs = [np.asarray(Image.open(file).convert("RGB")) for file in files]
     return tuple(photograph[2::5, 2::5] / 255 for photograph in photographs)
 
-
+# %% ../nbs/26_corruptions.ipynb #7e2cc3b3
 def _frost(x: np.ndarray, c: tuple[float, float], draws: _Draws) -> np.ndarray:
     keep, share = c
     ice = _ice()[draws.integers(5)]
@@ -159,7 +159,7 @@ def _contrast(x: np.ndarray, c: float, draws: _Draws) -> np.ndarray:
     mean = x.mean(axis=(0, 1), keepdims=True)
     return (x - mean) * c + mean
 
-
+# %% ../nbs/26_corruptions.ipynb #0c7b5c37
 def _picture(x: np.ndarray) -> Image.Image:
     return Image.fromarray(np.uint8(np.rint(255 * x)).squeeze(2) if x.shape[2] == 1
                            else np.uint8(np.rint(255 * x)))
@@ -170,7 +170,7 @@ def _pixelate(x: np.ndarray, c: float, draws: _Draws) -> np.ndarray:
     small = _picture(x).resize((int(width * c), int(height * c)), Image.Resampling.BOX)
     return np.asarray(small.resize((width, height), Image.Resampling.BOX)).reshape(x.shape) / 255
 
-
+# %% ../nbs/26_corruptions.ipynb #08c7622a
 def _jpeg_compression(x: np.ndarray, c: int, draws: _Draws) -> np.ndarray:
     file = io.BytesIO()
     _picture(x).save(file, "JPEG", quality=c)

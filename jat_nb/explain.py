@@ -4,12 +4,16 @@
 
 # %% auto #0
 __all__ = ['Move', 'smooth_grad', 'saliency', 'to_grey', 'gallery', 'skewness', 'difference_map', 'grain', 'directions',
-           'surfaces', 'landscape', 'curvature', 'local_maxima', 'decision_value', 'plane', 'signed_plane']
+           'surfaces', 'landscape', 'curvature', 'local_maxima', 'decision_value', 'plane', 'signed_plane', 'grad_cam',
+           'cam_entropy', 'overlay']
 
 # %% ../nbs/19_explain.ipynb #434564cb
+import math
 from collections.abc import Callable, Mapping, Sequence
 
+import matplotlib
 import torch
+import torch.nn.functional as F
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -85,15 +89,18 @@ def to_grey(
 def gallery(
     rows: Mapping[str, Tensor],  # Name to maps (B, H, W), or to pictures (B, 1 or 3, H, W) in [0, 1]
     *,
+    columns: Sequence[str] | None = None,  # A title for each column; None: no titles
     size: float = 0.95,  # Width of one panel in inches
 ) -> Figure:  # One named row for each entry, one column for each image
     "Maps of several networks below the images they belong to (Pareto Figure 4)."
-    columns = {len(row) for row in rows.values()}
-    if len(columns) != 1:
-        raise ValueError(f"expected rows about the same images, got {sorted(columns)} of them")
+    counts = {len(row) for row in rows.values()} | ({len(columns)} if columns else set())
+    if len(counts) != 1:
+        raise ValueError(f"expected rows about the same images, got {sorted(counts)} of them")
     pictures = [to_grey(row) if row.ndim == 3 else row for row in rows.values()]
     colour = torch.cat([picture.expand(-1, 3, -1, -1) for picture in pictures])
-    fig = show_images(colour, columns=columns.pop(), size=size)
+    fig = show_images(colour, columns=counts.pop(), size=size)
+    for ax, title in zip(fig.axes, columns or ()):
+        ax.set_title(title, fontsize=8)
     for ax, name in zip(fig.axes[::len(pictures[0])], rows):
         ax.set_ylabel(name, fontsize=8)
     return fig
@@ -274,3 +281,77 @@ def signed_plane(
     def move(x: Tensor, a: float, b: float) -> Tensor:
         return (x + a * uphill + b * other).clamp(0, 1)
     return move
+
+# %% ../nbs/19_explain.ipynb #cc942385
+def _features(model: nn.Module, x: Tensor, layer: str | None) -> tuple[Tensor, Tensor]:
+    "Logits (B, K), and what one layer gave for them (B, A, h, w); None: the last that has places."
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: tuple, output: object) -> None:
+        if isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] * output.shape[3] > 1:
+            seen.append(output)
+
+    named = {name: module for name, module in model.named_modules() if name}
+    if layer is not None and layer not in named:
+        raise ValueError(f"the model has no layer {layer!r}: choose one of {', '.join(named)}")
+    watched = named.values() if layer is None else [named[layer]]
+    handles = [module.register_forward_hook(keep) for module in watched]
+    try:
+        logits = model(x)
+    finally:
+        for handle in handles: handle.remove()
+    if not seen:
+        raise ValueError(f"{layer or 'no layer'} gave maps (B, A, h, w) with more than one place: "
+                         "Grad-CAM needs a layer that does")
+    return logits, seen[-1]
+
+# %% ../nbs/19_explain.ipynb #45a60c8d
+def grad_cam(
+    model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
+    x: Tensor,  # Images (B, C, H, W) in [0, 1]
+    y: Tensor,  # Classes to be explained (B,), int64
+    *,
+    layer: str | None = None,  # Name of a module of the model; None: the last that has places
+    batch_size: int = 250,  # Images per pass
+) -> Tensor:  # Maps (B, H, W), not negative, each with maximum 1; 0 where nothing speaks for the class
+    "Where the picture speaks for a class (IJSAT section 6.5)."
+    check_images(x), check_labels(y, x)
+    found = []
+    with frozen(model), torch.enable_grad():
+        for part, labels in zip(x.split(batch_size), y.split(batch_size)):
+            logits, maps = _features(model, part.detach().requires_grad_(), layer)
+            check_labels(labels, part, logits.shape[1])
+            own = logits.gather(1, labels[:, None]).sum()
+            weights = torch.autograd.grad(own, maps)[0].mean(dim=(2, 3), keepdim=True)
+            rough = (weights * maps).sum(dim=1, keepdim=True).relu().detach()  # Eq. 3
+            found.append(F.interpolate(rough, part.shape[2:], mode="bilinear")[:, 0])
+    maps = torch.cat(found)
+    top = maps.amax(dim=(1, 2), keepdim=True)
+    return torch.where(top > 0, maps / torch.where(top > 0, top, 1), 0)
+
+# %% ../nbs/19_explain.ipynb #bf887c08
+def cam_entropy(
+    maps: Tensor,  # Maps (B, H, W), not negative, from `grad_cam` or `saliency`
+) -> Tensor:  # Entropy of each (B,), nats, from 0 (one pixel) to log(HW) (all alike)
+    "How widely a map is spread (IJSAT claim on concentration)."
+    if maps.ndim != 3 or not (maps >= 0).all():
+        raise ValueError(f"expected maps (B, H, W), not negative, got {tuple(maps.shape)} "
+                         "or values below zero: see `grad_cam`")
+    flat = maps.double().flatten(1)
+    total = flat.sum(dim=1, keepdim=True)
+    share = flat / torch.where(total > 0, total, 1)
+    entropy = torch.special.entr(share).sum(dim=1)
+    return torch.where(total[:, 0] > 0, entropy, math.log(flat.shape[1]))
+
+
+def overlay(
+    x: Tensor,  # Images (B, 1 or 3, H, W) in [0, 1]
+    maps: Tensor,  # Maps (B, H, W) in [0, 1]
+    share: float = 0.5,  # Of the map in the mixture
+) -> Tensor:  # Pictures (B, 3, H, W) in [0, 1]
+    "Maps in colour over the images, in grey, that they belong to."
+    if maps.shape != (len(x), *x.shape[2:]):
+        raise ValueError(f"expected maps of the images {tuple(x.shape)}, got {tuple(maps.shape)}")
+    colours = torch.as_tensor(matplotlib.colormaps["inferno"](maps.cpu().numpy())[..., :3])
+    colours = colours.movedim(-1, 1).to(x)  # (B, 3, H, W)
+    return (1 - share) * x.mean(dim=1, keepdim=True) + share * colours

@@ -15,12 +15,14 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from .attacks import ATTACKS
 from .autoattack import autoattack_at
 from .catalogue import in_proportion, papers
+from .corruptions import corruption_accuracy
 from .data import Budget, default_budget
 from .evaluation import Attack, Evaluation, budget_curve, clean, evaluate, raw_accuracy
 from .masking import budget_surface, masking_report, random_flow, random_pixels, transfer
@@ -271,6 +273,21 @@ def _displacement(suite: Suite, job: Job) -> dict[str, list[float]]:
         found[name] = torch.cat([record.displacement_px for record in records]).tolist()
     return found
 
+# %% ../nbs/38_suites.ipynb #ae52d870
+def _corruptions(suite: Suite, job: Job) -> dict[str, list[Any]]:
+    "Accuracy under the common corruptions, made from the images of the job."
+    images = (255 * job.x).round().byte()
+    return corruption_accuracy(job.model, images, job.y, seed=job.seed, batch_size=job.batch_size,
+                               names=suite.options.get("names"),
+                               severities=suite.options.get("severities", (1, 2, 3, 4, 5))).to_dict("list")
+
+
+def _check_corruptions(suite: Suite, answer: Mapping[str, Any]) -> None:
+    rows = pd.DataFrame({name: answer[name] for name in ("corruption", "severity", "n", "accuracy", "low", "high")})
+    inside = (0 <= rows.low) & (rows.low <= rows.accuracy) & (rows.accuracy <= rows.high) & (rows.high <= 1)
+    if not len(rows) or not inside.all():
+        raise ValueError("an accuracy under a corruption lies in its interval, and the interval in [0, 1]")
+
 # %% ../nbs/38_suites.ipynb #b9215626
 def _check_similarity(suite: Suite, answer: Mapping[str, Any]) -> None:
     [float(v) for values in answer.values() for v in values]
@@ -294,7 +311,8 @@ KINDS: Mapping[str, Kind] = MappingProxyType({
     "similarity": Kind(_similarity, _check_similarity),
     "displacement": Kind(_displacement, _check_displacement), "curves": Kind(_curves, _check_curves),
     "surface": Kind(_surface, _check_surface), "transfer": Kind(_transfer, _check_transfer),
-    "masking": Kind(_masking, _check_masking)})  # kinds of question by name
+    "masking": Kind(_masking, _check_masking),
+    "corruptions": Kind(_corruptions, _check_corruptions)})  # kinds of question by name
 
 # %% ../nbs/38_suites.ipynb #d9ee041d
 _PIXEL = {"eps": "eps_pixel", "step": "0.25 eps_pixel", "steps": "steps"}

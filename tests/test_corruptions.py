@@ -149,3 +149,17 @@ def test_intervals_are_wilsons():
     row = corruption_accuracy(net(), x, y, names=["contrast"], severities=[1]).iloc[0]
     low, high = wilson_interval(round(row.accuracy * 5), 5)
     assert row.low == pytest.approx(low.item(), abs=1e-6) and row.high == pytest.approx(high.item(), abs=1e-6)
+
+
+def test_a_suite_asks_for_them():
+    from jat_nb.data import default_budget
+    from jat_nb.suites import Job, Suite, check_answer, run_suite
+    x, y, model = bytes_of(4), torch.tensor([0, 1, 2, 3]), net().eval()
+    suite = Suite(kind="corruptions", options={"names": ["fog", "contrast"], "severities": [1, 5], "n": 3})
+    answer = run_suite(suite, Job(model, x / 255, y, default_budget("cifar10"), seed=4))
+    expected = corruption_accuracy(model, x[:3], y[:3], names=["fog", "contrast"], severities=[1, 5], seed=4)
+    assert answer == expected.to_dict("list") and answer["n"] == [3] * 4
+    check_answer(suite, answer)
+    for damage in ({"accuracy": [1.5] * 4}, {"low": [0.9] * 4, "high": [0.8] * 4}):
+        with pytest.raises(ValueError, match="lies in its interval"): check_answer(suite, answer | damage)
+    with pytest.raises(KeyError): check_answer(suite, {"n": [3]})

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from jat_nb.explain import (curvature, decision_value, difference_map, directions, gallery, grain, landscape, local_maxima, plane,
+from jat_nb.explain import (cam_entropy, curvature, decision_value, difference_map, directions, gallery, grad_cam, grain, landscape,
+                            local_maxima, overlay, plane,
                             saliency, signed_plane, skewness, smooth_grad, surfaces, to_grey)
 from jat_nb.losses import correct, cross_entropy
 from jat_nb.randomness import image_generators
@@ -231,3 +232,89 @@ def test_signed_plane_goes_uphill_one_way_and_leaves_the_model_alone():
     assert_close((move(x, 0.0, 0.1) - x).abs(), torch.full_like(x, 0.1))
     alone = signed_plane(model, x[2:3], y[2:3], image_generators(0, [2]))
     assert_close(alone(x[2:3], 0.05, 0.05), move(x, 0.05, 0.05)[2:3])
+
+
+# Grad-CAM
+
+def convolutional(channels=2, classes=3):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(channels, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 8, 3, padding=1),
+                         nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes)).eval()
+
+
+def by_formula(model, x, y):
+    "Weights from the head: behind the mean over h x w places each place has the head's weight over hw."
+    maps = model[:6](x)
+    weights = model[8].weight[y] / maps[0, 0].numel()
+    rough = (weights[..., None, None] * maps).sum(1).relu()
+    fine = nn.functional.interpolate(rough[:, None], x.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+    return fine.detach()
+
+
+@pytest.mark.parametrize("side", [(8, 8), (12, 10)])
+def test_grad_cam_is_its_formula(side):
+    torch.manual_seed(1)
+    model, x, y = convolutional(), torch.rand(5, 2, *side), torch.arange(5) % 3
+    found, expected = grad_cam(model, x, y, batch_size=2), by_formula(model, x, y)
+    assert found.shape == (5, *side) and (found >= 0).all()
+    top = expected.amax((1, 2))
+    assert_close(found, expected / top.where(top > 0, 1)[:, None, None], rtol=1e-4, atol=1e-6)
+    assert_close(found.amax((1, 2)), (top > 0).float())
+    assert_close(grad_cam(model, x[3:4], y[3:4])[0], found[3], rtol=1e-4, atol=1e-6)
+    assert_close(grad_cam(model, x, y, layer="5"), found)
+    assert grad_cam(model, x, y, layer="2").shape == found.shape
+
+
+def test_grad_cam_leaves_the_model_alone():
+    model, x, y = convolutional().train(), torch.rand(4, 2, 8, 8), torch.zeros(4, dtype=torch.int64)
+    model(x).sum().backward()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    grads = [p.grad.clone() for p in model.parameters()]
+    grad_cam(model, x, y)
+    with pytest.raises(ValueError, match="no layer 'head': choose one of 0, 1"): grad_cam(model, x, y, layer="head")
+    with pytest.raises(ValueError, match="needs a layer"): grad_cam(linear(side=8), x, y)
+    with pytest.raises(ValueError, match="needs a layer"): grad_cam(model, x, y, layer="6")
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items()) and model.training
+    assert all(torch.equal(a, p.grad) for a, p in zip(grads, model.parameters())) and not any(m._forward_hooks for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_grad_cam_is_that_of_the_library():
+    library = pytest.importorskip("pytorch_grad_cam")
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    torch.manual_seed(1)
+    model, x, y = convolutional(), torch.rand(6, 2, 8, 8), torch.arange(6) % 3
+    theirs = library.GradCAM(model=model, target_layers=[model[5]])(input_tensor=x, targets=[ClassifierOutputTarget(c) for c in y.tolist()])
+    found = grad_cam(model, x, y)
+    low, high = found.amin((1, 2), keepdim=True), found.amax((1, 2), keepdim=True)
+    assert (high[:, 0, 0] > 0).any()
+    moved = (found - low) / (high - low).clamp(min=1e-12)  # the library moves the least value of each map to 0
+    assert_close(torch.from_numpy(theirs), moved, rtol=1e-3, atol=1e-3)
+
+
+
+def test_entropy_of_maps():
+    g = torch.Generator().manual_seed(0)
+    maps = torch.rand(20, 6, 7, generator=g)
+    found, most = cam_entropy(maps), torch.tensor(42.0).double().log()
+    assert (found < most).all() and (found > 0).all()
+    assert_close(cam_entropy(torch.full((1, 6, 7), 0.2)), most[None])
+    assert_close(cam_entropy(3 * maps), found)
+    from scipy.stats import entropy
+    assert_close(found, torch.from_numpy(entropy(maps.double().flatten(1).numpy(), axis=1)), rtol=1e-6, atol=1e-6)
+    dot = torch.zeros(2, 6, 7)
+    dot[0, 2, 3] = 5.0
+    assert_close(cam_entropy(dot), torch.stack([0 * most, most]))
+    with pytest.raises(ValueError, match="not negative"): cam_entropy(maps - 1)
+    with pytest.raises(ValueError, match="B, H, W"): cam_entropy(maps[0])
+
+
+def test_overlays_and_their_grid():
+    x, maps = torch.rand(3, 1, 5, 5), torch.rand(3, 5, 5)
+    assert overlay(x, maps).shape == (3, 3, 5, 5) and overlay(x, maps).min() >= 0 and overlay(x, maps).max() <= 1
+    assert_close(overlay(x, maps, 0.0), x.expand(-1, 3, -1, -1))
+    with pytest.raises(ValueError, match="maps of the images"): overlay(x, maps[:2])
+    fig = gallery({"AT": overlay(x, maps), "JSA": overlay(x, maps)}, columns=["clean", "PGD", "elastic"])
+    assert [ax.get_title() for ax in fig.axes[:6]] == ["clean", "PGD", "elastic", "", "", ""]
+    assert [fig.axes[i].get_ylabel() for i in (0, 3)] == ["AT", "JSA"]
+    with pytest.raises(ValueError, match="same images"): gallery({"AT": x}, columns=["clean"])

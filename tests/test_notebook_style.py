@@ -34,7 +34,8 @@ def signature_lines(source):
     "Lines of documentation: signatures with one docmented parameter each, and docstrings."
     defs = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef)]
     signatures = sum(max(0, d.body[0].lineno - d.lineno - 1) for d in defs)
-    return signatures + sum(loc(ast.get_docstring(d)) for d in defs if ast.get_docstring(d))
+    documented = [n for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    return signatures + sum(loc(ast.get_docstring(d)) for d in documented if ast.get_docstring(d))
 
 
 def only_imports(source):

@@ -32,6 +32,7 @@ PROMISED = {
     "minimum_norm": "THRESHOLDS distance at_threshold Nearest nearest ddn cw_l2 jsma pointwise",
     "glow": "Squeeze ActNorm InvertibleConv AffineCoupling Split dequantise Glow round_trip_error",
     "unseen": "Elastic elastic JPEG jpeg Fog fog Snow snow Gabor gabor unseen_attacks avg_accuracy",
+    "explain": "smooth_grad saliency gallery grad_cam cam_entropy overlay",
     "corruptions": "CORRUPTIONS available_corruptions corrupt cifar10_c corruption_accuracy corruption_score",
     "joint_space": "Latent om_pgd jsa latent_report",
     "rigid": "Rigid SEARCHES search rigid_grid rand_adv grid_adv worst_of_k rigid pgd_plus grid_plus",
