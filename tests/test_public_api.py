@@ -36,6 +36,7 @@ PROMISED = {
     "rigid": "Rigid search rigid_grid rand_adv grid_adv worst_of_k rigid pgd_plus grid_plus",
     "objectives": "natural adversarial jat attacked_losses average maximum WithMemory roles networks OBJECTIVES",
     "mixing": "draw_share Partners partners mix mixed_loss mixup robust_mixup attack_then_mix iat mart",
+    "augmenting": "LatentBall randomized_la adversarial_la",
     "semi_supervised": "srt klr trades guessed rst uat",
     "papers.srt_claims": "CLAIMS PAPER SURFACE",
     "papers.srt": "RECIPES ROWS COLUMNS OWN_SUITES SYNONYMS NUMBERS HOMES LAMBDAS FRACTIONS rigid_columns",
