@@ -182,7 +182,8 @@ OBJECTIVES = Named({"natural": natural, "adversarial": adversarial, "jat": jat, 
                       for name in ("srt", "klr", "trades", "rst", "uat")}
                    | {name: f"jat_nb.mixing:{name}"
                       for name in ("mixup", "robust_mixup", "attack_then_mix", "iat", "mart")}
-                   | {name: f"jat_nb.augmenting:{name}" for name in ("randomized_la", "adversarial_la")})  # by name, for recipes
+                   | {name: f"jat_nb.augmenting:{name}" for name in ("randomized_la", "adversarial_la")}
+                   | {name: f"jat_nb.perceptual:{name}" for name in ("fast_pat", "rlat")})  # by name, for recipes
 
 # %% ../nbs/21_objectives.ipynb #f7eb7cfb
 def roles(

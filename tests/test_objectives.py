@@ -12,6 +12,7 @@ from jat_nb.attacks import cascade, double_pass, ggsm, one_pass, pgd
 from jat_nb.batches import Batch
 from jat_nb.glow import Glow
 from jat_nb.losses import bilateral_labels
+from jat_nb.models import create
 from jat_nb.objectives import (OBJECTIVES, adversarial, choose_target, clean_logits, jat, natural, networks, roles, training_labels)
 
 ONE_STEP = partial(double_pass, steps=1, step_pixel=8 / 255, step_flow=0.3)
@@ -31,6 +32,8 @@ def network(keyword, num_classes, channels):
     "What an objective stands on, for images of 8 pixels."
     if keyword == "flow":
         return Glow((channels, 8, 8), levels=2, steps=1, width=8)
+    if keyword == "features":
+        return create("wrn_10_1_cifar", in_chans=channels)
     return small_model(num_classes, channels)
 
 
@@ -142,6 +145,7 @@ def test_any_shape(num_classes, channels):
         asked = roles(OBJECTIVES[name])
         given = dict.fromkeys(("near", "far") if asked is None else asked, ONE_STEP)
         given |= {keyword: network(keyword, num_classes, channels) for keyword in networks(OBJECTIVES[name])}
+        given |= {"rlat": {"layers": ["2"]}}.get(name, {})
         assert OBJECTIVES[name](model, batch, **given).isfinite(), name
 
 

@@ -37,6 +37,7 @@ PROMISED = {
     "objectives": "natural adversarial jat attacked_losses average maximum WithMemory roles networks OBJECTIVES",
     "mixing": "draw_share Partners partners mix mixed_loss mixup robust_mixup attack_then_mix iat mart",
     "augmenting": "LatentBall randomized_la adversarial_la",
+    "perceptual": "stages perceptual perceptual_distance fast_lpa fast_pat layer_moves rlat",
     "semi_supervised": "srt klr trades guessed rst uat",
     "papers.srt_claims": "CLAIMS PAPER SURFACE",
     "papers.srt": "RECIPES ROWS COLUMNS OWN_SUITES SYNONYMS NUMBERS HOMES LAMBDAS FRACTIONS rigid_columns",

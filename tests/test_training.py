@@ -81,8 +81,9 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights():
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
 def test_every_objective_trains(objective, options):
     attacks = {} if roles(OBJECTIVES[objective]) == () else ATTACKED
-    own = {"pareto": {"r": 0.5}}.get(objective, {})
-    stand_on = {"flow": lambda: Glow((1, 8, 8), levels=2, steps=1, width=8)}
+    own = {"pareto": {"r": 0.5}, "rlat": {"layers": ["2"]}, "fast_pat": {"steps": 2}}.get(objective, {})
+    stand_on = {"flow": partial(Glow, (1, 8, 8), levels=2, steps=1, width=8),
+                "features": partial(create, "wrn_10_1_cifar", in_chans=1)}
     needs = {name: stand_on.get(name, net)() for name in networks(OBJECTIVES[objective])}
     recipe = Recipe(objective=objective, objective_options=own, attacks=attacks, needs=dict.fromkeys(needs, "a/b"),
                     **{**TINY, **options, "epochs": 4})
