@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Target', 'Labels', 'State', 'OBJECTIVES', 'natural', 'adversarial', 'choose_target', 'clean_logits',
-           'training_labels', 'jat', 'attacked_losses', 'average', 'maximum', 'WithMemory', 'roles', 'networks']
+           'training_labels', 'jat', 'attacked_losses', 'average', 'maximum', 'WithMemory', 'roles', 'networks',
+           'in_form']
 
 # %% ../nbs/21_objectives.ipynb #416e404d
 import inspect
@@ -182,7 +183,7 @@ OBJECTIVES = Named({"natural": natural, "adversarial": adversarial, "jat": jat, 
                       for name in ("srt", "klr", "trades", "rst", "uat")}
                    | {name: f"jat_nb.mixing:{name}"
                       for name in ("mixup", "robust_mixup", "attack_then_mix", "iat", "mart")}
-                   | {name: f"jat_nb.augmenting:{name}" for name in ("randomized_la", "adversarial_la")}
+                   | {name: f"jat_nb.augmenting:{name}" for name in ("randomized_la", "adversarial_la", "advprop")}
                    | {name: f"jat_nb.perceptual:{name}" for name in ("fast_pat", "rlat")})  # by name, for recipes
 
 # %% ../nbs/21_objectives.ipynb #f7eb7cfb
@@ -203,3 +204,14 @@ def networks(
     "The trained networks an objective stands on."
     parameters = inspect.signature(objective).parameters.values()
     return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.annotation is torch.nn.Module)
+
+# %% ../nbs/21_objectives.ipynb #a1f0c3d2
+def in_form(
+    objective: Callable[..., Any],  # objective(model, batch, ...), also a partial
+    model: nn.Module,  # To be trained
+) -> nn.Module:  # The model itself, or in the wrapper that the objective asks for
+    "The model as an objective wants it."
+    first = next(iter(inspect.signature(objective).parameters.values()), None)
+    wanted = None if first is None else first.annotation
+    wraps = inspect.isclass(wanted) and getattr(wanted, "is_wrapper", False)
+    return wanted(model) if wraps and not isinstance(model, wanted) else model

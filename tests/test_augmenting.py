@@ -7,11 +7,15 @@ import torch
 import torch.nn.functional as F
 from jat_nb.ascent import ascend
 from jat_nb.attacks import pgd
-from jat_nb.augmenting import LatentBall, adversarial_la, randomized_la
+from jat_nb.augmenting import AuxiliaryNorms, LatentBall, advprop, adversarial_la, randomized_la
 from jat_nb.batches import Batch
+from jat_nb.data import ImageSet
 from jat_nb.glow import Glow
-from jat_nb.objectives import OBJECTIVES, networks, roles
+from jat_nb.models import check_rebuildable, create, load_weights, plain_state, save_weights, unwrap
+from jat_nb.objectives import OBJECTIVES, adversarial, in_form, natural, networks, roles
 from jat_nb.randomness import image_generators
+from jat_nb.recipes import Recipe
+from jat_nb.training import fit
 from torch import nn
 from torch.testing import assert_close
 
@@ -123,6 +127,114 @@ def test_flow_and_network_are_left_alone(case, objective):
 def test_objectives_by_name():
     for name in ("randomized_la", "adversarial_la"):
         assert roles(OBJECTIVES[name]) == () and networks(OBJECTIVES[name]) == ("flow",)
+
+
+# A second set of norms
+
+def normed(seed=0):
+    torch.manual_seed(seed)
+    return create("wrn_10_1_cifar", in_chans=1)
+
+
+def grey(n=24, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return Batch(torch.rand(n, 1, 8, 8, generator=g), torch.randint(10, (n,), generator=g), seeded())
+
+
+def still(model, x, y, *, target=None, generator=None):
+    return 1 - x
+
+
+def statistics(model):
+    return {k: v.clone() for k, v in model.state_dict().items() if "running" in k or "tracked" in k}
+
+
+def test_attacked_images_leave_the_main_norms_alone_to_the_bit():
+    model, twin, batch = normed().train(), normed().train(), grey()
+    advprop(AuxiliaryNorms(model), batch, partial(pgd, steps=2))
+    twin(batch.x)  # clean images only
+    assert all(torch.equal(v, statistics(twin)[k]) for k, v in statistics(model).items())
+
+
+def test_the_second_norms_see_attacked_images_alone():
+    model, twin, batch = normed().train(), normed().train(), grey()
+    paired = AuxiliaryNorms(model)
+    advprop(paired, batch, still)
+    twin(1 - batch.x)
+    for name, norm in zip(paired.names, paired.second, strict=True):
+        assert torch.equal(norm.running_mean, twin.get_submodule(name).running_mean)
+        assert torch.equal(norm.running_var, twin.get_submodule(name).running_var) and norm.num_batches_tracked == 1
+
+
+def test_advprop_written_out():
+    model, batch = normed().eval(), grey()
+    paired = AuxiliaryNorms(model).eval()
+    second = normed().eval()
+    with torch.no_grad():
+        for name, norm in zip(paired.names, paired.second, strict=True):
+            norm.weight += 0.3 * torch.randn_like(norm.weight)
+            norm.running_mean += 0.1
+            second.get_submodule(name).load_state_dict(norm.state_dict())
+    attack = partial(pgd, steps=2, random_start=False)
+    x_adv = attack(second, batch.x, batch.y)
+    expected = (natural(model, batch) + F.cross_entropy(second(x_adv), batch.y)) / 2
+    assert_close(advprop(paired, batch, attack), expected)
+    assert abs(advprop(paired, batch, attack) - (natural(model, batch) + adversarial(model, batch, attack)) / 2) > 1e-3
+
+
+def test_every_norm_gets_its_gradient_and_its_place_back():
+    model, batch = normed().train(), grey()
+    paired, before = AuxiliaryNorms(model), [id(m) for m in model.modules()]
+    advprop(paired, batch, still).backward()
+    assert all(p.grad is not None for p in paired.parameters())
+    with pytest.raises(RuntimeError), paired.attacked():
+        raise RuntimeError
+    assert [id(m) for m in model.modules()] == before
+    with paired.attacked():
+        assert [id(m) for m in model.modules()] != before
+
+
+def test_a_network_in_its_wrapper_is_the_network(tmp_path):
+    model, batch = normed(), grey()
+    paired = AuxiliaryNorms(model)
+    assert unwrap(paired) is model and plain_state(paired).keys() > model.state_dict().keys()
+    check_rebuildable(paired)
+    advprop(paired.train(), batch, still)
+    back = load_weights(save_weights(paired, tmp_path / "w.safetensors"))
+    assert torch.equal(back(batch.x), model.eval()(batch.x)) and torch.equal(paired.eval()(batch.x), back(batch.x))
+    assert not any("second" in k for k in back.state_dict())
+
+
+def plan(**options):
+    return Recipe(objective="advprop", attacks={"attack": [["pgd", {"steps": 1}]]}, model="wrn_10_1_cifar", augment=(),
+                  batch_size=8, probe="pgd", probe_options={"steps": 1}, **{"epochs": 2, **options})
+
+
+def grey_set(n=24):
+    x = (grey(n).x * 255).to(torch.uint8)
+    return ImageSet("toy", x, torch.arange(n) % 10, tuple("0123456789"))
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_run_is_resumed_to_the_bit_and_leaves_a_plain_network(tmp_path, ema):
+    ends, rows = [], grey_set()
+    for name, seconds in (("whole", [float("inf")]), ("pieces", [0.0, float("inf")])):
+        for limit in seconds:
+            model = normed()
+            fit(model, rows, plan(ema=ema), validation=rows, out=tmp_path / name, seconds=limit)
+        ends.append(model)
+        back = load_weights(tmp_path / name / "last.safetensors")
+        assert back.state_dict().keys() == normed().state_dict().keys()
+    assert all(torch.equal(v, ends[1].state_dict()[k]) for k, v in ends[0].state_dict().items())
+    assert not ends[0].training and not any("second" in name for name, _ in ends[0].named_modules())
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="without"):
+        AuxiliaryNorms(create("wrn_10_1_cifar", norm="group"))
+    with pytest.raises(ValueError, match="fit wraps a network itself"):
+        advprop(normed(), grey(), still)
+    assert roles(OBJECTIVES["advprop"]) == ("attack",) and isinstance(in_form(partial(advprop), normed()), AuxiliaryNorms)
 
 
 # Norm bounds in pixels

@@ -13,7 +13,7 @@ from jat_nb.batches import Batch
 from jat_nb.glow import Glow
 from jat_nb.losses import bilateral_labels
 from jat_nb.models import create
-from jat_nb.objectives import (OBJECTIVES, adversarial, choose_target, clean_logits, jat, natural, networks, roles, training_labels)
+from jat_nb.objectives import (OBJECTIVES, adversarial, choose_target, clean_logits, in_form, jat, natural, networks, roles, training_labels)
 
 ONE_STEP = partial(double_pass, steps=1, step_pixel=8 / 255, step_flow=0.3)
 
@@ -146,7 +146,7 @@ def test_any_shape(num_classes, channels):
         given = dict.fromkeys(("near", "far") if asked is None else asked, ONE_STEP)
         given |= {keyword: network(keyword, num_classes, channels) for keyword in networks(OBJECTIVES[name])}
         given |= {"rlat": {"layers": ["2"]}}.get(name, {})
-        assert OBJECTIVES[name](model, batch, **given).isfinite(), name
+        assert OBJECTIVES[name](in_form(OBJECTIVES[name], model), batch, **given).isfinite(), name
 
 
 def test_bfloat16_autocast_trains_every_weight():
