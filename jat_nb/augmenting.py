@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LatentBall', 'randomized_la', 'adversarial_la', 'AuxiliaryNorms', 'advprop']
 
-# %% ../nbs/25_augmenting.ipynb #c18f96f7
+# %% ../nbs/25_augmenting.ipynb #e3d14df8
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ from .randomness import Randomness
 from .threats import _normal, _project_ball
 from .warp import generalized_sign, per_image
 
-# %% ../nbs/25_augmenting.ipynb #e11c044d
+# %% ../nbs/25_augmenting.ipynb #5dab9023
 @dataclass(frozen=True)
 class LatentBall(Latent):
     "Move the code of each image by at most `eta` in the Euclidean norm, and decode (IJSAT section 6.2)."
@@ -49,13 +49,13 @@ class LatentBall(Latent):
         still = (p * (1 - _mask(self.flow, self.levels, p)) == 0).all(1)
         return (p.norm(dim=1) <= per_image(self.eta, p)[:, 0] * (1 + 1e-5)) & still
 
-# %% ../nbs/25_augmenting.ipynb #2f108f68
+# %% ../nbs/25_augmenting.ipynb #410c21af
 def _halves(model: nn.Module | Callable[[Tensor], Tensor], batch: Batch, moved: Tensor) -> Tensor:
     "The mean of the losses on the images as they are and on the moved ones."
     clean = cross_entropy(model(batch.x), batch.y).mean()
     return (clean + cross_entropy(model(moved), batch.y).mean()) / 2
 
-
+# %% ../nbs/25_augmenting.ipynb #90472802
 def randomized_la(
     model: nn.Module | Callable[[Tensor], Tensor],  # Classifier in train mode, images in [0, 1] to logits
     batch: Batch,  # Images, labels and the source of randomness
@@ -84,7 +84,7 @@ def adversarial_la(
     moved = ascend(bare(model), batch.x, batch.y, [ball], steps=steps, random_start=False)
     return _halves(model, batch, moved)
 
-# %% ../nbs/25_augmenting.ipynb #13bc9987
+# %% ../nbs/25_augmenting.ipynb #268a705a
 class AuxiliaryNorms(nn.Module):
     "A network whose every batch norm has a second, for attacked images (Xie et al. 2020)."
 
@@ -121,7 +121,7 @@ class AuxiliaryNorms(nn.Module):
         finally:
             self._place(main)
 
-# %% ../nbs/25_augmenting.ipynb #f4e833aa
+# %% ../nbs/25_augmenting.ipynb #a9bea0ac
 def advprop(
     model: AuxiliaryNorms,  # Classifier in train mode, with its second set of norms
     batch: Batch,  # Images, labels and the source of randomness

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['stages', 'perceptual', 'perceptual_distance', 'fast_lpa', 'fast_pat', 'layer_moves', 'rlat']
 
-# %% ../nbs/26_perceptual.ipynb #6e76303e
+# %% ../nbs/26_perceptual.ipynb #9ec5b14b
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,7 @@ from .randomness import Randomness
 from .threats import _check_budget, _normal, _wide
 from .warp import generalized_sign, per_image
 
-# %% ../nbs/26_perceptual.ipynb #da0ff054
+# %% ../nbs/26_perceptual.ipynb #9155c7a3
 def stages(
     model: nn.Module,  # Network, perhaps inside a `NormalizedModel` or a wrapper of PyTorch
     layers: Sequence[str] | None = None,  # Names of modules; None: the ends of its last four stages
@@ -38,7 +38,7 @@ def stages(
                          f"{[*known][1:4]}, got {names or 'none'}: pass layers=[...]")
     return {name: known[name] for name in names}
 
-# %% ../nbs/26_perceptual.ipynb #ea6b4861
+# %% ../nbs/26_perceptual.ipynb #34e01a04
 @contextmanager
 def _after(modules: Mapping[str, nn.Module], act: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
     "In a `with` block, show every output of these modules to a function, which may replace it."
@@ -52,7 +52,7 @@ def _after(modules: Mapping[str, nn.Module], act: Callable[[str, Tensor], Tensor
         for handle in handles:
             handle.remove()
 
-
+# %% ../nbs/26_perceptual.ipynb #b848243e
 def _ran(modules: Mapping[str, nn.Module], found: Mapping[str, Tensor]) -> None:
     if missing := [name for name in modules if name not in found]:
         raise ValueError(f"the layers {missing} did not run: name modules that the network calls")
@@ -65,7 +65,7 @@ def _unit_channels(name: str, a: Tensor) -> Tensor:
     places = a.shape[2] * a.shape[3]
     return (F.normalize(_wide(a), dim=1, eps=1e-8) / places**0.5).flatten(1)
 
-# %% ../nbs/26_perceptual.ipynb #831fd860
+# %% ../nbs/26_perceptual.ipynb #40bbadda
 def perceptual(
     features: nn.Module,  # Trained network; run in eval mode and left as it is
     x: Tensor,  # Images (B, C, H, W) in [0, 1]
@@ -88,7 +88,7 @@ def perceptual_distance(
     "How different two images are to a network (Laidlaw et al. 2021; IJSAT section 3)."
     return (perceptual(features, x, layers) - perceptual(features, other, layers)).norm(dim=1)
 
-# %% ../nbs/26_perceptual.ipynb #c2c99892
+# %% ../nbs/26_perceptual.ipynb #a9cd6b4b
 @dataclass(frozen=True)
 class _Near:
     "Add anything to an image that moves phi by about `eps` at most."
@@ -124,7 +124,7 @@ class _Near:
             pull = torch.autograd.grad((far - per_image(self.eps, far)).clamp(min=0).sum(), live)[0]
         return self.move(x, p, here.detach(), grad - xi * pull, length)
 
-# %% ../nbs/26_perceptual.ipynb #d0d031d6
+# %% ../nbs/26_perceptual.ipynb #147f6a6d
 def fast_lpa(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -159,7 +159,7 @@ def fast_lpa(
             p = near.climb(x, p, grad, xi * 10 ** (share - 1), length * 10**-share)
         return _report(objective, x, [near], [p], return_info)
 
-# %% ../nbs/26_perceptual.ipynb #36d897b2
+# %% ../nbs/26_perceptual.ipynb #f449d878
 def fast_pat(
     model: nn.Module | Callable[[Tensor], Tensor],  # Classifier in train mode, images in [0, 1] to logits
     batch: Batch,  # Images, labels and the source of randomness
@@ -174,7 +174,7 @@ def fast_pat(
         return fast_lpa(*given, features=features, eps=eps, steps=steps, layers=layers, **options)
     return adversarial(model, batch, attack)
 
-# %% ../nbs/26_perceptual.ipynb #77c28d4a
+# %% ../nbs/26_perceptual.ipynb #30794d3c
 def layer_moves(
     model: nn.Module,  # Classifier; in eval mode while the moves are found, and left as it is
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
@@ -198,7 +198,7 @@ def layer_moves(
     slopes = torch.autograd.grad(loss, list(zeros.values()))
     return {name: eps * generalized_sign(_wide(g).flatten(1)).view(g.shape) for name, g in zip(zeros, slopes)}
 
-
+# %% ../nbs/26_perceptual.ipynb #38bbb13e
 def rlat(
     model: nn.Module,  # Classifier in train mode, images in [0, 1] to logits
     batch: Batch,  # Images and labels
