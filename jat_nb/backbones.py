@@ -32,6 +32,12 @@ def _kaiming(model: nn.Module) -> None:
         if isinstance(m, (nn.Conv2d, nn.Linear)) and m.bias is not None:
             nn.init.zeros_(m.bias)
 
+
+def _stage_ends(channels: Sequence[int], modules: Sequence[str]) -> list[dict[str, Any]]:
+    "Where each resolution ends, as timm's networks say it."
+    return [{"num_chs": c, "reduction": 2**i, "module": name}
+            for i, (c, name) in enumerate(zip(channels, modules))]
+
 # %% ../nbs/20_backbones.ipynb #68aa809b
 class SmallCNN(nn.Module):
     "The four-convolution network for MNIST of TRADES, 312,202 parameters for grey images and ten classes."
@@ -50,6 +56,7 @@ class SmallCNN(nn.Module):
         self.head = nn.Sequential(
             nn.Flatten(), nn.Linear(64 * 4 * 4, 200), nn.ReLU(), nn.Dropout(drop_rate),
             nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, num_classes))
+        self.feature_info = _stage_ends([32, 64], ["features.4", "features.9"])
         _kaiming(self)
         nn.init.zeros_(self.head[-1].weight)
 
@@ -115,6 +122,8 @@ class PreActResNet(nn.Module):
         self.blocks = nn.Sequential(*(PreActBlock(*cs, norm) for cs in zip(sizes, sizes[1:], strides)))
         self.norm = nn.Sequential(_norm(norm, widths[-1]), nn.ReLU()) if final_norm else nn.Identity()
         self.fc = nn.Linear(widths[-1], num_classes)
+        ends = [f"blocks.{blocks * (g + 1) - 1}" for g in range(len(widths))]
+        self.feature_info = _stage_ends(widths, ends)
         _kaiming(self)
 
     def forward_features(
@@ -248,6 +257,8 @@ class PaddedResNet(nn.Module):
         parts = [PaddedBlock(a, b, 1 if a == b else 2) for a, b in zip(sizes, sizes[1:])]
         self.blocks, self.norm = nn.Sequential(*parts), nn.BatchNorm2d(64)
         self.fc = nn.Linear(64, num_classes)
+        ends = [f"blocks.{blocks * (g + 1) - 1}" for g in range(3)]
+        self.feature_info = _stage_ends((16, 32, 64), ends)
         _kaiming(self)
 
     def forward(

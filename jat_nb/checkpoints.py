@@ -318,7 +318,7 @@ def publish(
     folder, log = Path(folder), "".join(json.dumps(row) + "\n" for row in history)
     if history:
         header = {**(getattr(unwrap(model), "metadata", None) or {}), "record": history[-1]}
-        weights = plain_state(model)
+        weights = plain_state(unwrap(model))
         _check_finite(folder / "last.safetensors", weights)
         write_tensors(folder / "last.safetensors", weights, header)
         if _merit(history[-1]) is not None and best_row(history) is history[-1]:

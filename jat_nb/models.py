@@ -103,11 +103,12 @@ def frozen(
 
 # %% ../nbs/08_models.ipynb #fed728df
 def _inside(model: nn.Module) -> str:
-    "Under which name a wrapper of PyTorch keeps its module; empty for a module that is no wrapper."
+    "Under which name a wrapper keeps its module; empty for a module that is no wrapper."
     if "_orig_mod" in model._modules:  # torch.compile
         return "_orig_mod"
     holders = nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel
-    return "module" if isinstance(model, holders) else ""
+    ours = getattr(model, "is_wrapper", False)
+    return "module" if ours or isinstance(model, holders) else ""
 
 
 def unwrap(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Target', 'Labels', 'State', 'JUDGES', 'OBJECTIVES', 'OWN_LOSS', 'natural', 'adversarial', 'choose_target',
            'clean_logits', 'training_labels', 'jat', 'attacked_losses', 'average', 'maximum', 'WithMemory',
-           'likelihood', 'judge_flow', 'roles', 'networks', 'standing_on']
+           'likelihood', 'judge_flow', 'roles', 'networks', 'standing_on', 'in_form']
 
 # %% ../nbs/21_objectives.ipynb #416e404d
 import inspect
@@ -220,7 +220,9 @@ OBJECTIVES = Named({"natural": natural, "adversarial": adversarial, "jat": jat, 
                    | {name: f"jat_nb.semi_supervised:{name}"
                       for name in ("srt", "klr", "trades", "rst", "uat")}
                    | {name: f"jat_nb.mixing:{name}"
-                      for name in ("mixup", "robust_mixup", "attack_then_mix", "iat", "mart")})  # by name, for recipes
+                      for name in ("mixup", "robust_mixup", "attack_then_mix", "iat", "mart")}
+                   | {name: f"jat_nb.augmenting:{name}" for name in ("randomized_la", "adversarial_la", "advprop")}
+                   | {name: f"jat_nb.perceptual:{name}" for name in ("fast_pat", "rlat")})  # by name, for recipes
 OWN_LOSS = ("trades", "rst", "uat", "robust_mixup")  # their attacks climb a loss of the batch's own
 
 # %% ../nbs/21_objectives.ipynb #f7eb7cfb
@@ -256,3 +258,14 @@ def standing_on(
                          f"pass {keyword}=network from Python, --needs {keyword}=FOLDER to a command")
     options |= {keyword: given[keyword] for keyword in asked}
     return partial(function, **options) if options else function
+
+# %% ../nbs/21_objectives.ipynb #a1f0c3d2
+def in_form(
+    objective: Callable[..., Any],  # objective(model, batch, ...), also a partial
+    model: nn.Module,  # To be trained
+) -> nn.Module:  # The model itself, or in the wrapper that the objective asks for
+    "The model as an objective wants it."
+    first = next(iter(inspect.signature(objective).parameters.values()), None)
+    wanted = None if first is None else first.annotation
+    wraps = inspect.isclass(wanted) and getattr(wanted, "is_wrapper", False)
+    return wanted(model) if wraps and not isinstance(model, wanted) else model

@@ -28,7 +28,7 @@ from .data import ImageSet, Unlabelled
 from .glow import Glow
 from .losses import correct
 from .models import bare, check_rebuildable, frozen, half_precision, unwrap
-from .objectives import JUDGES, State, WithMemory
+from .objectives import JUDGES, State, WithMemory, in_form
 from .processes import (agree, copy_buffers, distribute, from_first, on_first,
                               own_device, processes, report_lost, timer, total)
 from .randomness import seed_from
@@ -462,6 +462,7 @@ def fit(
         _check_unlabelled(recipe, unlabelled)
         needs, folder = dict(needs or {}), None if out is None else Path(out)
         bound = _functions(recipe, needs, given)
+        model = in_form(bound.objective, model)
         own = {} if out is None else function_names({**given, "judge": judge})
         identity = run_identity(recipe, model, train, validation, own, unlabelled=unlabelled, needs=needs)
         alone, where = processes().count == 1, next(model.parameters()).device

@@ -10,8 +10,10 @@ from torch.testing import assert_close
 
 from jat_nb.attacks import cascade, double_pass, ggsm, one_pass, pgd
 from jat_nb.batches import Batch
+from jat_nb.glow import Glow
 from jat_nb.losses import bilateral_labels
-from jat_nb.objectives import (JUDGES, OBJECTIVES, adversarial, choose_target, clean_logits, jat, natural, networks, roles,
+from jat_nb.models import create
+from jat_nb.objectives import (JUDGES, OBJECTIVES, adversarial, choose_target, clean_logits, in_form, jat, natural, networks, roles,
                                training_labels)
 
 ONE_STEP = partial(double_pass, steps=1, step_pixel=8 / 255, step_flow=0.3)
@@ -25,6 +27,15 @@ def small_model(num_classes=5, channels=1):
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(channels, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2),
                          nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, num_classes))
+
+
+def network(keyword, num_classes, channels):
+    "What an objective stands on, for images of 8 pixels."
+    if keyword == "flow":
+        return Glow((channels, 8, 8), levels=2, steps=1, width=8)
+    if keyword == "features":
+        return create("wrn_10_1_cifar", in_chans=channels)
+    return small_model(num_classes, channels)
 
 
 def batch_of(n=12, num_classes=5, channels=1, seed=0):
@@ -134,8 +145,9 @@ def test_any_shape(num_classes, channels):
     for name in set(OBJECTIVES) - {"pareto", *JUDGES}:  # a memory: test_memory.py; no classifier: test_glow_training.py
         asked = roles(OBJECTIVES[name])
         given = dict.fromkeys(("near", "far") if asked is None else asked, ONE_STEP)
-        given |= dict.fromkeys(networks(OBJECTIVES[name]), small_model(num_classes, channels))
-        assert OBJECTIVES[name](model, batch, **given).isfinite()
+        given |= {keyword: network(keyword, num_classes, channels) for keyword in networks(OBJECTIVES[name])}
+        given |= {"rlat": {"layers": ["2"]}}.get(name, {})
+        assert OBJECTIVES[name](in_form(OBJECTIVES[name], model), batch, **given).isfinite(), name
 
 
 def test_bfloat16_autocast_trains_every_weight():

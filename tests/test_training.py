@@ -16,8 +16,9 @@ from jat_nb.batches import Batch, batches
 from jat_nb.data import ImageSet
 from jat_nb.checkpoints import RESUME, best_row, collapsed, load_state, save_state, shortfall
 from jat_nb import training
+from jat_nb.glow import Glow
 from jat_nb.models import create, load_weights
-from jat_nb.objectives import JUDGES, OBJECTIVES, adversarial, natural, networks
+from jat_nb.objectives import JUDGES, OBJECTIVES, adversarial, natural, networks, roles
 from jat_nb.processes import Processes
 from jat_nb.records import read_jsonl
 from jat_nb.recipes import Recipe, make_optimizer
@@ -79,9 +80,11 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights():
                                      {"augment": (), "schedule": "onecycle"}])
 @pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name not in JUDGES])
 def test_every_objective_trains(objective, options):
-    attacks = {} if objective in ("natural", "mixup") else ATTACKED
-    own = {"r": 0.5} if objective == "pareto" else {}
-    needs = {name: net() for name in networks(OBJECTIVES[objective])}
+    attacks = {} if roles(OBJECTIVES[objective]) == () else ATTACKED
+    own = {"pareto": {"r": 0.5}, "rlat": {"layers": ["2"]}, "fast_pat": {"steps": 2}}.get(objective, {})
+    stand_on = {"flow": partial(Glow, (1, 8, 8), levels=2, steps=1, width=8),
+                "features": partial(create, "wrn_10_1_cifar", in_chans=1)}
+    needs = {name: stand_on.get(name, net)() for name in networks(OBJECTIVES[objective])}
     recipe = Recipe(objective=objective, objective_options=own, attacks=attacks, needs=dict.fromkeys(needs, "a/b"),
                     **{**TINY, **options, "epochs": 4})
     model, data = net(), images(64)
