@@ -182,7 +182,8 @@ OBJECTIVES = Named({"natural": natural, "adversarial": adversarial, "jat": jat, 
                    | {name: f"jat_nb.semi_supervised:{name}"
                       for name in ("srt", "klr", "trades", "rst", "uat")}
                    | {name: f"jat_nb.mixing:{name}"
-                      for name in ("mixup", "robust_mixup", "attack_then_mix", "iat", "mart")})  # by name, for recipes
+                      for name in ("mixup", "robust_mixup", "attack_then_mix", "iat", "mart")}
+                   | {"robust_mixup_codes": "jat_nb.generators:robust_mixup_codes"})  # by name, for recipes
 
 # %% ../nbs/21_objectives.ipynb #f7eb7cfb
 def roles(
