@@ -6,7 +6,7 @@
 __all__ = ['Generator', 'Discriminator', 'hinge_loss', 'train_gan', 'unit_features', 'perceptual_distance', 'Projection',
            'project', 'render', 'LatentSet', 'Projected', 'robust_mixup_codes']
 
-# %% ../nbs/27_generators.ipynb #49420337
+# %% ../nbs/27_generators.ipynb #676dbc11
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +27,7 @@ from .randomness import Randomness, seed_from
 from .records import progress
 from .threats import _normal, check_images
 
-# %% ../nbs/27_generators.ipynb #96c22d52
+# %% ../nbs/27_generators.ipynb #63fc74b2
 class _UpBlock(nn.Module):
     "Double the side and add a correction (Eq. 1)."
 
@@ -41,7 +41,7 @@ class _UpBlock(nn.Module):
         up = F.interpolate(F.relu(self.norm1(h)), scale_factor=2)
         return F.interpolate(self.skip(h), scale_factor=2) + self.conv2(F.relu(self.norm2(self.conv1(up))))
 
-# %% ../nbs/27_generators.ipynb #0383e377
+# %% ../nbs/27_generators.ipynb #8c61afeb
 class Generator(nn.Module):
     "Draws images from codes: the generator of SNGAN (IJSAT appendix A.2)."
 
@@ -75,7 +75,7 @@ class Generator(nn.Module):
         top, left = (canvas.shape[2] - h) // 2, (canvas.shape[3] - w) // 2
         return (canvas[..., top:top + h, left:left + w] + 1) / 2
 
-# %% ../nbs/27_generators.ipynb #8e9e821f
+# %% ../nbs/27_generators.ipynb #5a8fdb1c
 class _DownBlock(nn.Module):
     "A residual block whose weights have largest singular value 1; it may halve the side."
 
@@ -91,7 +91,7 @@ class _DownBlock(nn.Module):
         h, skip = self.conv2(F.relu(self.conv1(h))), self.skip(x)
         return F.avg_pool2d(h, 2) + F.avg_pool2d(skip, 2) if self.halve else h + skip
 
-# %% ../nbs/27_generators.ipynb #52233d79
+# %% ../nbs/27_generators.ipynb #9e82af7c
 class Discriminator(nn.Module):
     "Tells real images from drawn ones: four residual blocks, spectrally normalised (IJSAT appendix A.2)."
 
@@ -114,7 +114,7 @@ class Discriminator(nn.Module):
         h = F.relu(self.blocks(2 * x - 1)).sum(dim=(2, 3))
         return self.linear(h)[:, 0]
 
-# %% ../nbs/27_generators.ipynb #f8a8ff46
+# %% ../nbs/27_generators.ipynb #9e9a702b
 def hinge_loss(
     real: Tensor,  # Discriminator on real images (B,)
     drawn: Tensor,  # Discriminator on drawn images (B,)
@@ -122,7 +122,7 @@ def hinge_loss(
     "What the discriminator minimises (Eq. 3)."
     return F.relu(1 - real).mean() + F.relu(1 + drawn).mean()
 
-# %% ../nbs/27_generators.ipynb #636c2359
+# %% ../nbs/27_generators.ipynb #f93ea19a
 def _descend(loss: Tensor, optimiser: torch.optim.Optimizer) -> float:
     optimiser.zero_grad()
     loss.backward()
@@ -148,7 +148,7 @@ def _game_step(generator: nn.Module, discriminator: nn.Module, images: Tensor, a
         loss = -discriminator(drawn).float().mean()
     return {"discriminator": critic, "generator": _descend(loss, adams[0])}
 
-# %% ../nbs/27_generators.ipynb #f1c42930
+# %% ../nbs/27_generators.ipynb #0c8b9c06
 def _game_state(networks: Sequence[nn.Module], adams: Sequence[torch.optim.Adam]) -> dict[str, Tensor]:
     tensors = {f"network{i}.{k}": v for i, own in enumerate(networks) for k, v in own.state_dict().items()}
     for i, adam in enumerate(adams):
@@ -173,7 +173,7 @@ def _return_to(path: Path, networks: Sequence[nn.Module], adams: Sequence[torch.
         adam.load_state_dict({"state": moments, "param_groups": adam.state_dict()["param_groups"]})
     return header["losses"]
 
-# %% ../nbs/27_generators.ipynb #bef0396f
+# %% ../nbs/27_generators.ipynb #7c88d5ec
 def train_gan(
     generator: Generator,  # Trained in place; ends in eval mode
     discriminator: nn.Module,  # Its opponent, trained in place
@@ -206,7 +206,7 @@ def train_gan(
     generator.eval(), discriminator.eval()
     return losses
 
-# %% ../nbs/27_generators.ipynb #eeee2aa6
+# %% ../nbs/27_generators.ipynb #006d4543
 def unit_features(
     model: nn.Module,  # Trained network of images (B, C, H, W) in [0, 1]
     x: Tensor,  # Images (B, C, H, W) in [0, 1]
@@ -237,7 +237,7 @@ def perceptual_distance(
                          "take both from unit_features")
     return sum((a - b).square().sum(1).mean(dim=(1, 2)) for a, b in zip(features, others))
 
-# %% ../nbs/27_generators.ipynb #bdf4ba19
+# %% ../nbs/27_generators.ipynb #b2a1aada
 class Projection(NamedTuple):
     "The codes that a search has found."
 
@@ -276,7 +276,7 @@ def project(
                 adam.step()
     return Projection(best_z, best, torch.stack(trace).view(restarts, steps, len(x)))
 
-# %% ../nbs/27_generators.ipynb #8eb6536a
+# %% ../nbs/27_generators.ipynb #e8a29a5a
 @torch.no_grad()
 def render(
     generator: nn.Module,  # Draws images from codes
@@ -288,7 +288,7 @@ def render(
     with frozen(generator), _full_precision(z.device):
         return torch.cat([generator(part) for part in z.split(batch_size)])
 
-# %% ../nbs/27_generators.ipynb #d129954f
+# %% ../nbs/27_generators.ipynb #9beecee3
 class _Drawn:
     "Images that are drawn when they are indexed."
 
@@ -302,7 +302,7 @@ class _Drawn:
     def __getitem__(self, index: Tensor | slice) -> Tensor:
         return render(self.generator, self.z[index])
 
-
+# %% ../nbs/27_generators.ipynb #95a93882
 @dataclass(frozen=True, eq=False)
 class LatentSet:
     "Labelled images that a generator draws from their codes (IJSAT section 6.3)."
@@ -354,7 +354,7 @@ class LatentSet:
         "Move codes, labels and the generator itself."
         return replace(self, generator=self.generator.to(device), z=self.z.to(device), labels=self.labels.to(device))
 
-# %% ../nbs/27_generators.ipynb #9910c3ff
+# %% ../nbs/27_generators.ipynb #211a36d6
 def _marks(x: Tensor) -> Tensor:
     "A few fixed random sums of the values of each image (B, 8), float64."
     fixed = torch.Generator().manual_seed(0)
@@ -366,7 +366,7 @@ def _values(images: Tensor) -> Tensor:
     "Bytes as numbers in [0, 1]; drawn images are that already."
     return images if images.is_floating_point() else images.float().div(255)
 
-# %% ../nbs/27_generators.ipynb #2eedcd20
+# %% ../nbs/27_generators.ipynb #dd9949e9
 class Projected(nn.Module):
     "A generator behind the interface of a flow; it encodes the images whose codes it was given."
 
@@ -417,7 +417,7 @@ class Projected(nn.Module):
         with _full_precision(latents[0].device):
             return self.generator(latents[0])
 
-# %% ../nbs/27_generators.ipynb #0db1a876
+# %% ../nbs/27_generators.ipynb #87fdba35
 def robust_mixup_codes(
     model: nn.Module | Callable[[Tensor], Tensor],  # Classifier in train mode, images in [0, 1] to logits
     batch: Batch,  # Drawn images, labels and the source of randomness
