@@ -122,14 +122,14 @@ def hinge_loss(
     "What the discriminator minimises (Eq. 3)."
     return F.relu(1 - real).mean() + F.relu(1 + drawn).mean()
 
-# %% ../nbs/27_generators.ipynb #f93ea19a
+# %% ../nbs/27_generators.ipynb #e08a281e
 def _descend(loss: Tensor, optimiser: torch.optim.Optimizer) -> float:
     optimiser.zero_grad()
     loss.backward()
     optimiser.step()
     return loss.item()
 
-
+# %% ../nbs/27_generators.ipynb #70ac63be
 def _game_step(generator: nn.Module, discriminator: nn.Module, images: Tensor, adams: Sequence[torch.optim.Adam],
                draws: torch.Generator, *, batch_size: int, critic_steps: int, amp: bool) -> dict[str, float]:
     "Several steps of the discriminator, one of the generator."
@@ -148,7 +148,7 @@ def _game_step(generator: nn.Module, discriminator: nn.Module, images: Tensor, a
         loss = -discriminator(drawn).float().mean()
     return {"discriminator": critic, "generator": _descend(loss, adams[0])}
 
-# %% ../nbs/27_generators.ipynb #0c8b9c06
+# %% ../nbs/27_generators.ipynb #b21a8d2b
 def _game_state(networks: Sequence[nn.Module], adams: Sequence[torch.optim.Adam]) -> dict[str, Tensor]:
     tensors = {f"network{i}.{k}": v for i, own in enumerate(networks) for k, v in own.state_dict().items()}
     for i, adam in enumerate(adams):
@@ -156,7 +156,7 @@ def _game_state(networks: Sequence[nn.Module], adams: Sequence[torch.optim.Adam]
         tensors |= {f"adam{i}.{j}.{k}": v for j, own in moments.items() for k, v in own.items()}
     return tensors
 
-
+# %% ../nbs/27_generators.ipynb #be905a56
 def _return_to(path: Path, networks: Sequence[nn.Module], adams: Sequence[torch.optim.Adam],
                identity: Mapping[str, Any]) -> list[dict[str, float]]:
     "Put networks and moments back; the losses of the steps that are done."
@@ -206,7 +206,7 @@ def train_gan(
     generator.eval(), discriminator.eval()
     return losses
 
-# %% ../nbs/27_generators.ipynb #006d4543
+# %% ../nbs/27_generators.ipynb #ebeec75f
 def unit_features(
     model: nn.Module,  # Trained network of images (B, C, H, W) in [0, 1]
     x: Tensor,  # Images (B, C, H, W) in [0, 1]
@@ -226,7 +226,7 @@ def unit_features(
         for hook in hooks: hook.remove()
     return [out * (out.square().sum(1, keepdim=True) + 1e-6).rsqrt() for out in found]
 
-
+# %% ../nbs/27_generators.ipynb #39c9f90c
 def perceptual_distance(
     features: Sequence[Tensor],  # Of images, from `unit_features`
     others: Sequence[Tensor],  # Of other images, same layers
@@ -237,7 +237,7 @@ def perceptual_distance(
                          "take both from unit_features")
     return sum((a - b).square().sum(1).mean(dim=(1, 2)) for a, b in zip(features, others))
 
-# %% ../nbs/27_generators.ipynb #b2a1aada
+# %% ../nbs/27_generators.ipynb #3a2c9bfd
 class Projection(NamedTuple):
     "The codes that a search has found."
 
@@ -245,7 +245,7 @@ class Projection(NamedTuple):
     loss: Tensor  # What Eq. 5 gives for it (B,)
     trace: Tensor  # The same at every step of every search (restarts, steps, B)
 
-
+# %% ../nbs/27_generators.ipynb #6f06b43e
 def project(
     generator: nn.Module,  # Draws images from codes
     x: Tensor,  # Images (B, C, H, W) in [0, 1]
@@ -354,14 +354,14 @@ class LatentSet:
         "Move codes, labels and the generator itself."
         return replace(self, generator=self.generator.to(device), z=self.z.to(device), labels=self.labels.to(device))
 
-# %% ../nbs/27_generators.ipynb #211a36d6
+# %% ../nbs/27_generators.ipynb #c2dd2ea5
 def _marks(x: Tensor) -> Tensor:
     "A few fixed random sums of the values of each image (B, 8), float64."
     fixed = torch.Generator().manual_seed(0)
     directions = torch.randn(x[0].numel(), 8, generator=fixed, dtype=torch.float64)
     return x.flatten(1).double() @ directions.to(x.device)
 
-
+# %% ../nbs/27_generators.ipynb #7c1a5828
 def _values(images: Tensor) -> Tensor:
     "Bytes as numbers in [0, 1]; drawn images are that already."
     return images if images.is_floating_point() else images.float().div(255)
