@@ -148,8 +148,10 @@ def cutout(
     generator: torch.Generator,  # Source of the draws
 ) -> Tensor:  # Bytes, shape of `x`
     "Hide a square of half the side, in the mean colour of the set, or of these images."
-    known = x.new_tensor(_MEANS[name]) if name in _MEANS else x.float().mean((0, 2, 3)).round()
-    return random_cutout(x, known, side_px=x.shape[-1] // 2, generator=generator)
+    fill = x.float().mean((0, 2, 3))
+    if not x.is_floating_point():
+        fill = x.new_tensor(_MEANS[name]) if name in _MEANS else fill.round()
+    return random_cutout(x, fill, side_px=x.shape[-1] // 2, generator=generator)
 
 
 Augmentation = Callable[[Tensor, str, torch.Generator], Tensor]  # (bytes, data set, draws) -> bytes
@@ -240,10 +242,10 @@ def _cycled(n: int, wanted: int, shuffle: bool, stream: torch.Generator) -> Tens
 
 
 def _augmented(x: Tensor, augment: Sequence[str], name: str, own: torch.Generator) -> Tensor:
-    "Bytes to augmented images in [0, 1]."
+    "Bytes, or images in [0, 1] that a generator drew, to augmented images in [0, 1]."
     for key in augment:
         x = AUGMENTATIONS[key](x, name, own)
-    return x.float().div(255)
+    return x if x.is_floating_point() else x.float().div(255)
 
 
 def batches(

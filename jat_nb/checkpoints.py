@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from .data import ImageSet, Unlabelled
+from .generators import LatentSet
 from .models import plain_state, read_tensors, tensor_hash, unwrap, write_tensors
 from .recipes import Recipe
 from .records import check_writable, write_atomic, write_json
@@ -121,8 +122,10 @@ def load_state(
 
 # %% ../nbs/29_checkpoints.ipynb #c4557264
 def _of_pixels(data: ImageSet | Unlabelled) -> dict[str, Any]:
-    "Name, size and pixels of a data set, the pixels as a fingerprint."
-    return {"name": data.name, "images": len(data), "pixels": tensor_hash({"": data.images})}
+    "Name, size and pixels of a data set, the pixels, or what they are drawn from, as a fingerprint."
+    drawn = isinstance(data, LatentSet)
+    tensors = {"": data.z} | plain_state(data.generator) if drawn else {"": data.images}
+    return {"name": data.name, "images": len(data), "pixels": tensor_hash(tensors)}
 
 
 def _of_data(data: ImageSet) -> dict[str, Any]:
