@@ -34,7 +34,7 @@ def test_every_recipe_fits_every_tier_and_binds(tier):
     for name, r in RECIPES.items():
         small = adapt(r, tier=tier)
         bind(small, dict.fromkeys(small.needs, torch.nn.Identity()))
-        assert set(small.needs.values()) <= {"ijsat/glow"} and small.objective == r.objective, name
+        assert set(small.needs.values()) <= {"ijsat/glow", "ijsat/small-normal"} and small.objective == r.objective, name
 
 
 @pytest.mark.parametrize("name", ROBUST)
@@ -48,7 +48,8 @@ def test_a_small_tier_reaches_the_whole_budget(name):
 def test_what_stands_on_the_flow_says_so():
     latent = {name for name, r in RECIPES.items() for links in r.attacks.values() for attack, _ in links
               if attack in ("jsa", "om_pgd")}
-    assert latent == {name for name, r in RECIPES.items() if r.needs} and len(latent) >= 9
+    latent |= {f"ijsat/long-{kind}-la" for kind in ("randomized", "adversarial")}
+    assert latent == {name for name, r in RECIPES.items() if "flow" in r.needs} and len(latent) >= 9
     assert FLOW.objective == "likelihood" and not FLOW.needs
 
 

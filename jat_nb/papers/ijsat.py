@@ -6,21 +6,23 @@
 __all__ = ['PIXEL', 'LATENT', 'PGD', 'OM_PGD', 'JSA', 'FLOW', 'NEEDS', 'RECIPES', 'ROWS', 'SINGLE', 'OWN_SUITES', 'SIX', 'SEVEN',
            'AVERAGE_OF_SIX', 'SCORES', 'COLUMNS', 'SYNONYMS', 'CORRECTIONS', 'averaged']
 
-# %% ../../nbs/51_ijsat.ipynb #1e6468ed
+# %% ../../nbs/51_ijsat.ipynb #4916c71c
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
 
+from ..attacks import ATTACKS
 from ..catalogue import Row
 from ..differences import Score
+from ..objectives import OBJECTIVES, networks
 from ..recipes import Recipe
 from ..results import Run, conditional
 from ..suites import Spec, Suite
 from ..unseen import unseen_attacks
 
-# %% ../../nbs/51_ijsat.ipynb #31a2a283
+# %% ../../nbs/51_ijsat.ipynb #9f3762d9
 PIXEL = {"eps": 8 / 255, "step": 2 / 255}  # image units (IJSAT section 6.1)
 LATENT = {"eta": 0.02, "step_latent": 0.005}  # latent units (ibid., D-I04)
 _JOINT = {"eps_pixel": PIXEL["eps"], "step_pixel": PIXEL["step"], **LATENT}
@@ -29,15 +31,15 @@ OM_PGD: Spec = ("om_pgd", {**LATENT, "steps": 10})
 JSA: Spec = ("jsa", {**_JOINT, "steps": 10})
 _NOISY: Spec = ("pgd", {**PGD[1], "start_std": 0.001})  # TRADES starts beside the image
 
-# %% ../../nbs/51_ijsat.ipynb #e71f71be
+# %% ../../nbs/51_ijsat.ipynb #dba32a1e
 FLOW = Recipe(objective="likelihood", model="glow", epochs=60,
               model_options={"levels": 4, "steps": 8, "width": 512},
               batch_size=64, optimizer="adamw", lr=1e-3, weight_decay=0.0, clip_norm=100.0,
               schedule="piecewise", knots=((0, 0.0), (2, 1.0), (60, 1.0)), augment=("flip",),
               essential=("schedule", "batch_size"))  # IJSAT appendix A.1; length and width are ours
-NEEDS = {"flow": "ijsat/glow"}
+NEEDS = {"flow": "ijsat/glow", "features": "ijsat/small-normal"}  # recipes of trained networks
 
-# %% ../../nbs/51_ijsat.ipynb #8be0e783
+# %% ../../nbs/51_ijsat.ipynb #4dffd8c0
 _BARE = Recipe(model="resnet18_cifar", epochs=120, milestones=(75, 90, 100), lr=0.1, weight_decay=2e-4,
                probe="pgd", probe_options=PGD[1])  # IJSAT section 6.1
 
@@ -45,7 +47,8 @@ _BARE = Recipe(model="resnet18_cifar", epochs=120, milestones=(75, 90, 100), lr=
 def _method(objective: str, *links: Spec, bare: Recipe = _BARE, **options: Any) -> Recipe:
     "Training by an objective with one attack, or none."
     attacks = {"attack": list(links)} if links else {}
-    needs = NEEDS if any(name in ("jsa", "om_pgd") for name, _ in links) else {}
+    standing = [OBJECTIVES[objective], *(ATTACKS[name] for name, _ in links)]
+    needs = {keyword: NEEDS[keyword] for function in standing for keyword in networks(function)}
     return replace(bare, objective=objective, objective_options=options, attacks=attacks, needs=needs)
 
 
@@ -53,10 +56,11 @@ def _wider(times: int) -> Spec:
     "PGD at a multiple of the budget, its step in proportion."
     return "pgd", {**{name: times * value for name, value in PIXEL.items()}, "steps": 10}
 
-# %% ../../nbs/51_ijsat.ipynb #86a37402
+# %% ../../nbs/51_ijsat.ipynb #f253092d
 def _robust() -> dict[str, Recipe]:
     "Tables 1, 4, 5, 6 and 7, on the exact manifold of a flow."
-    two = replace(_BARE, objective="average", attacks={"pixel": [PGD], "latent": [OM_PGD]}, needs=NEEDS)
+    two = replace(_BARE, objective="average", attacks={"pixel": [PGD], "latent": [OM_PGD]},
+                  needs={"flow": NEEDS["flow"]})
     return {"normal": _BARE, "at": _method("adversarial", PGD),
             "at-16": _method("adversarial", _wider(2)), "at-32": _method("adversarial", _wider(4)),
             "at-jsa": _method("adversarial", JSA), "at-jsa-mixup": _method("attack_then_mix", JSA, tau=0.1),
@@ -65,7 +69,7 @@ def _robust() -> dict[str, Recipe]:
             "mart": _method("mart", PGD, beta=6.0), "mart-jsa": _method("mart", JSA, beta=6.0),
             "latent-at": _method("adversarial", OM_PGD), "dmat-jsa": two}
 
-# %% ../../nbs/51_ijsat.ipynb #fb11f79e
+# %% ../../nbs/51_ijsat.ipynb #b37d5c28
 _LONG = replace(_BARE, epochs=200, milestones=(), schedule="cosine", weight_decay=5e-4)
 _RLAT = replace(_BARE, model="preact_resnet18_cifar", weight_decay=5e-4)
 _TINY = {"eps": 1 / 255, "step": 0.25 / 255, "steps": 10}
@@ -76,18 +80,22 @@ def _augmented() -> dict[str, Recipe]:
     flat = ("jsa", {**JSA[1], "eps_pixel": 0.0, "step_pixel": 0.0})
     return {"long-normal": _LONG, "long-mixup": _method("mixup", bare=_LONG, tau=1.0),
             "long-cutout": replace(_LONG, augment=("crop_flip", "cutout")),
-            "long-ijsat": _method("robust_mixup", flat, bare=_LONG, tau=0.1)}
+            "long-ijsat": _method("robust_mixup", flat, bare=_LONG, tau=0.1),
+            "long-randomized-la": _method("randomized_la", bare=_LONG),
+            "long-adversarial-la": _method("adversarial_la", bare=_LONG)}
 
 
 def _corrupted() -> dict[str, Recipe]:
     "Table 2, right: training for corrupted images."
     joint = ("jsa", {**JSA[1], "eps_pixel": _TINY["eps"], "step_pixel": _TINY["step"]})
     l2 = ("pgd", {"norm": "l2", "eps": 0.1, "step": 0.025, "steps": 10})
+    mild = ("pgd", {"eps": 4 / 255, "step": 1 / 255, "steps": 5})
     return {"small-normal": _RLAT, "small-linf": _method("adversarial", ("pgd", _TINY), bare=_RLAT),
-            "small-l2": _method("adversarial", l2, bare=_RLAT),
+            "small-l2": _method("adversarial", l2, bare=_RLAT), "small-fast-pat": _method("fast_pat", bare=_RLAT, eps=0.02),
+            "small-advprop": _method("advprop", mild, bare=_RLAT), "small-rlat": _method("rlat", bare=_RLAT, eps=0.08),
             "small-ijsat": _method("robust_mixup", joint, bare=_RLAT, tau=0.1)}
 
-# %% ../../nbs/51_ijsat.ipynb #143f9ef8
+# %% ../../nbs/51_ijsat.ipynb #1ec94ae8
 def _named() -> dict[str, Recipe]:
     "All recipes by full name."
     single = {"robust-mixup": _method("robust_mixup", PGD, tau=0.1),
@@ -98,7 +106,7 @@ def _named() -> dict[str, Recipe]:
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(_named())
 
-# %% ../../nbs/51_ijsat.ipynb #30e38a49
+# %% ../../nbs/51_ijsat.ipynb #5f5f7f1d
 _ONE = {"Normal Training": "normal", "AT [PGD-5]": "at", "IAT": "iat", "TRADES": "trades", "MART": "mart",
         "IJSAT": "ijsat"}
 _FOUR = {"Normal Training": "normal", "AT [PGD10]": "at", "AT [PGD10] eps=16/255": "at-16",
@@ -106,17 +114,23 @@ _FOUR = {"Normal Training": "normal", "AT [PGD10]": "at", "AT [PGD10] eps=16/255
          "IJSAT": "ijsat"}
 _FIVE = {f"{name}{tail}": f"{name.lower()}{tail.lower().replace(' + ', '-')}"
          for name in ("AT", "TRADES", "MART") for tail in ("", " + JSA")}
-_TWO = {"Normal Training": "long-normal", "Cutout": "long-cutout", "Input Mixup": "long-mixup", "IJSAT": "long-ijsat"}
+_CLEAN_HALF = {"Normal Training": "normal", "Cutout": "cutout", "Input Mixup": "mixup", "Randomized-LA": "randomized-la",
+               "Adversarial-LA": "adversarial-la", "IJSAT": "ijsat"}
+_CORRUPTED_HALF = {"Normal Training": "normal", "Linf AT": "linf", "L2 AT": "l2", "Fast PAT": "fast-pat",
+                   "AdvProp": "advprop", "RLAT": "rlat", "IJSAT": "ijsat"}
+_TWO = {f"{label}, left half, no image-space perturbation for IJSAT": f"long-{name}"
+        for label, name in _CLEAN_HALF.items()}
+_TWO |= {f"{label}, right half, IJSAT trained with eps=1/255": f"small-{name}" for label, name in _CORRUPTED_HALF.items()}
 
 
 def _rows(table: int, names: Mapping[str, str], data: str = "cifar10") -> tuple[Row, ...]:
     return tuple(Row(table, label, f"ijsat/{name}", data) for label, name in names.items())
 
 
-ROWS: tuple[Row, ...] = (*_rows(1, _ONE), *_rows(4, _FOUR), *_rows(5, _FIVE), *_rows(6, {"DMAT + JSA": "dmat-jsa"}),
+ROWS: tuple[Row, ...] = (*_rows(1, _ONE), *_rows(2, _TWO), *_rows(4, _FOUR), *_rows(5, _FIVE), *_rows(6, {"DMAT + JSA": "dmat-jsa"}),
                          *_rows(7, _ONE, "cifar100"))
 
-# %% ../../nbs/51_ijsat.ipynb #a3c4ae21
+# %% ../../nbs/51_ijsat.ipynb #894f360c
 SINGLE = {"L2": 320 / 255, "Elastic": 1.0, "JPEG": 0.25}  # one budget of each ladder at 32 pixels
 _BUDGET = {"L2": "eps", "Elastic": "eps_flow", "JPEG": "eps_quanta"}
 
@@ -133,7 +147,7 @@ def _ladders() -> dict[str, Spec]:
     ladders = unseen_attacks()
     return {f"{column} {spec[1][budget]:.4g}": spec for column, budget in _BUDGET.items() for spec in ladders[column]}
 
-# %% ../../nbs/51_ijsat.ipynb #b9d22e54
+# %% ../../nbs/51_ijsat.ipynb #7d1a8550
 _PGD20: Spec = ("pgd", {"eps": "eps_pixel", "step": "0.25 eps_pixel", "steps": 20})
 _STEPPED = {"eps_pixel": "eps_pixel", "step_pixel": "0.25 eps_pixel", **LATENT}
 _STRONG: Spec = ("pgd", {**_PGD20[1], "steps": 100, "restarts": 5, "keep_best": True})
@@ -143,9 +157,10 @@ OWN_SUITES: Mapping[str, Suite] = MappingProxyType({
                     "OM-PGD50": ("om_pgd", {**LATENT, "steps": 50}), "PGD50": ("pgd", {**_PGD20[1], "steps": 50})}),
     "ijsat-unseen": Suite({**_CLEAN, **_unseen()}, options={"n": 200}),
     "ijsat-strong": Suite({**_CLEAN, "PGD100x5": _STRONG}, options={"n": 200}),
-    "ijsat-ladders": Suite({**_CLEAN, **_ladders()}, options={"n": 100})})
+    "ijsat-ladders": Suite({**_CLEAN, **_ladders()}, options={"n": 100}),
+    "ijsat-corruptions": Suite(kind="corruptions")})
 
-# %% ../../nbs/51_ijsat.ipynb #16c05769
+# %% ../../nbs/51_ijsat.ipynb #e25f9b1e
 SIX = ("Clean", "PGD20", "AutoAttack", "Elastic", "JPEG", "L2")
 SEVEN = (*SIX[:3], "JSA50", *SIX[3:])
 
