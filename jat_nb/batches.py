@@ -285,3 +285,31 @@ def batches(
         u = _augmented(others.images[extra], augment, data.name, own)
         balance = (len(x) + len(u)) / together / share
         yield Batch(x, data.labels[index], own, share, u, balance, start, whole)
+
+# %% ../nbs/17_batches.ipynb #ee7bda9e
+def _whole(batch: Batch, state: Tensor) -> Batch:
+    "The batch that parts are cut from, with a generator that starts alike at every call."
+    own = torch.Generator(batch.generator.device)
+    own.set_state(state)
+    return batch._replace(generator=own)
+
+
+def _pieces(batch: Batch, parts: int, count: int = 1) -> list[tuple[Batch, float]]:
+    "A share in parts, each with its own generator and fraction; equally many in all processes."
+    n, fewest = len(batch.y), round(len(batch.y) / batch.share) // count  # images of a process
+    parts = min(parts, max(1, fewest // 2))
+    if parts == 1:
+        return [(batch, 1.0)]
+    free = [None] * parts if batch.u is None else batch.u.tensor_split(parts)
+    whole = batch.whole or partial(_whole, batch, batch.generator.get_state())
+    draws = torch.randint(2**62, (parts,), generator=batch.generator, device=batch.generator.device)
+    pieces, start = [], batch.start
+    split = zip(batch.x.tensor_split(parts), batch.y.tensor_split(parts), free, draws.tolist())
+    for x, y, u, seed in split:
+        own = torch.Generator(batch.generator.device).manual_seed(seed)
+        piece = Batch(x, y, own, batch.share * len(y) / n, u, start=start, whole=whole)
+        start += len(y)
+        together = len(piece.mixed) / len(batch.mixed)
+        balance = 1.0 if u is None else batch.balance * together / (len(y) / n)
+        pieces.append((piece._replace(balance=balance), len(y) / n))
+    return pieces

@@ -127,9 +127,8 @@ def test_a_lead_that_grows():
     assert one(room._widening, {"a": 50, "d": 48}, *"abcdef").holds is None  # one pair is no line
 
 
-def test_spread_and_second():
+def test_second():
     right = dict(a=50, b=60, c=70, d=40)
-    assert round(one(room._steady, right, *"abcd").value) == 30
     assert round(one(room._second, right, *"abcd").value) == -10 and round(one(room._second, right, *"bacd").value) == 10
     assert one(room._second, right, "a", "b", "x").holds is None
 
