@@ -111,8 +111,18 @@ def crop_flip(
     generator: torch.Generator,  # Source of the draws
 ) -> Tensor:  # Bytes, shape of `x`
     "Shift and mirror as the data set allows."
-    pad_px, flip = _CROP_FLIP.get(name, (x.shape[-1] // 8, True))
-    return random_crop_flip(x, pad_px=pad_px, flip=flip, generator=generator) if pad_px else x
+    pad_px, mirror = _CROP_FLIP.get(name, (x.shape[-1] // 8, True))
+    return random_crop_flip(x, pad_px=pad_px, flip=mirror, generator=generator) if pad_px else x
+
+
+def flip(
+    x: Tensor,  # Images as bytes (B, C, H, W)
+    name: str,  # Data set they come from
+    generator: torch.Generator,  # Source of the draws
+) -> Tensor:  # Bytes, shape of `x`
+    "Mirror where the data set allows it, without a shift."
+    allowed = _CROP_FLIP.get(name, (0, True))[1]
+    return random_crop_flip(x, pad_px=0, generator=generator) if allowed else x
 
 
 def flip(

@@ -124,10 +124,30 @@ def accuracy(
             right += correct(model(x), batch.y).sum() if len(x) else 0
     return int(total(right)) / len(data)
 
-# %% ../nbs/31_training.ipynb #f11c31b3
+# %% ../nbs/31_training.ipynb #474f989e
 Judge = Callable[[nn.Module, ImageSet, ImageSet], dict[str, Any]]  # judge(model, validation, few) -> entries of the row
 
 
+def _one_answer(model: nn.Module, data: ImageSet) -> bool:
+    "Whether a network takes all of at least two images for one class."
+    with frozen(bare(model)) as network, torch.no_grad():
+        answers = torch.cat([network(batch.x).argmax(1) for batch in batches(data, 256)])
+    return len(answers) > 1 and len(answers.unique()) == 1
+
+
+def judge_classifier(
+    model: nn.Module,  # Classifier; its mode and buffers are left as they are
+    validation: ImageSet,  # Images held out, judged as they are
+    few: ImageSet,  # The first of them, judged under the probe
+    *,
+    probe: Callable[..., Tensor],  # probe(model, x, y, generator=) -> images
+    amp: bool = False,  # bfloat16 while probing, where it is fast
+) -> dict[str, Any]:  # val_clean, val_robust, one_answer
+    "What an epoch did to a classifier."
+    return {"val_clean": accuracy(model, validation), "val_robust": accuracy(model, few, probe, amp=amp),
+            "one_answer": _one_answer(model, few)}
+
+# %% ../nbs/31_training.ipynb #f11c31b3
 @dataclass
 class _Run:
     "A run between two batches."
@@ -291,26 +311,6 @@ def _train_epoch(run: _Run, shared: nn.Module, train: ImageSet, ticks: Iterator[
     return row
 
 # %% ../nbs/31_training.ipynb #660786bf
-def _one_answer(model: nn.Module, data: ImageSet) -> bool:
-    "Whether a network takes all of at least two images for one class."
-    with frozen(bare(model)) as network, torch.no_grad():
-        answers = torch.cat([network(batch.x).argmax(1) for batch in batches(data, 256)])
-    return len(answers) > 1 and len(answers.unique()) == 1
-
-
-def judge_classifier(
-    model: nn.Module,  # Classifier; its mode and buffers are left as they are
-    validation: ImageSet,  # Images held out, judged as they are
-    few: ImageSet,  # The first of them, judged under the probe
-    *,
-    probe: Callable[..., Tensor],  # probe(model, x, y, generator=) -> images
-    amp: bool = False,  # bfloat16 while probing, where it is fast
-) -> dict[str, Any]:  # val_clean, val_robust, one_answer
-    "What an epoch did to a classifier."
-    return {"val_clean": accuracy(model, validation), "val_robust": accuracy(model, few, probe, amp=amp),
-            "one_answer": _one_answer(model, few)}
-
-
 def _finish_epoch(run: _Run, row: dict[str, Any], validation: ImageSet | None) -> None:
     "Judge an epoch; all processes take part, and go on with what the first one found."
     if validation is not None:
