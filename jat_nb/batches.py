@@ -125,18 +125,6 @@ def flip(
     return random_crop_flip(x, pad_px=0, generator=generator) if allowed else x
 
 
-def flip(
-    x: Tensor,  # Images as bytes (B, C, H, W)
-    name: str,  # Data set they come from
-    generator: torch.Generator,  # Source of the draws
-) -> Tensor:  # Bytes, shape of `x`
-    "Mirror about half of the images, where the data set allows it."
-    if not _CROP_FLIP.get(name, (0, True))[1]:
-        return x
-    turned = torch.rand(len(x), generator=generator, device=generator.device) < 0.5
-    return torch.where(turned.to(x.device).view(-1, 1, 1, 1), x.flip(3), x)
-
-
 def resized_crop_flip(
     x: Tensor,  # Images as bytes (B, C, H, W)
     name: str,  # Data set they come from

@@ -13,6 +13,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
@@ -255,6 +256,32 @@ def add_stretch(
     file = Path(folder) / "run.json"
     about = json.loads(file.read_text(encoding="utf-8"))
     write_json(file, {**about, "stretches": [*about.get("stretches", []), dict(facts)]})
+
+# %% ../nbs/29_checkpoints.ipynb #ec98d0d4
+_TRACED = 16  # steps of an epoch that its row shows in full, at most
+
+
+def _tally(said: Mapping[str, Any], facts: Mapping[str, Any], iteration: int,
+           every: int) -> dict[str, Any]:
+    "What was said in an epoch so far: numbers summed, words counted, some steps in full."
+    sums = dict(said.get("sums", {}))
+    counts = {name: dict(own) for name, own in said.get("counts", {}).items()}
+    trace = list(said.get("trace", []))
+    for name, value in facts.items():
+        if isinstance(value, str):
+            own = counts.setdefault(name, {})
+            own[value] = own.get(value, 0) + 1
+        else:
+            sums[name] = np.add(sums.get(name, 0.0), value).tolist()
+    if (iteration - 1) % every == 0:
+        trace.append({"iteration": iteration, **facts})
+    return {"steps": said.get("steps", 0) + 1, "sums": sums, "counts": counts, "trace": trace}
+
+
+def _in_row(said: Mapping[str, Any]) -> dict[str, Any]:
+    "The entry of an epoch's row: numbers averaged over the steps."
+    mean = {name: np.divide(value, said["steps"]).tolist() for name, value in said["sums"].items()}
+    return {"steps": said["steps"], "mean": mean, "counts": said["counts"], "trace": said["trace"]}
 
 # %% ../nbs/29_checkpoints.ipynb #ff7ea4f5
 def _merit(row: Mapping[str, Any]) -> float | None:

@@ -16,14 +16,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .batches import Batch, _pieces, batches, num_batches, shares
-from .checkpoints import (RESUME, add_stretch, claim, collapsed, function_names, load_state,
-                                publish, restore, run_identity, save_state, state_tensors)
+from .checkpoints import (RESUME, _TRACED, _in_row, _tally, add_stretch, claim, collapsed, function_names,
+                                load_state, publish, restore, run_identity, save_state, state_tensors)
 from .data import ImageSet, Unlabelled
 from .glow import Glow
 from .losses import correct
@@ -233,32 +232,6 @@ def _keep(run: _Run, folder: Path | None, identity: Mapping[str, Any], published
     "Save in the first process, where there is a folder; a full disk stops all."
     if folder is not None:
         on_first(partial(_save, run, folder, identity, published))
-
-# %% ../nbs/31_training.ipynb #ec98d0d4
-_TRACED = 16  # steps of an epoch that its row shows in full, at most
-
-
-def _tally(said: Mapping[str, Any], facts: Mapping[str, Any], iteration: int,
-           every: int) -> dict[str, Any]:
-    "What was said in an epoch so far: numbers summed, words counted, some steps in full."
-    sums = dict(said.get("sums", {}))
-    counts = {name: dict(own) for name, own in said.get("counts", {}).items()}
-    trace = list(said.get("trace", []))
-    for name, value in facts.items():
-        if isinstance(value, str):
-            own = counts.setdefault(name, {})
-            own[value] = own.get(value, 0) + 1
-        else:
-            sums[name] = np.add(sums.get(name, 0.0), value).tolist()
-    if (iteration - 1) % every == 0:
-        trace.append({"iteration": iteration, **facts})
-    return {"steps": said.get("steps", 0) + 1, "sums": sums, "counts": counts, "trace": trace}
-
-
-def _in_row(said: Mapping[str, Any]) -> dict[str, Any]:
-    "The entry of an epoch's row: numbers averaged over the steps."
-    mean = {name: np.divide(value, said["steps"]).tolist() for name, value in said["sums"].items()}
-    return {"steps": said["steps"], "mean": mean, "counts": said["counts"], "trace": said["trace"]}
 
 # %% ../nbs/31_training.ipynb #399a3c95
 def _batch(run: _Run, shared: nn.Module, batch: Batch) -> None:
