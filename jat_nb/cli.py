@@ -25,7 +25,7 @@ from torch import nn
 
 import jat_nb
 from .batches import batches
-from .catalogue import Setting, papers, recipes, setting
+from .catalogue import Setting, adapt, papers, recipes, setting
 from .claims import judge_claims
 from .data import Budget, default_budget
 from .glow import Glow
@@ -148,6 +148,13 @@ def _changes(pairs: Sequence[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             changes[name] = value
     return changes
+
+
+def _lengths(name: str, tier: str, made: Recipe) -> dict[str, Any]:
+    "Where the length of a run is not the catalogue's: fields of the recipe."
+    plain = adapt(recipes()[name], made.data, tier)
+    return {f: getattr(made, f) for f in ("epochs", "iterations", "milestones", "knots")
+            if getattr(made, f) != getattr(plain, f)}
 
 # %% ../nbs/54_cli.ipynb #52a69b2a
 def _needed(pairs: Sequence[str]) -> dict[str, Path]:
@@ -282,7 +289,7 @@ def jat_train(
         s = setting(name, data=data, tier=tier, model=model, images=images, seed=number, init=init,
                     **changes)
         about = {"name": name, "tier": tier, "data": s.recipe.data, "variant": s.train.variant, "seed": number,
-                 "model": s.model.metadata["name"], "changes": changes, "classes": s.train.classes,
+                 "model": s.model.metadata["name"], "changes": _lengths(name, tier, s.recipe) | changes, "classes": s.train.classes,
                  "size": s.train.images.shape[-1]} | ({"images": images} if images else {})
         about |= {"start": s.model.metadata["start"]} if init else {}
         place = run_folder(out, name, number) if len(jobs) > 1 else Path(out)
