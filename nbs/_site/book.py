@@ -19,7 +19,7 @@ SITE = Path(__file__).resolve().parent
 NOTEBOOKS = SITE.parent
 ROOT = NOTEBOOKS.parent
 PACKAGE = "jat_nb"
-PARTS = ((0, "Foundations"), (10, "Attacks"), (20, "Training"), (33, "Evaluation"), (43, "Papers"), (53, "Tools"),
+PARTS = ((0, "Foundations"), (10, "Attacks"), (20, "Training"), (34, "Evaluation"), (44, "Papers"), (54, "Tools"),
          (60, "Experiments"), (70, "Tutorials"))
 CAPTION = re.compile(r"\*\*(Figure \d+\.)\*\*\s*")
 
