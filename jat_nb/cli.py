@@ -289,8 +289,8 @@ def jat_train(
         s = setting(name, data=data, tier=tier, model=model, images=images, seed=number, init=init,
                     **changes)
         about = {"name": name, "tier": tier, "data": s.recipe.data, "variant": s.train.variant, "seed": number,
-                 "model": s.model.metadata["name"], "changes": _lengths(name, tier, s.recipe) | changes, "classes": s.train.classes,
-                 "size": s.train.images.shape[-1]} | ({"images": images} if images else {})
+                 "model": s.model.metadata["name"], "changes": _lengths(name, tier, s.recipe) | changes,
+                 "classes": s.train.classes, "size": s.train.images.shape[-1]} | ({"images": images} if images else {})
         about |= {"start": s.model.metadata["start"]} if init else {}
         place = run_folder(out, name, number) if len(jobs) > 1 else Path(out)
         if not _train_one(s, _networks(runs, s.recipe), about, place, device, deadline):

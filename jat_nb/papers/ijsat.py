@@ -6,7 +6,7 @@
 __all__ = ['PIXEL', 'LATENT', 'PGD', 'OM_PGD', 'JSA', 'FLOW', 'NEEDS', 'RECIPES', 'ROWS', 'SINGLE', 'OWN_SUITES', 'SIX', 'SEVEN',
            'AVERAGE_OF_SIX', 'SCORES', 'COLUMNS', 'SYNONYMS', 'CORRECTIONS', 'averaged']
 
-# %% ../../nbs/52_ijsat.ipynb #8b1f6432
+# %% ../../nbs/52_ijsat.ipynb #74ca6b5c
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,7 +22,7 @@ from ..results import Run, conditional
 from ..suites import Spec, Suite
 from ..unseen import unseen_attacks
 
-# %% ../../nbs/52_ijsat.ipynb #be731162
+# %% ../../nbs/52_ijsat.ipynb #168fbe18
 PIXEL = {"eps": 8 / 255, "step": 2 / 255}  # image units (IJSAT section 6.1)
 LATENT = {"eta": 0.02, "step_latent": 0.005}  # latent units (ibid., D-I04)
 _JOINT = {"eps_pixel": PIXEL["eps"], "step_pixel": PIXEL["step"], **LATENT}
@@ -31,7 +31,7 @@ OM_PGD: Spec = ("om_pgd", {**LATENT, "steps": 10})
 JSA: Spec = ("jsa", {**_JOINT, "steps": 10})
 _NOISY: Spec = ("pgd", {**PGD[1], "start_std": 0.001})  # TRADES starts beside the image
 
-# %% ../../nbs/52_ijsat.ipynb #0e069fe8
+# %% ../../nbs/52_ijsat.ipynb #d0e96576
 FLOW = Recipe(objective="likelihood", model="glow", epochs=60,
               model_options={"levels": 4, "steps": 8, "width": 512},
               batch_size=64, optimizer="adamw", lr=1e-3, weight_decay=0.0, clip_norm=100.0,
@@ -39,7 +39,7 @@ FLOW = Recipe(objective="likelihood", model="glow", epochs=60,
               essential=("schedule", "batch_size"))  # IJSAT appendix A.1; length and width are ours
 NEEDS = {"flow": "ijsat/glow", "features": "ijsat/small-normal"}  # recipes of trained networks
 
-# %% ../../nbs/52_ijsat.ipynb #e4c648d4
+# %% ../../nbs/52_ijsat.ipynb #20afbcc8
 _BARE = Recipe(model="resnet18_cifar", epochs=120, milestones=(75, 90, 100), lr=0.1, weight_decay=2e-4,
                probe="pgd", probe_options=PGD[1])  # IJSAT section 6.1
 
@@ -56,7 +56,7 @@ def _wider(times: int) -> Spec:
     "PGD at a multiple of the budget, its step in proportion."
     return "pgd", {**{name: times * value for name, value in PIXEL.items()}, "steps": 10}
 
-# %% ../../nbs/52_ijsat.ipynb #957ade63
+# %% ../../nbs/52_ijsat.ipynb #14093adf
 def _robust() -> dict[str, Recipe]:
     "Tables 1, 4, 5, 6 and 7, on the exact manifold of a flow."
     two = replace(_BARE, objective="average", attacks={"pixel": [PGD], "latent": [OM_PGD]},
@@ -69,7 +69,7 @@ def _robust() -> dict[str, Recipe]:
             "mart": _method("mart", PGD, beta=6.0), "mart-jsa": _method("mart", JSA, beta=6.0),
             "latent-at": _method("adversarial", OM_PGD), "dmat-jsa": two}
 
-# %% ../../nbs/52_ijsat.ipynb #6636d243
+# %% ../../nbs/52_ijsat.ipynb #023a7c97
 _LONG = replace(_BARE, epochs=200, milestones=(), schedule="cosine", weight_decay=5e-4)
 _RLAT = replace(_BARE, model="preact_resnet18_cifar", weight_decay=5e-4)
 _TINY = {"eps": 1 / 255, "step": 0.25 / 255, "steps": 10}
@@ -95,7 +95,7 @@ def _corrupted() -> dict[str, Recipe]:
             "small-advprop": _method("advprop", mild, bare=_RLAT), "small-rlat": _method("rlat", bare=_RLAT, eps=0.08),
             "small-ijsat": _method("robust_mixup", joint, bare=_RLAT, tau=0.1)}
 
-# %% ../../nbs/52_ijsat.ipynb #21c60b6b
+# %% ../../nbs/52_ijsat.ipynb #431c291b
 def _named() -> dict[str, Recipe]:
     "All recipes by full name."
     single = {"robust-mixup": _method("robust_mixup", PGD, tau=0.1),
@@ -106,7 +106,7 @@ def _named() -> dict[str, Recipe]:
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(_named())
 
-# %% ../../nbs/52_ijsat.ipynb #6cf76744
+# %% ../../nbs/52_ijsat.ipynb #2d4d5e80
 _ONE = {"Normal Training": "normal", "AT [PGD-5]": "at", "IAT": "iat", "TRADES": "trades", "MART": "mart",
         "IJSAT": "ijsat"}
 _FOUR = {"Normal Training": "normal", "AT [PGD10]": "at", "AT [PGD10] eps=16/255": "at-16",
@@ -130,7 +130,7 @@ def _rows(table: int, names: Mapping[str, str], data: str = "cifar10") -> tuple[
 ROWS: tuple[Row, ...] = (*_rows(1, _ONE), *_rows(2, _TWO), *_rows(4, _FOUR), *_rows(5, _FIVE),
                          *_rows(6, {"DMAT + JSA": "dmat-jsa"}), *_rows(7, _ONE, "cifar100"))
 
-# %% ../../nbs/52_ijsat.ipynb #e1a25122
+# %% ../../nbs/52_ijsat.ipynb #5d8dc42f
 SINGLE = {"L2": 320 / 255, "Elastic": 1.0, "JPEG": 0.25}  # one budget of each ladder at 32 pixels
 _BUDGET = {"L2": "eps", "Elastic": "eps_flow", "JPEG": "eps_quanta"}
 
@@ -147,7 +147,7 @@ def _ladders() -> dict[str, Spec]:
     ladders = unseen_attacks()
     return {f"{column} {spec[1][budget]:.4g}": spec for column, budget in _BUDGET.items() for spec in ladders[column]}
 
-# %% ../../nbs/52_ijsat.ipynb #5b89c6a6
+# %% ../../nbs/52_ijsat.ipynb #0b41309a
 _PGD20: Spec = ("pgd", {"eps": "eps_pixel", "step": "0.25 eps_pixel", "steps": 20})
 _STEPPED = {"eps_pixel": "eps_pixel", "step_pixel": "0.25 eps_pixel", **LATENT}
 _STRONG: Spec = ("pgd", {**_PGD20[1], "steps": 100, "restarts": 5, "keep_best": True})
@@ -160,7 +160,7 @@ OWN_SUITES: Mapping[str, Suite] = MappingProxyType({
     "ijsat-ladders": Suite({**_CLEAN, **_ladders()}, options={"n": 100}),
     "ijsat-corruptions": Suite(kind="corruptions")})
 
-# %% ../../nbs/52_ijsat.ipynb #4cf910b9
+# %% ../../nbs/52_ijsat.ipynb #7fdc484d
 SIX = ("Clean", "PGD20", "AutoAttack", "Elastic", "JPEG", "L2")
 SEVEN = (*SIX[:3], "JSA50", *SIX[3:])
 

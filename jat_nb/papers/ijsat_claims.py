@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIXING', 'LEVELS', 'CLAIMS', 'PAPER', 'mixing_excess', 'centroid', 'missing']
 
-# %% ../../nbs/53_ijsat_claims.ipynb #35ea8dd7
+# %% ../../nbs/53_ijsat_claims.ipynb #4fa1332f
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -24,7 +24,7 @@ from .ijsat import (COLUMNS, CORRECTIONS, JSA, LATENT, OWN_SUITES, PGD, RECIPES,
 from ..randomness import image_generators
 from ..suites import Job, Kind, Spec, Suite, attack_from
 
-# %% ../../nbs/53_ijsat_claims.ipynb #8bc0fac1
+# %% ../../nbs/53_ijsat_claims.ipynb #2034dda2
 def mixing_excess(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Images (N, C, H, W) in [0, 1]
@@ -47,7 +47,7 @@ def mixing_excess(
             found.append(float((sides[0] - sides[1]).detach()))
     return found
 
-# %% ../../nbs/53_ijsat_claims.ipynb #5deddb87
+# %% ../../nbs/53_ijsat_claims.ipynb #daa12b63
 def _ask_mixing(suite: Suite, job: Job) -> dict[str, Any]:
     steps = {"eps": job.budget.eps_pixel, "step": job.budget.eps_pixel / 4, "steps": job.steps}
     found = mixing_excess(job.model, job.x, job.y, ("pgd", steps), seed=job.seed, **suite.options)
@@ -63,7 +63,7 @@ def _check_numbers(suite: Suite, answer: Mapping[str, Any]) -> None:
 
 MIXING = Kind(_ask_mixing, _check_numbers)  # excess of mixing first, for each batch
 
-# %% ../../nbs/53_ijsat_claims.ipynb #9437bc21
+# %% ../../nbs/53_ijsat_claims.ipynb #4a6376a5
 def centroid(
     change: Tensor,  # Differences of images (B, C, H, W)
 ) -> Tensor:  # Cycles per pixel (B,), 0 for no change
@@ -73,7 +73,7 @@ def centroid(
     radius = (rows[:, None].square() + columns.square()).sqrt().to(power.device)
     return (power * radius).sum((1, 2)) / power.sum((1, 2)).clamp(min=1e-30)
 
-# %% ../../nbs/53_ijsat_claims.ipynb #63b19e00
+# %% ../../nbs/53_ijsat_claims.ipynb #aa886eea
 def _ask_levels(suite: Suite, job: Job) -> dict[str, Any]:
     flow, answer = job.networks["flow"], {"n": len(job.y)}
     attack = {"eta": 0.1, "step_latent": 0.025, "steps": job.steps}
@@ -86,7 +86,7 @@ def _ask_levels(suite: Suite, job: Job) -> dict[str, Any]:
 
 LEVELS = Kind(_ask_levels, _check_numbers)  # centroid of every image's change, level by level
 
-# %% ../../nbs/53_ijsat_claims.ipynb #a8d0edaf
+# %% ../../nbs/53_ijsat_claims.ipynb #a16155b3
 def _logged(e: Evidence, recipe: str, key: str, data: str) -> list[list[float]]:
     "A number of every epoch, from each run of a recipe."
     return [[row[key] for row in run.log if key in row] for run in e.of(recipe, data=data)]
@@ -113,7 +113,7 @@ def _round_trip(e: Evidence, check: Check) -> Iterator[Finding]:
     what = "largest round-trip error on held-out images, in 1e-5"
     yield Finding(what, *(3 * [max(errors)] if errors else []), **check.bounds)
 
-# %% ../../nbs/53_ijsat_claims.ipynb #833d12d1
+# %% ../../nbs/53_ijsat_claims.ipynb #cba558f1
 _HERE = "jat_nb.papers.ijsat_claims:"
 _ATTACKS = ("PGD20", "AutoAttack", "JSA50", "Elastic", "JPEG", "L2")
 
@@ -139,7 +139,7 @@ def missing(
     "What was not measured, as a finding."
     yield Finding(check.options["what"])
 
-# %% ../../nbs/53_ijsat_claims.ipynb #8f8e2910
+# %% ../../nbs/53_ijsat_claims.ipynb #1b7cda99
 _MODELS = ("normal", "at", "iat", "trades", "mart", "at-jsa", "ijsat")
 _ROBUST = _MODELS[1:]
 _ATTACK = (
@@ -164,7 +164,7 @@ _ATTACK = (
     Claim("IC8", "IJSAT overfits less than training on JSA without mixing", (
         Check(_HERE + "_overfits_less", (("ijsat",), ("at-jsa",)), at_least=0.0),)))
 
-# %% ../../nbs/53_ijsat_claims.ipynb #c10f1398
+# %% ../../nbs/53_ijsat_claims.ipynb #9488e4ed
 _RIVALS = ("iat", "trades", "mart")
 _TABLES = (
     Claim("IC9", "IJSAT beats AT under six attacks and has the best average of five methods; TRADES is best and IJSAT second "
@@ -188,7 +188,7 @@ _TABLES = (
             "ijsat", rival, "PGD20", "Elastic", "JPEG", "L2", "Average of six", data="cifar100")),
         *_above("mart", "ijsat", "AutoAttack", data="cifar100"))))
 
-# %% ../../nbs/53_ijsat_claims.ipynb #da67bd74
+# %% ../../nbs/53_ijsat_claims.ipynb #a82aa198
 _ELSEWHERE = (
     Claim("IC14", "On generated images only DMAT and IJSAT withstand attacks on the code", (
         _not_here("training on generated images"),)),
@@ -220,7 +220,7 @@ _CODES = (
         "-1.40, -0.16, -1.48"))
 CLAIMS = (*_ATTACK, *_TABLES, *_ELSEWHERE, *_CODES)  # IC1 to IC26, in order
 
-# %% ../../nbs/53_ijsat_claims.ipynb #e51abe83
+# %% ../../nbs/53_ijsat_claims.ipynb #423afe97
 _STUDIES = {"ijsat-mixing": Suite(kind=_HERE + "MIXING", options={"batch_size": 50}),
             "ijsat-levels": Suite({"OM-PGD": ("om_pgd", LATENT)}, kind=_HERE + "LEVELS", options={"n": 100})}
 PAPER = Paper("ijsat", "Interpolated Joint Space Adversarial Training for Robust and Generalizable Defenses", RECIPES, ROWS,
