@@ -31,7 +31,7 @@ import links
 import pages
 from book import NOTEBOOKS, ROOT, SITE, Book, BuildError, settings
 
-PLAIN = re.compile(r'<span class="(?:[npw]|pre)">([^<]*)</span>')
+PLAIN = re.compile(r'<span class="(?:[nopw]|nn|pre)">([^<]*)</span>')
 CELL = re.compile(r'<(t[dh])([^>]*)><p>((?:(?!</?p).)*)</p>\s*</\1>', re.S)  # a table cell that is one paragraph
 
 DOCS, README = ROOT / "docs", ROOT / "README.md"
@@ -72,7 +72,7 @@ def shrink(path: Path) -> None:
 
 
 def lighten(path: Path) -> None:
-    "Take off marks that change nothing: of names and white space in code, of inline code, of lone paragraphs in tables."
+    "Take off marks that change little: of names, operators and white space in code, of inline code, of lone paragraphs in tables."
     text = PLAIN.sub(r"\1", path.read_text(encoding="utf-8"))
     text = text.replace('class="docutils literal notranslate"', 'class="literal"')
     path.write_text(CELL.sub(r"<\1\2>\3</\1>", text), encoding="utf-8")
