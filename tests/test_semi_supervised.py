@@ -2,6 +2,7 @@
 import json
 from dataclasses import fields, replace
 from functools import partial
+from itertools import islice
 
 import pytest
 import torch
@@ -149,11 +150,12 @@ def wavy(model, x, y, **options):
 @pytest.mark.parametrize("reduction", ["separate", "concat"])
 def test_trainer_does_what_equation_9_says(parts, reduction):
     known, unknown = parts
-    plan = replace(PLAN, objective_options={"weight": 0.4, "reduction": reduction}, schedule="constant")
+    plan = replace(PLAN, objective_options={"weight": 0.4, "reduction": reduction}, schedule="constant",
+                   epochs=None, iterations=2)  # every update makes a rounding some twenty times as large
     model, twin = net(), net()
     fit(model, known, plan, unlabelled=unknown, attacks={"attack": wavy})
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.05, momentum=0.9, weight_decay=2e-4)
-    for b in batches(known, 40, unlabelled=unknown, shuffle=True, seed=(0, 0)):
+    for b in islice(batches(known, 40, unlabelled=unknown, shuffle=True, seed=(0, 0)), 2):
         x = torch.cat([b.x, b.u])
         own = twin.eval()(x).argmax(1)
         twin.train()
@@ -165,7 +167,7 @@ def test_trainer_does_what_equation_9_says(parts, reduction):
         optimizer.zero_grad()
         both.backward()
         optimizer.step()
-    torch.testing.assert_close(dict(model.state_dict()), dict(twin.state_dict()), rtol=1e-3, atol=3e-3)  # five updates of roundings
+    torch.testing.assert_close(dict(model.state_dict()), dict(twin.state_dict()), rtol=1e-3, atol=1e-4)
 
 
 def still(model, x, y, **options):
@@ -297,7 +299,7 @@ SETS = {"mnist": of_size("mnist", 60_000), "cifar10": of_size("cifar10", 50_000)
 def updates(name, tier, images=None, **changes):
     "Updates of a recipe as a tier plans it, counted by walking, and the plan."
     whole = SETS[name.split("/")[1].split("-")[0]]
-    rest = whole.subset(len(whole) - TIER[tier].held_out)
+    rest = replace(whole, images=whole.images[TIER[tier].held_out:], labels=whole.labels[TIER[tier].held_out:])
     plan, train, unlabelled = _planned(name, None, tier, rest, len(whole), images, changes)
     per_epoch = num_batches(len(train), plan.batch_size, unlabelled=len(unlabelled or ()))
     return plan.iterations or plan.epochs * per_epoch, plan

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from jat_nb.batches import Batch, shares
 from jat_nb.catalogue import papers
 from jat_nb.claims import Check, Evidence
 from jat_nb.data import default_budget
@@ -13,6 +14,7 @@ from jat_nb.differences import Share
 from jat_nb.papers import srt_claims as room
 from jat_nb.papers.srt import LAMBDAS, RECIPES
 from jat_nb.papers.srt_claims import CLAIMS, PAPER, SURFACE
+from jat_nb.recipes import bind
 from jat_nb.records import Record
 from jat_nb.results import Run
 from jat_nb.suites import Job, Suite
@@ -131,6 +133,79 @@ def test_second():
     right = dict(a=50, b=60, c=70, d=40)
     assert round(one(room._second, right, *"abcd").value) == -10 and round(one(room._second, right, *"bacd").value) == 10
     assert one(room._second, right, "a", "b", "x").holds is None
+
+
+def told(claim, given, n=40_000):
+    "What a claim finds about accuracies invented for recipes, columns and suites."
+    by_run = {}
+    for (name, column, suite), value in given.items():
+        by_run.setdefault(name, {}).setdefault(suite, {})[column] = {"accuracy (%)": value}
+    runs = [run(name, **{s.replace("-", "_"): {"n": n, "rows": rows} for s, rows in suites.items()}) for name, suites in by_run.items()]
+    return [f for f in evidence(*runs).findings(next(c for c in CLAIMS if c.id == claim)) if f.value == f.value]
+
+
+def test_weights_are_compared_pair_by_pair():
+    "Every two weights within a point of each other, to either side."
+    def at(*values):
+        given = {(f"spatial-srt-{w}", "Clean", "srt-mnist"): v for w, v in zip(LAMBDAS["spatial"], values)}
+        return [f for f in told("SC5", given=given) if "standard" not in f.what]
+    assert len(at(90.0, 90.1, 90.2, 90.0)) == 6 and all(f.holds for f in at(90.0, 90.1, 90.2, 90.0))
+    up, down = at(90.0, 90.0, 90.0, 93.0), at(93.0, 90.0, 90.0, 90.0)
+    assert [f.holds for f in up].count(False) == [f.holds for f in down].count(False) == 3
+
+
+def test_momentum_is_compared_with_pgd_from_the_same_start():
+    given = {("long-uat", "MI-FGSM", "srt-mnist"): 44.0, ("long-uat", "PGD, long", "srt-mnist"): 20.0}
+    assert told("SC10", given=given) == []  # other starts decide nothing
+    [same] = told("SC10", given=given | {("long-uat", "PGD, from the image", "srt-starts-mnist"): 43.5})
+    assert same.holds and round(same.value, 1) == 0.5
+    [other] = told("SC10", given=given | {("long-uat", "PGD, from the image", "srt-starts-mnist"): 40.0})
+    assert other.holds is False
+    name, options = PAPER.suites["srt-starts-cifar10"].columns["PGD, from the image"]
+    assert (name, options.pop("random_start")) == ("pgd", False) and options == PAPER.suites["srt-cifar10"].columns["PGD, long"][1]
+
+
+def test_numbers_of_images_are_compared_at_equal_updates():
+    lines = [check.at for check in CLAIMS[13].checks if not check.options.get("if_measured")]
+    own = [check.at for check in CLAIMS[13].checks if check.options.get("if_measured")]
+    for at in lines:
+        followed = {PAPER.updates.get(f"srt/{w[0]}", (f"srt/{w[0]}", 1.0))[0] for w in at}
+        lengths = {RECIPES[name].epochs or RECIPES[name].iterations for name in followed}
+        assert len(lengths) == 1 and (len(followed) == 1 or RECIPES[f"srt/{at[0][0]}"].iterations)
+    assert len(lines) == 4 and len(own) == 2 and not any("equal" in w[0] for at in own for w in at)
+
+
+@pytest.mark.parametrize("name", ["mnist-long-srt", "mnist-spatial-srt-0.2", "cifar10-long-fast-srt"])
+def test_arithmetic_of_passes_is_what_a_network_counts(name):
+    "Table 7: forward and backward passes of an update, counted, against the formula behind SC17."
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.seen = nn.Parameter(torch.ones(10, 4)), torch.zeros(3)
+
+        def forward(self, x):
+            self.seen[0] += len(x)
+            logits = x.flatten(1)[:, :4] @ self.weight.T
+            if logits.requires_grad:
+                logits.register_hook(lambda g: self.seen.__setitem__(2 if self.training else 1, self.seen[2 if self.training else 1] + len(g)))
+            return logits
+    r = RECIPES[f"srt/{name}"]
+    labelled, unlabelled = (shares(128, 10_000, 50_000) if "mnist" in name else shares(128, 10_000, 40_000))
+    channels, net = (1 if "mnist" in name else 3), Counting()
+    g = torch.Generator().manual_seed(0)
+    x, u = (torch.rand(n, channels, 16, 16, generator=g) for n in (labelled, unlabelled))
+    bound = bind(r)
+    bound.objective(net, Batch(x, torch.zeros(labelled, dtype=torch.long), g, u=u), **bound.attacks).backward()
+    forward, for_images, for_weights = net.seen.tolist()
+    passes = (forward + for_images + 2 * for_weights) / 128  # a backward pass for weights and activations counts twice
+    assert abs(passes * (r.epochs or r.iterations) / room._passes(r) - 1) < 0.005  # 25 of 128 images are not quite a fifth
+
+
+def test_the_speed_says_what_is_arithmetic():
+    claim = CLAIMS[16]
+    assert "by the arithmetic of its passes" in claim.statement
+    findings = [f.what for f in NOTHING.findings(claim) if "passes" in f.what]
+    assert len(findings) == 2 and all("passes by arithmetic" in what for what in findings)
 
 
 def test_grids_contain_their_parts():
