@@ -29,7 +29,8 @@ from .catalogue import Setting, adapt, papers, recipes, setting
 from .claims import judge_claims
 from .data import Budget, default_budget
 from .glow import Glow
-from .judging import classifies, find_runs, judge, open_classifier, open_run, run_facts, sources_for, unfinished
+from .judging import (check_same_data, classifies, find_runs, judge, open_classifier, open_run, run_facts,
+                            sources_for, unfinished)
 from .models import frozen
 from .own_pictures import attack_options, attack_pictures, label_pictures, read_pictures
 from .processes import on_first, processes
@@ -178,6 +179,7 @@ def _networks(given: Mapping[str, Path], r: Recipe) -> dict[str, nn.Module]:
         if (name := facts["about"].get("name")) != r.needs[keyword]:
             raise ValueError(f"--needs {keyword}={given[keyword]} is a run of {name!r}, the recipe stands on "
                              f"{r.needs[keyword]!r}: jat_train --recipe {r.needs[keyword]} --out FOLDER makes one")
+        check_same_data(keyword, given[keyword], r.data)
         if (share := facts["recipe"].get("labelled", 1.0)) != r.labelled:
             raise ValueError(f"--needs {keyword}={given[keyword]} was trained on the labels of {share:.1%} of the images, "
                              f"the recipe may see {r.labelled:.1%}: train one with --set labelled={r.labelled}")

@@ -224,7 +224,7 @@ OBJECTIVES = Named({"natural": natural, "adversarial": adversarial, "jat": jat, 
                    | {name: f"jat_nb.augmenting:{name}" for name in ("randomized_la", "adversarial_la", "advprop")}
                    | {name: f"jat_nb.perceptual:{name}" for name in ("fast_pat", "rlat")}
                    | {"robust_mixup_codes": "jat_nb.generators:robust_mixup_codes"})  # by name, for recipes
-OWN_LOSS = ("trades", "rst", "uat", "robust_mixup")  # their attacks climb a loss of the batch's own
+OWN_LOSS = ("trades", "rst", "uat", "robust_mixup", "robust_mixup_codes")  # their attacks climb a loss of the batch's own
 
 # %% ../nbs/21_objectives.ipynb #f7eb7cfb
 def roles(

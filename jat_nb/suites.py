@@ -11,7 +11,6 @@ import pkgutil
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -370,6 +369,10 @@ def run_suite(
     for need in asked.needs:
         if not getattr(job, need):
             raise ValueError(f"the suite {name!r} needs {need}, the job has none: give it {need}")
+    for keyword in networks_of(asked):
+        if keyword not in job.networks:
+            raise ValueError(f"the suite {name!r} stands on a trained network {keyword!r} and none was given: pass "
+                             f"Job(networks={{{keyword!r}: network}}), or --needs {keyword}=FOLDER to jat_eval")
     return _answer(asked, job)
 
 # %% ../nbs/39_suites.ipynb #2adecad6

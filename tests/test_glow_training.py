@@ -12,14 +12,13 @@ from jat_nb.batches import Batch
 from jat_nb.catalogue import Paper, _REGISTERED, register, setting
 from jat_nb.checkpoints import best_row
 from jat_nb.cli import jat_attack, jat_eval, jat_train
-from jat_nb.data import ImageSet, load
+from jat_nb.data import load
 from jat_nb.glow import ActNorm, Glow, round_trip_error
-from jat_nb.joint_space import jsa
 from jat_nb.judging import classifies, judge, open_classifier, open_run, sources_for
-from jat_nb.models import BUILDERS, check_rebuildable, create, load_weights, save_weights, start_from, write_tensors
+from jat_nb.models import check_rebuildable, create, load_weights, save_weights, start_from, write_tensors
 from jat_nb.objectives import JUDGES, OBJECTIVES, judge_flow, likelihood, roles
 from jat_nb.randomness import image_generators
-from jat_nb.recipes import Recipe, bind
+from jat_nb.recipes import Recipe
 from jat_nb.records import read_jsonl
 from jat_nb.training import fit
 
@@ -175,7 +174,7 @@ def test_the_first_batch_starts_a_flow_and_no_later_one(monkeypatch, tmp_path):
     calls = []
     own = Glow.initialise
     monkeypatch.setattr(Glow, "initialise", lambda self, *given: (calls.append(len(given[0])), own(self, *given))[1])
-    (train, held), recipe = small_digits(), replace(FLOW, epochs=1)
+    (train, _), recipe = small_digits(), replace(FLOW, epochs=1)
     for _ in range(3):
         fit(new_flow(), train, recipe, out=tmp_path / "run", seconds=0)
     assert calls == [32]

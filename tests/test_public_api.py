@@ -65,7 +65,7 @@ PROMISED = {
     "bench_report": "run targets main",
     "cli": "jat_train jat_eval jat_attack jat_report command run_folder",
     "own_pictures": "to_png read_pictures label_pictures attack_options attack_pictures",
-    "judging": "find_runs run_facts unfinished open_run open_classifier classifies sources_for judge",
+    "judging": "check_same_data find_runs run_facts unfinished open_run open_classifier classifies sources_for judge",
     "generators": "Generator Discriminator hinge_loss train_gan Projection project render LatentSet Projected robust_mixup_codes",
     "evaluation": "counted wilson_interval Evaluation evaluate budget_curve clean pgd_at ggsm_at joint_at raw_accuracy",
 }
