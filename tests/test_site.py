@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import ast
+import html
+import os
 import re
 import shutil
 import subprocess
@@ -92,11 +94,11 @@ def test_the_site_is_small_and_holds_only_pages() -> None:
 
 def test_every_public_name_has_an_entry_and_an_anchor(book: Book) -> None:
     chapters = {chapter.module: links.Page(DOCS / chapter.page).anchors for chapter in book.chapters if chapter.module}
-    api = links.Page(DOCS / "api.html").anchors
+    api = set().union(*(links.Page(page).anchors for page in DOCS.glob("api_*.html")))
     files = {".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts): path for path in (ROOT / PACKAGE).rglob("*.py")}
     wanted = {f"{PACKAGE}.{module}.{name}": chapters[module]
               for module, path in sorted(files.items()) for name in public_names(path)}
-    assert not [name for name in wanted if name not in api], "no entry in api.html"
+    assert not [name for name in wanted if name not in api], "no entry on a page of the reference"
     assert not [name for name, anchors in wanted.items() if name not in anchors], "no anchor in its chapter"
 
 
@@ -106,6 +108,37 @@ def test_every_chapter_has_its_title_and_figures(book: Book) -> None:
         assert re.search(r"<h1>.+?<", page), f"{chapter.page} has no title"
         stored = sum("image/png" in output.get("data", {}) for cell, _ in chapter.cells for output in cell.outputs)
         assert len(re.findall(r'<img[^>]+src="_images/', page)) == stored, f"{chapter.page} lacks figures"
+
+
+def blocks(page: Path) -> list[str]:
+    "The code of a page as a reader copies it, folded code included, without what the code printed."
+    found = re.findall(r'<div class="cell_input.*?<pre>(.*?)</pre>', text(page), re.DOTALL)
+    return [html.unescape(re.sub(r"<[^>]+>", "", block)).strip("\n") for block in found]
+
+
+def test_a_page_holds_all_the_code_of_its_chapter(book: Book) -> None:
+    for chapter in [book.index, *book.chapters]:
+        assert blocks(DOCS / chapter.page) == [cell.source for cell, _ in chapter.cells if cell.kind == "code"]
+        left_out = [cell.source for cell in chapter.notebook.cells if cell.cell_type == "code" and "export()" in cell.source]
+        assert all(re.fullmatch(r"#\| hide\nimport nbdev; ?nbdev.nbdev_export\(\)", source) for source in left_out), chapter.page
+
+
+@pytest.mark.parametrize("page", ["02_randomness", "12_rigid"])
+def test_a_page_runs_as_copied(page: str, tmp_path: Path) -> None:
+    (tmp_path / "page.py").write_text("\n".join(blocks(DOCS / f"{page}.html")), encoding="utf-8")
+    run = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+                         env={**os.environ, "MPLBACKEND": "agg", "PYTHONPATH": str(ROOT)})
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_the_reference_leads_to_the_line_of_every_name(book: Book) -> None:
+    for chapter in (chapter for chapter in book.chapters if chapter.entries):
+        module = f"{PACKAGE}/{chapter.module.replace('.', '/')}.py"
+        lines = re.findall(rf"{module}#L(\d+)", text(DOCS / chapter.reference))
+        source = text(ROOT / module).split("\n")
+        assert len(lines) == len(chapter.entries)
+        for line, entry in zip(lines, chapter.entries, strict=True):
+            assert re.match(rf"(def|class) {entry.name}\b|{entry.name}\b|@", source[int(line) - 1])
 
 
 def test_the_readme_is_plain_markdown_with_its_figures() -> None:

@@ -13,7 +13,7 @@ from nbformat import NotebookNode
 from pybtex.database import Entry as Paper
 from pybtex.database import parse_file
 
-from reference import Entry, entries
+from reference import Entry, entries, starts
 
 SITE = Path(__file__).resolve().parent
 NOTEBOOKS = SITE.parent
@@ -37,7 +37,7 @@ def settings() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Cell:
-    "A cell that readers see: its source without directives, and the directives."
+    "A cell of a page: its source without directives, and the directives."
 
     kind: str  # 'markdown' or 'code'
     source: str
@@ -49,8 +49,11 @@ class Cell:
         return self.kind == "code" and bool(self.directives & {"export", "exports", "exporti"})
 
     @property
-    def silent(self) -> bool:
-        return "echo: false" in self.directives
+    def fold(self) -> str:
+        "What stands on the fold that covers the code, or '' where the code is open."
+        if "hide" in self.directives:
+            return "Imports of this page"
+        return "Code of this output" if "echo: false" in self.directives else ""
 
     @property
     def alternative(self) -> str:
@@ -69,7 +72,7 @@ def visible(notebook: NotebookNode) -> Iterator[Cell]:
         marks = [line for line in lines if cell.cell_type == "code" and line.startswith("#|")]
         source = "\n".join(line for line in lines if line not in marks).strip("\n")
         directives = frozenset(mark[2:].strip() for mark in marks)
-        if source and "hide" not in directives:
+        if source and "nbdev_export()" not in source:
             yield Cell(cell.cell_type, source, directives, tuple(cell.get("outputs", ())))
 
 
@@ -119,9 +122,19 @@ class Chapter:
     def promise(self) -> str:
         return self._opening(">")
 
+    @property
+    def reference(self) -> str:
+        "The page that lists what the module exports."
+        return f"api_{self.module.replace('.', '_')}.html"
+
     def address(self, name: str) -> str:
         "Where a public name is defined in the page; a member is shown with its class."
         return f"{self.page}#{PACKAGE}.{self.module}.{name.split('.')[0]}"
+
+    def line(self, name: str) -> int:
+        "Line of the module on which a public name begins, decorators included."
+        module = ROOT / PACKAGE / f"{self.module.replace('.', '/')}.py"
+        return starts(module.read_text(encoding="utf-8"))[name]
 
     def _opening(self, mark: str) -> str:
         first = self.cells[0][0].source if self.cells else ""
@@ -164,8 +177,8 @@ class Book:
         "Where inline code leads if, read in the chapter of `module`, it means exactly one public name; else ''."
         full = code.removesuffix("()")
         short = full.removeprefix(f"{PACKAGE}.")
-        if full != short and any(short == c.module for c in self.chapters):
-            return f"api.html#{full}"
+        if full != short and (named := [c for c in self.chapters if short == c.module]):
+            return named[0].reference
         owner = next((c for c in self.chapters if c.module and short.startswith(f"{c.module}.")), None)
         rest = short.removeprefix(f"{owner.module}.") if owner else ""
         qualified = [c for c in self.names.get(rest, []) if c is owner]

@@ -92,6 +92,8 @@ def stage(book: Book, folder: Path) -> None:
         write(folder / chapter.path.name, [eyebrow(chapter), *body(book, chapter)])
     write(folder / "index.ipynb", home(book))
     (folder / "api.md").write_text(api(book), encoding="utf-8")
+    for chapter in exporting(book):
+        (folder / chapter.reference.replace(".html", ".md")).write_text(api_module(book, chapter), encoding="utf-8")
     (folder / "references.md").write_text(references(book), encoding="utf-8")
 
 
@@ -103,7 +105,7 @@ def write(path: Path, cells: list[NotebookNode]) -> None:
 def eyebrow(chapter: Chapter) -> NotebookNode:
     "The line above a title: part, number, module."
     name = f"{PACKAGE}.{chapter.module}"
-    module = f' · <a href="api.html#{name}">{name}</a>' if chapter.entries else ""
+    module = f' · <a href="{chapter.reference}">{name}</a>' if chapter.entries else ""
     return new_markdown_cell(f'<p class="eyebrow">{chapter.part} · {chapter.number}{module}</p>')
 
 
@@ -118,7 +120,6 @@ def body(book: Book, chapter: Chapter) -> list[NotebookNode]:
         found = entries(cell.source) if cell.exported else []
         staged += [defines(chapter, found)] if found else []
         staged.append(code(cell, following))
-        staged += [new_markdown_cell(details(entry, edit)) for entry in found if documented(entry)]
     return staged
 
 
@@ -130,16 +131,17 @@ def code(cell: Cell, following: Cell | None) -> NotebookNode:
     for data in (o["data"] for o in outputs if "text/html" in o.get("data", {})):
         data["text/html"] = WORDS.sub(r'<td class="words">\1</td>', data["text/html"])  # sentences wrap, numbers do not
     staged = new_code_cell(cell.source, outputs=outputs)
-    staged.metadata["tags"] = ["exported"] * cell.exported + ["remove-input"] * cell.silent
+    staged.metadata["tags"] = ["exported"] * cell.exported + ["hide-input"] * bool(cell.fold)
+    staged.metadata["mystnb"] = {"code_prompt_show": cell.fold, "code_prompt_hide": cell.fold} if cell.fold else {}
     if following and following.alternative:
-        staged.metadata["mystnb"] = {"image": {"alt": following.alternative}}
+        staged.metadata["mystnb"]["image"] = {"alt": following.alternative}
     return staged
 
 
 def defines(chapter: Chapter, found: list[Entry]) -> NotebookNode:
     "The line above exported code: the names it defines, where links to them land."
     module = f"{PACKAGE}.{chapter.module}"
-    names = " ".join(f'<a id="{module}.{e.name}" href="api.html#{module}.{e.name}">{e.name}</a>' for e in found)
+    names = " ".join(f'<a id="{module}.{e.name}" href="{chapter.reference}#{module}.{e.name}">{e.name}</a>' for e in found)
     return new_markdown_cell(f'<p class="defines"><span>{module}</span> {names}</p>')
 
 
@@ -149,7 +151,8 @@ def home(book: Book) -> list[NotebookNode]:
         raise BuildError(f"index.ipynb: no markdown cell '{MAP}' says where the chapters are listed")
     for cell in maps:
         cell.source = ":::{container} chapters\n" + chapter_map(book, lambda c: c.page) + "\n:::"
-    trees = [toctree(name, [c.path.stem for c in chapters]) for name, chapters in book.parts.items()]
+    trees = [toctree(name, [f"{c.number} {c.title} <{c.path.stem}>" for c in chapters])
+             for name, chapters in book.parts.items()]
     return [*cells, new_markdown_cell("\n\n".join([*trees, toctree("Reference", ["api", "references"])]))]
 
 
@@ -160,7 +163,7 @@ def toctree(caption: str, pages: list[str]) -> str:
 def chapter_map(book: Book, address: Callable[[Chapter], str]) -> str:
     "The chapters by parts, each with its promise, in plain markdown."
     return "\n\n".join(
-        f"**{name}**\n\n" + "\n".join(f"- [{c.title}]({address(c)})  \n  {c.promise}" for c in chapters)
+        f"**{name}**\n\n" + "\n".join(f"- {c.number} [{c.title}]({address(c)})  \n  {c.promise}" for c in chapters)
         for name, chapters in book.parts.items())
 
 
@@ -171,19 +174,13 @@ def rows(entry: Entry) -> list[Parameter]:
     return [*entry.parameters, *([entry.returns] if entry.returns else [])]
 
 
-def documented(entry: Entry) -> bool:
-    return bool(rows(entry) or entry.members)
-
-
-def details(entry: Entry, edit: Edit) -> str:
-    "Collapsed tables of the parameters of a name and of its members."
-    label = "Parameters" if rows(entry) else "Members"
+def details(entry: Entry, edit: Edit) -> list[str]:
+    "Tables of the parameters of a name and of its members."
     blocks = [table(entry, edit)] if rows(entry) else []
     for member in entry.members:
         blocks.append(f"{{.member}}\n`{member.signature}` {edit(member.summary)}")
         blocks += [table(member, edit)] if rows(member) else []
-    summary = f"<summary>{label} of <code>{html.escape(entry.name)}</code></summary>"
-    return "\n\n".join([f'<details class="parameters">\n{summary}', *blocks, "</details>"])
+    return blocks
 
 
 def table(entry: Entry, edit: Edit) -> str:
@@ -191,31 +188,49 @@ def table(entry: Entry, edit: Edit) -> str:
     def quoted(text: str) -> str:
         return f"`{text}`" if text else ""
 
-    lines = [["name", "type", "default", "meaning"], ["---"] * 4]
+    lines = [["parameter", "type", "default", "meaning"], ["---"] * 4]
     for p in rows(entry):
         name = "*returns*" if p is entry.returns else quoted(p.name)
         line = name, edit(quoted(p.type)), quoted(p.default), edit(p.meaning)
         lines.append([text.replace("|", r"\|") for text in line])
     if not any(p.default for p in rows(entry)):
         lines = [[name, kind, meaning] for name, kind, _, meaning in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "{.parameters}\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def exporting(book: Book) -> list[Chapter]:
+    return [chapter for chapter in book.chapters if chapter.entries]
 
 
 def api(book: Book) -> str:
-    opening = "# Every public name\n\n> What to import from where, and the chapter that explains it."
-    return "\n\n".join([opening, *(api_module(book, c) for c in book.chapters if c.entries)])
+    "All modules, each with the names it exports."
+    blocks = ["# Every public name", "> What to import from where, and the chapter that explains it."]
+    for chapter in exporting(book):
+        module = f"{PACKAGE}.{chapter.module}"
+        names = ", ".join(f"[`{e.name}`]({chapter.reference}#{module}.{e.name})" for e in chapter.entries)
+        blocks += [f"## [{module}]({chapter.reference})",
+                   f"{{.from}}\n{chapter.number} [{chapter.title}]({chapter.page})", names]
+    return "\n\n".join(blocks)
 
 
 def api_module(book: Book, chapter: Chapter) -> str:
+    "What one module exports, with types; no entry of its own in the sidebar."
     module, edit = f"{PACKAGE}.{chapter.module}", prose(book, chapter)
-    blocks = [f'<span class="anchor" id="{module}"></span>', f"## {module}",
-              f"{{.from}}\n[{chapter.title}]({chapter.page})"]
+    blocks = ["---\norphan: true\n---", f"# {module}", f"> {chapter.promise}",
+              f"{{.from}}\n{chapter.number} [{chapter.title}]({chapter.page}) · [all modules](api.html)"]
     for entry in chapter.entries:
-        where = f'<a class="where" href="{chapter.address(entry.name)}">in its chapter</a>'
-        blocks += [f'<span class="anchor" id="{module}.{entry.name}"></span>', f"### {entry.name}",
-                   f"```python\n{wrapped(entry.signature)}\n```", f"{edit(entry.summary)} {where}"]
-        blocks += [details(entry, edit)] if documented(entry) else []
+        blocks += [f'<span class="anchor" id="{module}.{entry.name}"></span>', f"## {entry.name}",
+                   f"```python\n{wrapped(entry.signature)}\n```", f"{edit(entry.summary)} {origins(chapter, entry)}"]
+        blocks += details(entry, edit)
     return "\n\n".join(blocks)
+
+
+def origins(chapter: Chapter, entry: Entry) -> str:
+    "Links to the definition in its chapter and to its line in the module."
+    about, module = settings(), chapter.module.replace(".", "/")
+    source = f"{about['git_url']}/blob/{about['branch']}/{PACKAGE}/{module}.py#L{chapter.line(entry.name)}"
+    places = {"chapter": chapter.address(entry.name), "source": source}
+    return " ".join(f'<a class="where" href="{address}">{place}</a>' for place, address in places.items())
 
 
 def wrapped(signature: str) -> str:
@@ -268,7 +283,7 @@ def readme(book: Book, images: Path) -> str:
         elif cell.kind == "markdown":
             blocks.append(rewrite(cell.source, partial(readme_link, book)))
         else:
-            blocks += [] if cell.silent else [f"```python\n{cell.source}\n```"]
+            blocks += [] if cell.fold else [f"```python\n{cell.source}\n```"]
             alternative = following.alternative if following else ""
             blocks += [shown(output, alternative, images) for output in cell.outputs]
     return "\n\n".join(filter(None, blocks)) + "\n"

@@ -36,6 +36,18 @@ def entries(source: str) -> list[Entry]:
     return [entry for node in ast.parse(source).body for entry in reader.read(node)]
 
 
+def starts(source: str) -> dict[str, int]:
+    "The line on which each name at the top level of `source` begins."
+    found: dict[str, int] = {}
+    for node in ast.parse(source).body:
+        match node:
+            case ast.FunctionDef(name=name, decorator_list=marks) | ast.ClassDef(name=name, decorator_list=marks):
+                found[name] = min([node.lineno, *(mark.lineno for mark in marks)])
+            case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
+                found[name] = node.lineno
+    return found
+
+
 def _comments(source: str) -> tuple[dict[int, str], set[int]]:
     "Comment of each line, and the lines that hold nothing else."
     found: dict[int, str] = {}
