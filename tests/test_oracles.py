@@ -137,3 +137,23 @@ def test_fgsm_is_that_of_two_libraries(network):
     wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
     third, _, _ = foolbox.attacks.LinfFastGradientAttack(random_start=False)(wrapped, x, y, epsilons=8 / 255)
     torch.testing.assert_close(ours, third, rtol=0, atol=1e-9)
+
+
+def test_mi_fgsm_is_a_loop_with_a_momentum_of_its_own_for_every_image():
+    "Dong et al. 2018, Eq. 6 and 7 written out; images whose slopes differ a millionfold do not share a norm."
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.Tanh(), nn.Linear(16, 3)).double().eval()
+    x, y = torch.rand(4, 3, 4, 4).double(), torch.tensor([0, 1, 2, 0])
+    height = torch.tensor([1.0, 1e-6, 1.0, 1e6]).double()
+    loss = lambda logits, y: nn.functional.cross_entropy(logits, y, reduction="none") * height[:len(y)]
+    moved, gathered = x.clone(), torch.zeros_like(x)
+    for _ in range(5):
+        moved.requires_grad_()
+        slope, = torch.autograd.grad(loss(model(moved), y).sum(), moved)
+        gathered = 0.7 * gathered + slope / slope.abs().sum(dim=(1, 2, 3), keepdim=True)
+        moved = (moved.detach() + 0.03 * gathered.sign()).clamp(x - 0.1, x + 0.1).clamp(0, 1)
+    found = mi_fgsm(model, x, y, eps=0.1, step=0.03, steps=5, momentum=0.7, loss=loss)
+    torch.testing.assert_close(found, moved, rtol=0, atol=1e-12)
+    plain = pgd(model, x, y, eps=0.1, step=0.03, steps=5, random_start=False, loss=loss)
+    torch.testing.assert_close(mi_fgsm(model, x, y, eps=0.1, step=0.03, steps=5, momentum=0.0, loss=loss), plain)
+    assert not torch.equal(found, plain)

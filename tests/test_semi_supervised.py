@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ALONE
 
-from jat_nb.attacks import ATTACKS
+from jat_nb.attacks import ATTACKS, pgd
 from jat_nb.batches import Batch, batches, num_batches, shares
 from jat_nb.catalogue import TIER, _planned, adapt, recipe, setting
 from jat_nb.checkpoints import run_identity
@@ -360,3 +360,32 @@ def test_a_trained_twin_makes_as_many_updates_and_says_so(tmp_path):
 def test_a_batch_without_unlabelled_images_is_its_own_mixture():
     x, y = torch.rand(3, 1, 8, 8), torch.arange(3)
     assert Batch(x, y, torch.Generator()).mixed is x
+
+
+def test_the_networks_own_answer_is_asked_once_and_stays_while_the_attack_climbs(parts):
+    "Eq. 9's C(x) for labelled and unlabelled images alike, and the loss climbed is that of these classes."
+    model, batch, seen = net(), next(batches(parts[0], 40, unlabelled=parts[1])), []
+
+    def watched(model, x, classes, **options):
+        found = pgd(model, x, classes, eps=0.3, step=0.1, steps=3, **options, return_info=True)
+        seen.append((x, classes, found))
+        return found.x_adv
+
+    srt(model, batch, watched)
+    [(x, classes, found)] = seen
+    with torch.no_grad(): answers, moved = (model.eval()(v).argmax(1) for v in (x, found.x_adv))
+    assert len(x) == len(batch.x) + len(batch.u) and torch.equal(classes, answers)
+    assert (moved != classes).any(), "an attack that changes no answer tells nothing of targets that follow it"
+    with torch.no_grad(): expected = F.cross_entropy(model(found.x_adv), classes, reduction="none")
+    torch.testing.assert_close(found.loss, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("data, eps", [("mnist", 0.3), ("cifar10", 0.031)])
+def test_fast_srt_takes_one_step_of_a_quarter_more_than_the_budget(data, eps):
+    "Algorithm 2: a uniform start, one gradient, a step of 1.25 eps, projected."
+    [[name, options]] = RECIPES[f"srt/{data}-long-fast-srt"].attacks["attack"]
+    assert name == "pgd" and options["eps"] == pytest.approx(eps) and options["step"] == pytest.approx(1.25 * eps)
+    model, x, y = net(), torch.rand(6, 1, 32, 32), torch.zeros(6, dtype=torch.int64)
+    found = ATTACKS[name](model, x, y, **options, generator=torch.Generator().manual_seed(0), return_info=True)
+    again = ATTACKS[name](model, x, y, **options, generator=torch.Generator().manual_seed(1), return_info=True)
+    assert found.n_backward == 1 and found.within.all() and not torch.equal(found.x_adv, again.x_adv)
