@@ -185,13 +185,28 @@ def test_entries_are_read_from_source() -> None:
     assert (limits.signature, limits.summary) == ("LIMITS = (0, 1)", "Range of a pixel")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
-def test_a_browser_opens_a_page_as_a_file_and_sets_its_mathematics(book: Book, tmp_path: Path) -> None:
-    page = next(DOCS / c.page for c in book.chapters if 'class="math' in text(DOCS / c.page))
+def in_a_browser(address: str, tmp_path: Path) -> str:
+    "The page as a browser without a network makes it."
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
                "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path}",
                "--virtual-time-budget=10000"]
-    dom = subprocess.run([CHROMIUM, *options, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=60)
+    dom = subprocess.run([CHROMIUM, *options, "--dump-dom", address], capture_output=True, text=True, timeout=60)
     assert dom.returncode == 0
-    assert "<mjx-container" in dom.stdout
-    assert "data-mjx-error" not in dom.stdout
+    return dom.stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_a_browser_opens_a_page_as_a_file_and_sets_its_mathematics(book: Book, tmp_path: Path) -> None:
+    page = next(DOCS / c.page for c in book.chapters if 'class="math' in text(DOCS / c.page))
+    dom = in_a_browser(page.as_uri(), tmp_path)
+    assert "<mjx-container" in dom
+    assert "data-mjx-error" not in dom
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+@pytest.mark.parametrize("name, chapter", [("double_pass", "10_attacks"), ("evaluate", "34_evaluation")])
+def test_the_search_finds_the_chapter_of_a_name_first(name: str, chapter: str, book: Book, tmp_path: Path) -> None:
+    dom = in_a_browser(f"{(DOCS / 'search.html').as_uri()}?q={name}", tmp_path)
+    found = re.findall(r'<li class="kind-\w+"><a href="([^"]+)"[^>]*>.*?</li>', dom)
+    assert found[0] == f"{chapter}.html"
+    assert next(c.promise for c in book.chapters if c.path.stem == chapter) in html.unescape(dom)

@@ -96,7 +96,8 @@ def lighten(path: Path) -> None:
 def run_sphinx(source: Path, site: Path, doctrees: Path) -> None:
     about = settings()
     named = {"project": about["title"], "html_title": about["title"], "author": about["author"],
-             "copyright": about["copyright"], "version": about["version"], "release": about["version"]}
+             "copyright": about["copyright"], "version": about["version"], "release": about["version"],
+             "html_search_scorer": str(source / "search.js")}
     options = [part for name, value in named.items() for part in ("-D", f"{name}={value}")]
     command = [sys.executable, "-m", "sphinx", "-b", "html", "-q", "-W", "--keep-going", "-c", SITE, "-d", doctrees]
     if subprocess.run([*command, *options, source, site]).returncode:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import base64
 import copy
 import html
+import json
 import os
 import re
 import textwrap
@@ -18,7 +19,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from pybtex.database import Entry as Paper
 
-from book import NOTEBOOKS, PACKAGE, ROOT, Book, BuildError, Cell, Chapter, settings
+from book import NOTEBOOKS, PACKAGE, ROOT, SITE, Book, BuildError, Cell, Chapter, settings
 from reference import Entry, Parameter, entries
 
 MAP = "<!-- chapters -->"
@@ -94,6 +95,7 @@ def stage(book: Book, folder: Path) -> None:
     (folder / "api.md").write_text(api(book), encoding="utf-8")
     for chapter in exporting(book):
         (folder / chapter.reference.replace(".html", ".md")).write_text(api_module(book, chapter), encoding="utf-8")
+    (folder / "search.js").write_text(search(book), encoding="utf-8")
     (folder / "references.md").write_text(references(book), encoding="utf-8")
 
 
@@ -231,6 +233,16 @@ def origins(chapter: Chapter, entry: Entry) -> str:
     source = f"{about['git_url']}/blob/{about['branch']}/{PACKAGE}/{module}.py#L{chapter.line(entry.name)}"
     places = {"chapter": chapter.address(entry.name), "source": source}
     return " ".join(f'<a class="where" href="{address}">{place}</a>' for place, address in places.items())
+
+
+def search(book: Book) -> str:
+    "The script that ranks and describes what the search finds, with what it has to know of the book."
+    promises = {c.path.stem: c.promise for c in book.chapters}
+    homes = {entry.name: c.path.stem for c in book.chapters for entry in c.entries}
+    names = {f"{c.reference.removesuffix('.html')}#{make_id(e.name)}": e.summary for c in book.chapters for e in c.entries}
+    tables = {"PROMISES": promises, "HOMES": homes, "NAMES": names}
+    lines = [f"const {name} = {json.dumps(table, ensure_ascii=False)};" for name, table in tables.items()]
+    return "\n".join([*lines, (SITE / "search.js").read_text(encoding="utf-8")])
 
 
 def wrapped(signature: str) -> str:
