@@ -13,7 +13,7 @@ from conftest import ASCENTS, ROOT
 from jat_nb import bench, bench_report
 from jat_nb.attacks import ATTACKS
 from jat_nb.bench import MEASUREMENTS, PLANS, Plan, floor_passes, half_budget, paired_difference, step_cost
-from jat_nb.bench_report import run, targets
+from jat_nb.bench_report import run_bench, targets
 from jat_nb.evaluation import evaluate, pgd_at
 from jat_nb.models import create
 from jat_nb.catalogue import recipe as published
@@ -195,7 +195,7 @@ def test_memory_without_proc_is_left_out(monkeypatch):
 @pytest.mark.parametrize("options, words", [(dict(tier="huge"), "tiers are"), (dict(only=["memry"]), "memry")])
 def test_run_refuses(options, words, tmp_path):
     with pytest.raises(ValueError, match=words):
-        run(**{"tier": "smoke", "out": tmp_path / "b.json", **options})
+        run_bench(**{"tier": "smoke", "out": tmp_path / "b.json", **options})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -218,27 +218,27 @@ def counted(monkeypatch) -> list[str]:
 
 def test_only_continues_a_record_of_the_same_machine(tmp_path, counted):
     path = tmp_path / "b.json"
-    run("smoke", out=path, only=["modes"])
-    assert set(run("smoke", out=path, only=["scaling"]).metrics) == {"modes", "scaling"}
+    run_bench("smoke", out=path, only=["modes"])
+    assert set(run_bench("smoke", out=path, only=["scaling"]).metrics) == {"modes", "scaling"}
     assert set(Record.load(path).metrics) == {"modes", "scaling"} and counted == ["modes", "scaling"]
-    assert list(run("smoke", out=path).metrics) == list(MEASUREMENTS)  # without `only` a fresh record
+    assert list(run_bench("smoke", out=path).metrics) == list(MEASUREMENTS)  # without `only` a fresh record
     first = json.loads(path.read_text())
     path.write_text(json.dumps(first | {"versions": {"torch": "2.6"}, "commit": "older"}))
-    joined = run("smoke", out=path, only=["memory"])  # another version may join; the note says which was which
+    joined = run_bench("smoke", out=path, only=["memory"])  # another version may join; the note says which was which
     assert (joined.commit, joined.versions) == ("older", {"torch": "2.6"})
     assert joined.metrics["memory"]["made"]["versions"] == first["versions"]
     assert joined.metrics["memory"]["made"]["when"] >= first["metrics"]["modes"]["made"]["when"]
     path.write_text(json.dumps(first | {"config": first["config"] | {"batch": 7}}))
     with pytest.raises(ValueError, match="another batch"):
-        run("smoke", out=path, only=["scaling"])
+        run_bench("smoke", out=path, only=["scaling"])
     path.write_text(json.dumps(first | {"device": "abacus"}))
     with pytest.raises(ValueError, match="another device"):
-        run("smoke", out=path, only=["scaling"])
+        run_bench("smoke", out=path, only=["scaling"])
 
 
 def test_time_budget_stops_between_measurements(tmp_path, counted, monkeypatch):
     ticks = iter(range(0, 1000, 4))
     monkeypatch.setattr(bench_report.time, "perf_counter", lambda: float(next(ticks)))
-    record = run("smoke", out=tmp_path / "b.json", time_budget=13.0)
+    record = run_bench("smoke", out=tmp_path / "b.json", time_budget=13.0)
     assert list(record.metrics) == counted == list(MEASUREMENTS)[:2]  # at 4 and at 12 seconds; the third would start at 20
     assert list(Record.load(tmp_path / "b.json").metrics) == counted

@@ -62,7 +62,7 @@ PROMISED = {
     "reports": "QUESTIONS masking_checks attack_bars training_curve budget_curves html_report",
     "timing": "Rounds spread interleave slope",
     "bench": "MEASUREMENTS PLANS Plan bare_passes floor_passes step_cost in_mode paired_difference half_budget",
-    "bench_report": "run targets main",
+    "bench_report": "run_bench targets main",
     "cli": "jat_train jat_eval jat_attack jat_report command run_folder",
     "own_pictures": "to_png read_pictures label_pictures attack_options attack_pictures",
     "judging": "check_same_data find_runs run_facts unfinished open_run open_classifier classifies sources_for judge",
