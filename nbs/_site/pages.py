@@ -125,19 +125,26 @@ def body(book: Book, chapter: Chapter) -> list[NotebookNode]:
     return staged
 
 
+LONG = 20  # rows of a table that a page shows without being asked
 WORDS = re.compile(r"<td>(?=[^<]{25})(?=(?:[^<]*?[a-z]){12}|[^<]*;)([^<]*)</td>")
 
 
 def code(cell: Cell, following: Cell | None) -> NotebookNode:
     outputs = copy.deepcopy(list(cell.outputs))
     for data in (o["data"] for o in outputs if "text/html" in o.get("data", {})):
-        data["text/html"] = WORDS.sub(r'<td class="words">\1</td>', data["text/html"])  # sentences wrap, numbers do not
+        data["text/html"] = folded(WORDS.sub(r'<td class="words">\1</td>', data["text/html"]))  # sentences stand left
     staged = new_code_cell(cell.source, outputs=outputs)
     staged.metadata["tags"] = ["exported"] * cell.exported + ["hide-input"] * bool(cell.fold)
     staged.metadata["mystnb"] = {"code_prompt_show": cell.fold, "code_prompt_hide": cell.fold} if cell.fold else {}
     if following and following.alternative:
         staged.metadata["mystnb"]["image"] = {"alt": following.alternative}
     return staged
+
+
+def folded(table: str) -> str:
+    "A table of an output; a long one is opened by the reader."
+    rows = table.count("<tr") - 1
+    return f'<details class="long"><summary>Table of {rows} rows</summary>{table}</details>' if rows > LONG else table
 
 
 def defines(chapter: Chapter, found: list[Entry]) -> NotebookNode:
