@@ -29,23 +29,29 @@ def _members(attacks: Sequence[str] | None, classes: int) -> list[str]:
     needs = dict.fromkeys(_STANDARD, 2) | {"apgd-t": 4, "apgd-dlr": 3, "fab": 2}
     chosen = [a for a in _STANDARD if classes >= needs[a]] if attacks is None else list(attacks)
     if not chosen or (unknown := [a for a in chosen if a not in needs]):
-        raise ValueError(f"expected attacks out of {', '.join(needs)}, got {unknown if chosen else 'none'}")
+        raise ValueError(f"expected attacks out of {', '.join(needs)}, got "
+                         f"{unknown if chosen else 'none'}")
     if short := [a for a in chosen if classes < needs[a]]:
-        raise ValueError(f"{short[0]!r} needs {needs[short[0]]} classes, the model has {classes}: leave it out")
+        raise ValueError(f"{short[0]!r} needs {needs[short[0]]} classes, the model has {classes}: "
+                         "leave it out")
     return chosen
 
 # %% ../nbs/36_autoattack.ipynb #57024a47
 @contextmanager
 def _contained(x: Tensor) -> Iterator[None]:
     "Single precision, random states as before, a debugger's trace as before."
-    trace, devices = sys.gettrace(), range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    trace, devices = (sys.gettrace(), range(torch.cuda.device_count())
+                      if torch.cuda.is_initialized() else ())
     try:
-        with torch.random.fork_rng(devices=devices), torch.autocast(x.device.type, enabled=False): yield
+        with torch.random.fork_rng(devices=devices), torch.autocast(x.device.type, enabled=False):
+            yield
     finally: sys.settrace(trace)
 
 def _combined_seed(generator: Randomness, seed: int) -> int:
-    sources = generator if isinstance(generator, Sequence) else [] if generator is None else [generator]
-    return (seed + sum(int(torch.randint(2**62, (), generator=g, device=g.device)) for g in sources)) % 2**62
+    sources = (generator if isinstance(generator, Sequence) else [] if generator is None
+               else [generator])
+    return (seed + sum(int(torch.randint(2**62, (), generator=g, device=g.device))
+                       for g in sources)) % 2**62
 
 # %% ../nbs/36_autoattack.ipynb #7b636f96
 def _call_library(predict: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, eps: float, norm: str,
@@ -53,7 +59,8 @@ def _call_library(predict: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, eps
     try: from pyautoattack import AutoAttack
     except ImportError as error:
         raise ImportError('AutoAttack needs a library: pip install "jat_nb[autoattack]"') from error
-    library = AutoAttack(predict, attacks=members, version="custom", eps=eps, norm=norm, seed=seed, device=x.device)
+    library = AutoAttack(predict, attacks=members, version="custom", eps=eps, norm=norm, seed=seed,
+                         device=x.device)
     library.apgd.n_restarts = library.fab.n_restarts = 1  # as its version "standard"
     library.apgd_targeted.n_target_classes = library.fab.n_target_classes = min(9, classes - 1)
     silent = logging.Logger("silent", level=logging.CRITICAL + 1)
@@ -74,31 +81,38 @@ def autoattack(
     *,
     eps: float = 8 / 255,  # Pixel budget in image units (Croce and Hein 2020, CIFAR-10)
     norm: str = "Linf",  # "Linf" or "L2", in any case
-    attacks: Sequence[str] | None = None,  # Members by the library's names; None: the standard four, as defined
-    batch_size: int = 128,  # Images per call of the library, which share draws; 1: every image by itself
+    # Members by the library's names; None: the standard four, as defined
+    attacks: Sequence[str] | None = None,
+    # Images per call of the library, which share draws; 1: every image by itself
+    batch_size: int = 128,
     generator: Randomness = None,  # One generator, or one per image: makes the seed of each call
     seed: int = 0,  # Added to that seed; alone without a generator
 ) -> Tensor:  # Images (B, C, H, W) in [0, 1]: changed where an attack succeeded, else `x`
     """AutoAttack, standard version, on the pixels (Croce and Hein 2020).
 
-    `x` holds float images (B, C, H, W) in [0, 1], `y` the true classes (B,); `eps` is in image units. With fewer
-    than 4 classes the standard version has no APGD-T, whose loss needs four. Needs the extra `autoattack`.
+    `x` holds float images (B, C, H, W) in [0, 1], `y` the true classes (B,); `eps` is in image
+    units. With fewer than 4 classes the standard version has no APGD-T, whose loss needs four.
+    Needs the extra `autoattack`.
     """
     check_images(x), check_labels(y, x)
     names = {"linf": "Linf", "l2": "L2"}
     if norm.lower() not in names or batch_size < 1:
-        raise ValueError(f"expected norm 'Linf' or 'L2' and batch_size >= 1, got {norm!r} and {batch_size}")
+        raise ValueError(f"expected norm 'Linf' or 'L2' and batch_size >= 1, got {norm!r} and "
+                         f"{batch_size}")
     threat, found, model = Pixel(eps, norm=norm.lower()), [], bare(model)
     with torch.inference_mode(False), torch.no_grad(), frozen(model), _contained(x):
         x, y = x.detach().clone(), y.detach().clone()
-        predict = lambda v: model(v.to(x.dtype)).float().clone()  # the library writes into the logits
+        # the library writes into the logits
+        predict = lambda v: model(v.to(x.dtype)).float().clone()
         classes = predict(x[:1]).shape[1]
         check_labels(y, x, classes)
         members = _members(attacks, classes)
         for k in range(0, len(x) if eps else 0, batch_size):
             own = generator[k:k + batch_size] if isinstance(generator, Sequence) else generator
-            xb, yb, own_seed = x[k:k + batch_size].float(), y[k:k + batch_size], _combined_seed(own, seed)
-            found.append(_call_library(predict, xb, yb, eps, names[norm.lower()], members, classes, own_seed))
+            xb, yb, own_seed = (x[k:k + batch_size].float(), y[k:k + batch_size],
+                                _combined_seed(own, seed))
+            found.append(_call_library(predict, xb, yb, eps, names[norm.lower()], members, classes,
+                                       own_seed))
         return _certified(threat, x, torch.cat(found)) if eps else x
 
 # %% ../nbs/36_autoattack.ipynb #c15b4852
@@ -107,7 +121,8 @@ def autoattack_at(
     *,
     block: int = 100,  # Images that share draws; larger is faster on a GPU, and another attack
     **options: Any,  # `norm`, `attacks` and `seed` of `autoattack`
-) -> Attack:  # For a suite of `evaluate`: the same verdicts for any batch size and number of processes
+) -> Attack:
+    # For a suite of `evaluate`: the same verdicts for any batch size and number of processes
     "AutoAttack at that budget, on fixed blocks of images."
     if block < 1: raise ValueError(f"expected block >= 1, got {block}")
     attack = partial(autoattack, eps=eps, batch_size=block, **options)

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/20_backbones.ipynb #db933dcc
-with warnings.catch_warnings():  # in notebooks, timm's progress bars ask for widgets we have no use for
+# in notebooks, timm's progress bars ask for widgets we have no use for
+with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import timm
     from timm.models import register_model
@@ -40,7 +41,8 @@ def _stage_ends(channels: Sequence[int], modules: Sequence[str]) -> list[dict[st
 
 # %% ../nbs/20_backbones.ipynb #68aa809b
 class SmallCNN(nn.Module):
-    "The four-convolution network for MNIST of TRADES, 312,202 parameters for grey images and ten classes."
+    """The four-convolution network for MNIST of TRADES, 312,202 parameters for grey images and
+    ten classes."""
 
     def __init__(
         self,
@@ -52,7 +54,8 @@ class SmallCNN(nn.Module):
         self.num_classes = num_classes
         self.features = nn.Sequential(
             nn.Conv2d(in_chans, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.AdaptiveMaxPool2d(4))
+            nn.Conv2d(32, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(),
+            nn.AdaptiveMaxPool2d(4))
         self.head = nn.Sequential(
             nn.Flatten(), nn.Linear(64 * 4 * 4, 200), nn.ReLU(), nn.Dropout(drop_rate),
             nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, num_classes))
@@ -101,7 +104,8 @@ class PreActBlock(nn.Module):
 
 # %% ../nbs/20_backbones.ipynb #26db1668
 class PreActResNet(nn.Module):
-    "A pre-activation residual network: a 3x3 stem, groups of blocks, global average, one linear layer."
+    """A pre-activation residual network: a 3x3 stem, groups of blocks, global average, one
+    linear layer."""
 
     def __init__(
         self,
@@ -119,8 +123,10 @@ class PreActResNet(nn.Module):
         self.stem = nn.Conv2d(in_chans, stem, 3, 1, 1, bias=False)
         sizes = [stem, *(w for w in widths for _ in range(blocks))]
         strides = [2 if g and not b else 1 for g in range(len(widths)) for b in range(blocks)]
-        self.blocks = nn.Sequential(*(PreActBlock(*cs, norm) for cs in zip(sizes, sizes[1:], strides)))
-        self.norm = nn.Sequential(_norm(norm, widths[-1]), nn.ReLU()) if final_norm else nn.Identity()
+        self.blocks = nn.Sequential(*(PreActBlock(*cs, norm)
+                                      for cs in zip(sizes, sizes[1:], strides)))
+        self.norm = (nn.Sequential(_norm(norm, widths[-1]), nn.ReLU()) if final_norm
+                     else nn.Identity())
         self.fc = nn.Linear(widths[-1], num_classes)
         ends = [f"blocks.{blocks * (g + 1) - 1}" for g in range(len(widths))]
         self.feature_info = _stage_ends(widths, ends)
@@ -142,9 +148,11 @@ class PreActResNet(nn.Module):
 def _register(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     "Enter `build` into timm's registry; running the cell again replaces the entry silently."
     @functools.wraps(build)
-    def entry(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **options):
+    def entry(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None,
+              **options):
         if pretrained:
-            raise ValueError(f"timm has no weights for {build.__name__!r}; use jat_nb.models.pretrained")
+            raise ValueError(f"timm has no weights for {build.__name__!r}; use "
+                             "jat_nb.models.pretrained")
         return build(**options)
 
     with warnings.catch_warnings():
@@ -183,7 +191,8 @@ def preact_resnet18_cifar(
     norm: str = "batch",  # 'batch', or 'group' as in the Pareto paper
 ) -> PreActResNet:  # 11,171,146 parameters as it stands
     "Pre-activation ResNet-18 for 32 x 32 images."
-    return PreActResNet(64, (64, 128, 256, 512), 2, num_classes=num_classes, in_chans=in_chans, norm=norm,
+    return PreActResNet(64, (64, 128, 256, 512), 2, num_classes=num_classes, in_chans=in_chans,
+                        norm=norm,
                         final_norm=False)
 
 # %% ../nbs/20_backbones.ipynb #a12d854f
@@ -197,8 +206,10 @@ def wide_resnet(
 ) -> PreActResNet:  # WRN-depth-width for 32 x 32 images
     "Wide residual network of Zagoruyko and Komodakis (2016), without dropout."
     if depth < 10 or depth % 6 != 4 or width < 1:
-        raise ValueError(f"expected a depth of 10, 16, 22, ... and a width of at least 1, got {depth} and {width}")
-    return PreActResNet(16, [16 * width, 32 * width, 64 * width], (depth - 4) // 6, num_classes=num_classes,
+        raise ValueError("expected a depth of 10, 16, 22, ... and a width of at least 1, got "
+                         f"{depth} and {width}")
+    return PreActResNet(16, [16 * width, 32 * width, 64 * width], (depth - 4) // 6,
+                        num_classes=num_classes,
                         in_chans=in_chans, norm=norm)
 
 # %% ../nbs/20_backbones.ipynb #601cd1e0
@@ -211,7 +222,8 @@ def _register_wrn(depth: int, width: int) -> None:
     globals()[build.__name__] = _register(build)
 
 
-for _depth, _widths in {10: (1, 2, 4), 16: (1, 2, 4, 8), 22: (1, 2), 28: (1, 2, 4, 10), 34: (10, 20), 40: (2, 4),
+for _depth, _widths in {10: (1, 2, 4), 16: (1, 2, 4, 8), 22: (1, 2), 28: (1, 2, 4, 10),
+                        34: (10, 20), 40: (2, 4),
                         70: (16,)}.items():
     for _width in _widths:
         _register_wrn(_depth, _width)
@@ -227,7 +239,8 @@ class PaddedBlock(nn.Module):
         stride: int = 1,  # Stride of the first convolution, and side of the averaged squares
     ):
         super().__init__()
-        self.norm1, self.conv1 = nn.BatchNorm2d(c_in), nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.norm1, self.conv1 = (nn.BatchNorm2d(c_in),
+                                  nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False))
         self.norm2, self.conv2 = nn.BatchNorm2d(c_out), nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
         self.stride, self.before, self.after = stride, (c_out - c_in) // 2, (c_out - c_in + 1) // 2
 
@@ -241,7 +254,8 @@ class PaddedBlock(nn.Module):
 
 
 class PaddedResNet(nn.Module):
-    "Standardise each image; then a stem of 16 channels, three groups of blocks, average, one linear layer."
+    """Standardise each image; then a stem of 16 channels, three groups of blocks, average, one
+    linear layer."""
 
     def __init__(
         self,

@@ -25,9 +25,12 @@ from .bench import MEASUREMENTS, PLANS, Plan, clock
 from .records import Record
 
 # %% ../nbs/59_bench_report.ipynb #5dae4ce2
-_LIMITS = (("floor", "", "<=", 1.05), ("memory", "", "<=", 1.1), ("training", "one-step-joint / ", "<=", 3.2),
-           ("peers", "jat_nb ", "<=", 1.0), ("peers", "fp32 / bf16", ">=", 2.0), ("peers", "accuracy ", "<=", 0.3),
-           ("modes", "fp32 / bf16", ">=", 2.0), ("active", "all / ", ">=", 1.5), ("active", "equal", ">=", 1.0),
+_LIMITS = (("floor", "", "<=", 1.05), ("memory", "", "<=", 1.1),
+           ("training", "one-step-joint / ", "<=", 3.2),
+           ("peers", "jat_nb ", "<=", 1.0), ("peers", "fp32 / bf16", ">=", 2.0),
+           ("peers", "accuracy ", "<=", 0.3),
+           ("modes", "fp32 / bf16", ">=", 2.0), ("active", "all / ", ">=", 1.5),
+           ("active", "equal", ">=", 1.0),
            ("fast", "fast / ", "<=", 0.5), ("fast", "accuracy ", "<=", 0.3))
 
 # %% ../nbs/59_bench_report.ipynb #83ccb23a
@@ -40,23 +43,28 @@ def targets(
         for label, found in metrics.get(name, {"findings": {}})["findings"].items():
             if label.startswith(start):
                 ends = [found[k] for k in ("median", "low", "high")]
-                size = [abs(v) if label.startswith("accuracy") else v for v in ends]  # it may err to either side
+                # it may err to either side
+                size = [abs(v) if label.startswith("accuracy") else v for v in ends]
                 kept = [v <= limit if sense == "<=" else v >= limit for v in size]
-                verdict = ("met" if kept[0] else "missed") + (", within spread" if len(set(kept)) > 1 else "")
+                verdict = ("met" if kept[0]
+                           else "missed") + (", within spread" if len(set(kept)) > 1 else "")
                 rows.append([label, verdict, *ends, f"{sense} {limit}"])
     return pd.DataFrame(rows, columns=["finding", "verdict", "median", "low", "high", "target"])
 
 # %% ../nbs/59_bench_report.ipynb #df6d00e6
 def _open(path: Path, p: Plan, keep: bool) -> Record:
     "A new record, or the one on disk if it may be continued."
-    new = Record("bench", json.loads(json.dumps(asdict(p) | {"clock": clock(p).__name__})), p.tier, device=p.device)
+    new = Record("bench", json.loads(json.dumps(asdict(p) | {"clock": clock(p).__name__})), p.tier,
+                 device=p.device)
     if not keep or not path.exists():
         return new
     old = Record.load(path)
-    changed = [k for k in ("experiment", "tier", "device", "threads") if getattr(old, k) != getattr(new, k)]
+    changed = [k for k in ("experiment", "tier", "device", "threads")
+               if getattr(old, k) != getattr(new, k)]
     changed += [k for k, value in new.config.items() if old.config.get(k, value) != value]
     if changed:
-        raise ValueError(f"{path} was measured with another {' and '.join(changed)}: take another file")
+        raise ValueError(f"{path} was measured with another {' and '.join(changed)}: take another "
+                         "file")
     old.config = new.config | old.config
     return old
 
@@ -71,7 +79,8 @@ def run_bench(
     tier: str = "cpu",  # Key of PLANS
     *,
     out: str | Path | None = None,  # File of the record; default: nbs/results/bench_TIER.json
-    only: Sequence[str] = (),  # Keys of MEASUREMENTS, to join an existing record; default: all, in a fresh one
+    # Keys of MEASUREMENTS, to join an existing record; default: all, in a fresh one
+    only: Sequence[str] = (),
     time_budget: float = math.inf,  # Seconds after which no further measurement starts
 ) -> Record:  # As saved
     "Measure, and save the record after every measurement."
@@ -88,7 +97,8 @@ def run_bench(
             break
         found = MEASUREMENTS[name](p)
         seconds = round(time.perf_counter() - began, 1)
-        record.metrics[name] = {**found, "wall_seconds": seconds, "commit": now.commit, "made": _made(now)}
+        record.metrics[name] = {**found, "wall_seconds": seconds, "commit": now.commit,
+                                "made": _made(now)}
         record.data = found.get("data", record.data)
         record.seconds = sum(m["wall_seconds"] for m in record.metrics.values())
         record.save(path)
@@ -96,19 +106,23 @@ def run_bench(
 
 # %% ../nbs/59_bench_report.ipynb #d9dfd25c
 def main(
-    arguments: Sequence[str] | None = None,  # Command line without the program's name; default: the real one
+    # Command line without the program's name; default: the real one
+    arguments: Sequence[str] | None = None,
 ) -> None:  # Prints the targets
     "Run the bench from the command line."
     parser = ArgumentParser("python -m jat_nb.bench", description=run_bench.__doc__)
-    parser.add_argument("--tier", choices=list(PLANS), default="cpu", help="how large (default: cpu)")
+    parser.add_argument("--tier", choices=list(PLANS), default="cpu",
+                        help="how large (default: cpu)")
     parser.add_argument("--out", help="file of the record (default: nbs/results/bench_TIER.json)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME",
                         help=f"any of {', '.join(MEASUREMENTS)}; they join the record in --out")
-    parser.add_argument("--time-budget", type=float, default=math.inf, help="seconds to start further measurements in")
+    parser.add_argument("--time-budget", type=float, default=math.inf,
+                        help="seconds to start further measurements in")
     try:
         record = run_bench(**vars(parser.parse_args(arguments)))
     except (ValueError, FileNotFoundError, RuntimeError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print(targets(record.metrics).to_string(index=False, float_format="{:.3f}".format))
-    print("not measured:", *[name for name in MEASUREMENTS if name not in record.metrics] or ["nothing is missing"])
+    print("not measured:",
+          *[name for name in MEASUREMENTS if name not in record.metrics] or ["nothing is missing"])

@@ -46,12 +46,14 @@ class Settings:
     batch_size: int = 64  # images per update
     steps: int = 20  # steps of the iterated attacks
     seed: int = 0  # of initialisation, batches and attacks
-    out: str = ""  # folder for report, record, logs and weights; by default named after the data set
+    # folder for report, record, logs and weights; by default named after the data set
+    out: str = ""
 
     @property
     def folder(self) -> Path:
         "Where everything is written."
-        return Path(self.out or ("runs/demo" if self.data == "digits" else f"runs/demo-{self.data}"))
+        return Path(self.out
+                    or ("runs/demo" if self.data == "digits" else f"runs/demo-{self.data}"))
 
 # %% ../nbs/57_demo.ipynb #c3caacbc
 def demo_recipes(
@@ -61,7 +63,8 @@ def demo_recipes(
     "The two recipes of the demo: the paper's, with this data set's budget and this many epochs."
     probe = dict(steps=5, eps_pixel=budget.eps_pixel, step_pixel=budget.step_pixel,
                  eps_flow=budget.eps_flow, step_flow=budget.step_flow)
-    common = dict(data=settings.data, model=settings.model, epochs=settings.epochs, batch_size=settings.batch_size,
+    common = dict(data=settings.data, model=settings.model, epochs=settings.epochs,
+                  batch_size=settings.batch_size,
                   seed=settings.seed, schedule="onecycle", nesterov=True, weight_decay=5e-4,
                   amp=True, channels_last=True, probe_options=probe)
     one_step = dict(eps_pixel=budget.eps_pixel, step_pixel=budget.eps_pixel,
@@ -79,7 +82,8 @@ def _train_one(
 ) -> NormalizedModel:  # The trained network, in eval mode
     "Train a fresh backbone by a recipe."
     torch.manual_seed(recipe.seed)
-    network = create(model, num_classes=train.num_classes, in_chans=train.channels, mean=train.mean, std=train.std)
+    network = create(model, num_classes=train.num_classes, in_chans=train.channels, mean=train.mean,
+                     std=train.std)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rest, held_out = train.split(max(1, len(train) // 10), seed=recipe.seed)
     fit(network, rest, recipe, validation=held_out, out=out, device=device)
@@ -106,7 +110,8 @@ def comparison(
 ) -> pd.DataFrame:  # Rows are networks, columns attacks; cells "accuracy (low to high)" in per cent
     "The table of the demo."
     cell = lambda row: f"{row['accuracy (%)']:.1f} ({row['low (%)']:.1f} to {row['high (%)']:.1f})"
-    return pd.DataFrame({name: verdict.table().apply(cell, axis=1) for name, verdict in verdicts.items()}).T
+    return pd.DataFrame({name: verdict.table().apply(cell, axis=1)
+                         for name, verdict in verdicts.items()}).T
 
 # %% ../nbs/57_demo.ipynb #e61d94bf
 def show_joint(
@@ -118,12 +123,15 @@ def show_joint(
     "The joint attack on a few test images, titled with the class before and after."
     device = next(network.parameters()).device
     x, y = test.x[:count].to(device), test.labels[:count].to(device)
-    found = double_pass(network, x, y, eps_pixel=budget.eps_pixel, step_pixel=budget.step_pixel, return_info=True,
-                        eps_flow=budget.eps_flow, step_flow=budget.step_flow, generator=torch.Generator().manual_seed(0))
+    found = double_pass(network, x, y, eps_pixel=budget.eps_pixel, step_pixel=budget.step_pixel,
+                        return_info=True,
+                        eps_flow=budget.eps_flow, step_flow=budget.step_flow,
+                        generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before, after = network(x).argmax(1), network(found.x_adv).argmax(1)
     titles = [f"{test.classes[a]} -> {test.classes[b]}" for a, b in zip(before, after)]
-    return show_attack(x, found.x_adv, found.params[0], eps_flow=budget.eps_flow, magnify=0.25 / budget.eps_pixel,
+    return show_attack(x, found.x_adv, found.params[0], eps_flow=budget.eps_flow,
+                       magnify=0.25 / budget.eps_pixel,
                        titles=titles)
 
 # %% ../nbs/57_demo.ipynb #696f7d67
@@ -139,9 +147,11 @@ def curves(
               "flow budget (px)": (ggsm_at, budget.eps_flow, 1)}
     for ax, (label, (attack_at, eps, unit)) in zip(fig.subplots(1, 2), sweeps.items()):
         points = [share * eps for share in (0, 0.5, 1, 1.5, 2)]
-        found = {name: budget_curve(network, test.x, test.labels, partial(attack_at, steps=steps), points)
+        found = {name: budget_curve(network, test.x, test.labels, partial(attack_at, steps=steps),
+                                    points)
                  for name, network in networks.items()}
-        plot_curves([unit * p for p in points], {n: e.accuracy for n, e in found.items()}, xlabel=label, ax=ax,
+        plot_curves([unit * p for p in points], {n: e.accuracy for n, e in found.items()},
+                    xlabel=label, ax=ax,
                     intervals={n: e.interval for n, e in found.items()}, trained_at=unit * eps)
     return fig
 
@@ -157,12 +167,15 @@ def _png(
 # %% ../nbs/57_demo.ipynb #2678c183
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>jat_nb demo</title>
-<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}}
-table{{border-collapse:collapse;font-size:.9rem}}td,th{{padding:.4rem .7rem;border-bottom:1px solid #ddd;text-align:left}}
-img{{max-width:100%}}pre{{background:#f6f6f6;padding:1rem;overflow:auto}}.wide{{overflow-x:auto}}</style>
+<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;
+color:#222}}table{{border-collapse:collapse;font-size:.9rem}}td,th{{padding:.4rem .7rem;
+border-bottom:1px solid #ddd;text-align:left}}
+img{{max-width:100%}}pre{{background:#f6f6f6;padding:1rem;overflow:auto}}
+.wide{{overflow-x:auto}}</style>
 <h1>Natural and joint training on {data}</h1>
-<p>Accuracy in per cent on {n} test images under each attack, with 95 % intervals. Pixel budget {eps_pixel:.4g}
-({grey:.3g}/255), flow budget {eps_flow:g} px. An image counts in the union only if it survives every attack.</p>
+<p>Accuracy in per cent on {n} test images under each attack, with 95 % intervals. Pixel budget
+{eps_pixel:.4g} ({grey:.3g}/255), flow budget {eps_flow:g} px. An image counts in the union only if
+it survives every attack.</p>
 <div class="wide">{table}</div>{figures}<h2>Settings and machine</h2><pre>{record}</pre></html>"""
 
 # %% ../nbs/57_demo.ipynb #a670f3e0
@@ -175,17 +188,21 @@ def report(
     record: dict,  # Settings, machine and results, JSON-able
 ) -> Path:  # The file
     "Write the report as one self-contained HTML page."
-    image = lambda fig: f'<img alt="" src="data:image/png;base64,{base64.b64encode(_png(fig)).decode()}">'
+    image = (lambda fig: '<img alt="" '
+                         f'src="data:image/png;base64,{base64.b64encode(_png(fig)).decode()}">')
     drawn = "".join(f"<h2>{html.escape(title)}</h2>{image(fig)}" for title, fig in figures.items())
-    page = _PAGE.format(data=html.escape(settings.data), n=next(iter(verdicts.values())).n, eps_pixel=budget.eps_pixel,
+    page = _PAGE.format(data=html.escape(settings.data), n=next(iter(verdicts.values())).n,
+                        eps_pixel=budget.eps_pixel,
                         grey=255 * budget.eps_pixel, eps_flow=budget.eps_flow, figures=drawn,
-                        table=comparison(verdicts).to_html(), record=html.escape(json.dumps(record, indent=1)))
+                        table=comparison(verdicts).to_html(),
+                        record=html.escape(json.dumps(record, indent=1)))
     return write_atomic(path, lambda part: part.write_text(page, encoding="utf-8"))
 
 # %% ../nbs/57_demo.ipynb #cebe8883
 def _figures(networks: dict[str, nn.Module], test: ImageSet, budget: Budget) -> dict[str, Figure]:
     "The figures of the report by caption."
-    figures = {"Accuracy against the budget": curves(networks, test.subset(min(100, len(test))), budget)}
+    figures = {"Accuracy against the budget": curves(networks, test.subset(min(100, len(test))),
+                                                     budget)}
     return figures | {f"The joint attack on the network '{name}'": show_joint(network, test, budget)
                       for name, network in networks.items()}
 
@@ -196,38 +213,49 @@ def run_demo(
     "Train both networks, attack them, write record, weights and report."
     start, budget = time.perf_counter(), default_budget(settings.data)
     train, test = load(settings.data), load(settings.data, "test")
-    train = train if settings.n_train is None else train.subset(settings.n_train, seed=settings.seed)
+    train = (train if settings.n_train is None
+             else train.subset(settings.n_train, seed=settings.seed))
     test = test.subset(min(settings.n_test, len(test)), seed=settings.seed)
     out = check_writable(settings.folder)
-    record = Record("demo", asdict(settings) | {"budget": asdict(budget)}, tier="cpu", data=train.name,
+    record = Record("demo", asdict(settings) | {"budget": asdict(budget)}, tier="cpu",
+                    data=train.name,
                     variant=train.variant, seed=settings.seed)
     plans = demo_recipes(settings, budget)
-    networks = {name: _train_one(plan, train, settings.model, out / name.lower()) for name, plan in plans.items()}
+    networks = {name: _train_one(plan, train, settings.model, out / name.lower())
+                for name, plan in plans.items()}
     with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16):
         verdicts = face_attacks(networks, test, budget, settings)
         figures = _figures(networks, test, budget)
     record.seconds = time.perf_counter() - start
     record.metrics = {name: verdict.record() for name, verdict in verdicts.items()}
-    record.forwards, record.backwards = torch.stack([v.passes.sum(0) for v in verdicts.values()]).sum(0).tolist()
-    record.log = [{"network": name, **row} for name in plans for row in read_jsonl(out / name.lower() / "log.jsonl")]
+    record.forwards, record.backwards = torch.stack([v.passes.sum(0)
+                                                     for v in verdicts.values()]).sum(0).tolist()
+    record.log = [{"network": name, **row} for name in plans
+                  for row in read_jsonl(out / name.lower() / "log.jsonl")]
     record.save(out / "record.json")
-    report(out / "report.html", settings, budget, verdicts, figures, json.loads((out / "record.json").read_text()))
+    report(out / "report.html", settings, budget, verdicts, figures,
+           json.loads((out / "record.json").read_text()))
     return verdicts
 
 # %% ../nbs/57_demo.ipynb #873a28b5
 def _parse(
-    arguments: Sequence[str] | None = None,  # Command line without the program's name; default: the real one
+    # Command line without the program's name; default: the real one
+    arguments: Sequence[str] | None = None,
 ) -> Settings:  # What to run
     "Read the command line; a wrong one ends in a message and exit status 2."
     parser = argparse.ArgumentParser("python -m jat_nb.demo", description=run_demo.__doc__)
-    help_of = {"data": f"one of {', '.join(DATASETS)}", "model": "any timm name", "n_train": "training images, all by default",
-               "n_test": "test images that are attacked", "epochs": "passes over the training images",
+    help_of = {"data": f"one of {', '.join(DATASETS)}", "model": "any timm name",
+               "n_train": "training images, all by default",
+               "n_test": "test images that are attacked",
+               "epochs": "passes over the training images",
                "batch_size": "images per update", "steps": "steps of the iterated attacks",
-               "seed": "of everything random", "out": "folder for results, runs/demo or runs/demo-DATA by default"}
+               "seed": "of everything random",
+               "out": "folder for results, runs/demo or runs/demo-DATA by default"}
     for field in fields(Settings):
         kind = str if isinstance(field.default, str) else int
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default,
-                            help=help_of[field.name] + (f" (default: {field.default})" if field.default else ""))
+                            help=help_of[field.name]
+                            + (f" (default: {field.default})" if field.default else ""))
     settings = Settings(**vars(parser.parse_args(arguments)))
     for name in ("n_train", "n_test", "epochs", "batch_size", "steps"):
         if (value := getattr(settings, name)) is not None and value < 1:

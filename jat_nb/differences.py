@@ -24,7 +24,8 @@ class Share:
 
     seeds: tuple[float, ...]  # share in [0, 1] for each seed
     n: int  # test images
-    bits: Tensor | None = None  # 1 where an image survived (seeds, n), float64; None where only counts were kept
+    # 1 where an image survived (seeds, n), float64; None where only counts were kept
+    bits: Tensor | None = None
     runs: tuple[str, ...] = ()  # folder of each seed's run
 
     @property
@@ -57,17 +58,20 @@ def _wilson(share: Share) -> tuple[float, float]:
 
 # %% ../nbs/38_differences.ipynb #63ba7e74
 def _seed_error(groups: Iterable[Sequence[float]]) -> float:
-    "Half-width that the choice of seeds adds to a mean, or to a difference of two; one seed says nothing about it."
+    """Half-width that the choice of seeds adds to a mean, or to a difference of two; one seed
+    says nothing about it."""
     return _Z * math.sqrt(sum(statistics.variance(g) / len(g) for g in groups if len(g) > 1))
 
 
 def _widened(value: float, low: float, high: float, extra: float, least: float = -1.0,
              most: float = 1.0) -> tuple[float, float]:
-    return (max(least, value - math.hypot(value - low, extra)), min(most, value + math.hypot(high - value, extra)))
+    return (max(least, value - math.hypot(value - low, extra)),
+            min(most, value + math.hypot(high - value, extra)))
 
 # %% ../nbs/38_differences.ipynb #5033599c
 def _paired(d: Tensor) -> tuple[float, float]:
-    "Plausible range of the mean of paired differences (n,) in [-1, 1]: both ends of Eq. 1, by bisection."
+    """Plausible range of the mean of paired differences (n,) in [-1, 1]: both ends of Eq. 1, by
+    bisection."""
     n, total, moved = len(d), float(d.sum()), float(d.square().sum())  # b - c and b + c
     def score(delta: float) -> float:
         spread = delta * (1 - delta)
@@ -91,7 +95,8 @@ def difference(
     "By how much one accuracy exceeds another, paired image by image where the verdicts are known."
     if isinstance(a, Score) and isinstance(b, Score): return (a - b).value, *(a - b).interval
     if isinstance(a, Score) or isinstance(b, Score):
-        raise ValueError("expected two shares or two scores: mean_score([share]) makes a score of one share")
+        raise ValueError("expected two shares or two scores: mean_score([share]) makes a score of "
+                         "one share")
     a, b = a.first(b.n), b.first(a.n)
     value, seeds = a.value - b.value, [a.seeds, b.seeds]
     if a.runs and a.runs == b.runs: seeds = [[x - y for x, y in zip(*seeds)]]
@@ -109,7 +114,8 @@ _DRAWS = 1000  # sets of redrawn images
 
 @lru_cache(maxsize=2)
 def _redraws(n: int) -> Tensor:
-    "How often each image counts (1 + draws, n): once, then as often as it is drawn; the same for every network."
+    """How often each image counts (1 + draws, n): once, then as often as it is drawn; the same
+    for every network."""
     drawn = torch.randint(n, (_DRAWS, n), generator=torch.Generator().manual_seed(n))
     counts = torch.zeros(_DRAWS, n, dtype=torch.float64)
     counts.scatter_add_(1, drawn, torch.ones(1, 1, dtype=torch.float64).expand_as(drawn))
@@ -120,7 +126,8 @@ def _redraws(n: int) -> Tensor:
 class Score:
     "A number made of verdicts, as it is and on redrawn images."
 
-    parts: Mapping[tuple[str, ...], Tensor]  # {folders of a network's runs: its values (1 + draws, seeds)}
+    # {folders of a network's runs: its values (1 + draws, seeds)}
+    parts: Mapping[tuple[str, ...], Tensor]
     n: int  # images that count, of the network that has fewest
     grain: float = 0.0  # what so few images cannot resolve
     limits: tuple[float, float] = (-math.inf, math.inf)  # smallest and largest value there can be
@@ -128,7 +135,8 @@ class Score:
     @cached_property
     def drawn(self) -> Tensor:
         "The value as it is and on each redrawn set (1 + draws,)."
-        return sum((rows.mean(1) for rows in self.parts.values()), torch.zeros(1 + _DRAWS, dtype=torch.float64))
+        return sum((rows.mean(1) for rows in self.parts.values()),
+                   torch.zeros(1 + _DRAWS, dtype=torch.float64))
 
     @property
     def value(self) -> float: return float(self.drawn[0])  # mean over the seeds; 0.5 is 50 points
@@ -143,7 +151,8 @@ class Score:
     def interval(self) -> tuple[float, float]:
         "95 %: the images by redrawing them, and the seeds where there are several."
         low, high = (float(self.drawn[1:].quantile(q)) for q in (0.025, 0.975))
-        extra = math.hypot(self.grain, _seed_error([rows[0].tolist() for rows in self.parts.values()]))
+        extra = math.hypot(self.grain,
+                           _seed_error([rows[0].tolist() for rows in self.parts.values()]))
         return _widened(self.value, low, high, extra, *self.limits)
 
     @property
@@ -159,21 +168,25 @@ class Score:
 def _combined(a: Score, b: Score, sign: int) -> Score:
     "a + b or a - b, network by network; a network that cancels is left out."
     parts = dict(a.parts)
-    for runs, rows in b.parts.items(): parts[runs] = parts[runs] + sign * rows if runs in parts else sign * rows
+    for runs, rows in b.parts.items():
+        parts[runs] = parts[runs] + sign * rows if runs in parts else sign * rows
     parts = {runs: rows for runs, rows in parts.items() if rows.abs().max() > 1e-12}
     ends = [x + sign * y for x, y in zip(a.limits, b.limits[::sign])]
-    return Score(parts, min(a.n, b.n), math.hypot(a.grain, b.grain) if parts else 0.0, (ends[0], ends[1]))
+    return Score(parts, min(a.n, b.n), math.hypot(a.grain, b.grain) if parts else 0.0,
+                 (ends[0], ends[1]))
 
 # %% ../nbs/38_differences.ipynb #0e96c1dd
 def mean_score(
-    columns: Sequence[Share],  # Accuracies of one network under several attacks, with verdicts and runs
-    given: Share | None = None,  # Only images that survived this count, for each seed; None: all images
+    # Accuracies of one network under several attacks, with verdicts and runs
+    columns: Sequence[Share],
+    # Only images that survived this count, for each seed; None: all images
+    given: Share | None = None,
 ) -> Score:  # In [0, 1], with the number of images that count as its n
     "Mean accuracy over several attacks, among the images that another column names (Eq. 2)."
     every = [*columns, *([given] if given else [])]
     if any(s.bits is None or not s.runs or s.runs != every[0].runs for s in every):
-        raise ValueError("expected columns of the same runs with their verdicts, got "
-                         f"{[(s.runs, 'verdicts' if s.bits is not None else 'counts') for s in every]}")
+        seen = [(s.runs, "counts" if s.bits is None else "verdicts") for s in every]
+        raise ValueError(f"expected columns of the same runs with their verdicts, got {seen}")
     n = min(s.n for s in every)
     verdicts = torch.stack([s.first(n).bits for s in columns]).mean(0)  # (seeds, n)
     right = given.first(n).bits if given else torch.ones_like(verdicts)

@@ -87,7 +87,8 @@ def to_grey(
 
 
 def gallery(
-    rows: Mapping[str, Tensor],  # Name to maps (B, H, W), or to pictures (B, 1 or 3, H, W) in [0, 1]
+    # Name to maps (B, H, W), or to pictures (B, 1 or 3, H, W) in [0, 1]
+    rows: Mapping[str, Tensor],
     *,
     columns: Sequence[str] | None = None,  # A title for each column; None: no titles
     size: float = 0.95,  # Width of one panel in inches
@@ -256,7 +257,8 @@ def plane(
     across: Sequence[float],  # Values of a
     up: Sequence[float],  # Values of b
     *,
-    measure: Callable[[Tensor, Tensor], Tensor] = decision_value,  # measure(logits, y) -> one number for each image
+    # measure(logits, y) -> one number for each image
+    measure: Callable[[Tensor, Tensor], Tensor] = decision_value,
 ) -> Tensor:  # (B, len(up), len(across))
     "A measure of the answers over two numbers that change each image (SRT Figures 3 to 6)."
     check_images(x), check_labels(y, x)
@@ -288,7 +290,8 @@ def _features(model: nn.Module, x: Tensor, layer: str | None) -> tuple[Tensor, T
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: tuple, output: object) -> None:
-        if isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] * output.shape[3] > 1:
+        if (isinstance(output, Tensor) and output.ndim == 4
+            and output.shape[2] * output.shape[3] > 1):
             seen.append(output)
 
     named = {name: module for name, module in model.named_modules() if name}
@@ -313,7 +316,8 @@ def grad_cam(
     *,
     layer: str | None = None,  # Name of a module of the model; None: the last that has places
     batch_size: int = 250,  # Images per pass
-) -> Tensor:  # Maps (B, H, W), not negative, each with maximum 1; 0 where nothing speaks for the class
+) -> Tensor:
+    # Maps (B, H, W), not negative, each with maximum 1; 0 where nothing speaks for the class
     "Where the picture speaks for a class (IJSAT section 6.5)."
     check_images(x), check_labels(y, x)
     found = []

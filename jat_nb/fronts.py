@@ -33,7 +33,8 @@ def clipped_share(
     run: Run,  # As read
 ) -> float | None:  # In [0, 1]; None for a training that has no requirement
     "The share of training steps whose requirement was out of reach."
-    said = [row["objective"] for row in run.log if "clipped" in row.get("objective", {}).get("mean", {})]
+    said = [row["objective"] for row in run.log
+            if "clipped" in row.get("objective", {}).get("mean", {})]
     steps = sum(part["steps"] for part in said)
     if not steps: return None
     return sum(part["steps"] * part["mean"]["clipped"] for part in said) / steps
@@ -61,14 +62,17 @@ def clipping(
 def _cells(number: Share | Score, column: str) -> dict[str, float]:
     "A number in points with its interval and the images that count."
     low, high = number.interval
-    values = {column: 100 * number.value, f"{column}, low": 100 * low, f"{column}, high": 100 * high}
+    values = {column: 100 * number.value, f"{column}, low": 100 * low,
+              f"{column}, high": 100 * high}
     return {**values, f"{column}, n": number.n}
 
 
 def _standing(points: np.ndarray, names: Sequence[str]) -> pd.DataFrame:
     "Who is on the front, who is its knee, and who is dominated by whom."
-    beaten = [", ".join(b for b, other in zip(names, points) if dominates(other, point)) for point in points]
-    frame = pd.DataFrame({"on front": pareto_front(points), "knee": False, "dominated by": beaten}, index=names)
+    beaten = [", ".join(b for b, other in zip(names, points) if dominates(other, point))
+              for point in points]
+    frame = pd.DataFrame({"on front": pareto_front(points), "knee": False, "dominated by": beaten},
+                         index=names)
     frame.loc[names[knee(points)], "knee"] = True
     return frame
 
@@ -83,13 +87,17 @@ def front_table(
     names: Sequence[str] | None = None,  # Full names of recipes; None: all that have a finished run
     data: str = "cifar10",  # Data set
     tier: str = "cpu",  # Tier
-) -> pd.DataFrame:  # A row per recipe: axes, on front, knee, dominated by, clipped (percent), remark
+) -> pd.DataFrame:
+    # A row per recipe: axes, on front, knee, dominated by, clipped (percent), remark
     "Networks in the plane of two qualities."
     where = {"data": data, "tier": tier}
-    found = {name: [survivors(runs, name, c, **where) for c in (x, y)] for name in names or recipe_names(runs, **where)}
+    found = {name: [survivors(runs, name, c, **where) for c in (x, y)] for name in names
+             or recipe_names(runs, **where)}
     found = {name: pair for name, pair in found.items() if None not in pair}
-    if not found: raise ValueError(f"no network of {data}, {tier} has both {x!r} and {y!r}: judge some first")
-    frame = pd.DataFrame([_cells(a, x) | _cells(b, y) for a, b in found.values()], index=list(found))
+    if not found:
+        raise ValueError(f"no network of {data}, {tier} has both {x!r} and {y!r}: judge some first")
+    frame = pd.DataFrame([_cells(a, x) | _cells(b, y) for a, b in found.values()],
+                         index=list(found))
     frame = frame.join(_standing(frame[[x, y]].to_numpy() * better, list(found)))
     for column in columns:
         others = [survivors(runs, name, column, **where) for name in found]
@@ -101,10 +109,13 @@ def front_table(
 # %% ../nbs/49_fronts.ipynb #4816bf10
 def plot_front(
     table: pd.DataFrame,  # From `front_table`, whose first and fifth columns are the axes
-    lines: Mapping[str, Sequence[str]] | None = None,  # {label: names to join, in order}; None: the front
+    # {label: names to join, in order}; None: the front
+    lines: Mapping[str, Sequence[str]] | None = None,
     *,
-    labels: Mapping[str, str] | None = None,  # {name: text beside its point}; None: all by their short names
-    linear: float | None = None,  # Half-width of the linear part of symmetric-log axes; None: plain axes
+    # {name: text beside its point}; None: all by their short names
+    labels: Mapping[str, str] | None = None,
+    # Half-width of the linear part of symmetric-log axes; None: plain axes
+    linear: float | None = None,
     ax: Axes | None = None,  # Axes to draw into; None: a new figure
 ) -> Figure:  # A point with its intervals for each network
     "Networks in the plane of two qualities."
@@ -112,10 +123,12 @@ def plot_front(
     ax = _Figure(figsize=(6, 4), layout="constrained").subplots() if ax is None else ax
     joined = lines or {"front": list(table.index[table["on front"]])}
     for (label, names), color in zip(joined.items(), ("red", "green", "orange", "purple")):
-        ax.plot(table.loc[names, x], table.loc[names, y], "-", color=PALETTE[color], lw=1, label=label)
+        ax.plot(table.loc[names, x], table.loc[names, y], "-", color=PALETTE[color], lw=1,
+                label=label)
     for name, row in table.iterrows():
         errors = [[[row[c] - row[f"{c}, low"]], [row[f"{c}, high"] - row[c]]] for c in (x, y)]
-        ax.errorbar(row[x], row[y], *errors[::-1], fmt="o", ms=4, lw=0.7, color=PALETTE["blue" if row["on front"] else "grey"])
+        ax.errorbar(row[x], row[y], *errors[::-1], fmt="o", ms=4, lw=0.7,
+                    color=PALETTE["blue" if row["on front"] else "grey"])
         text = str(name).rpartition("/")[2] if labels is None else labels.get(name, "")
         ax.annotate(text, (row[x], row[y]), (3, 3), textcoords="offset points", fontsize=8)
     if linear is not None:
@@ -131,12 +144,14 @@ def export_point(
     run: Run,  # The chosen one
     out: str | Path,  # File to write, *.safetensors
     *,
-    facts: Mapping[str, Any] | pd.Series = MappingProxyType({}),  # Why it was chosen, such as its row of `front_table`
+    # Why it was chosen, such as its row of `front_table`
+    facts: Mapping[str, Any] | pd.Series = MappingProxyType({}),
     weights: str = "last",  # "last" or "best": which epoch
 ) -> Path:  # The file, for `load_weights`
     "Copy the network of a run with all that is known of it."
     if not run.usable:
-        raise ValueError(f"{run.folder} is set aside ({'; '.join(run.problems)}): choose a finished run")
+        raise ValueError(f"{run.folder} is set aside ({'; '.join(run.problems)}): choose a "
+                         "finished run")
     root = Path(root)
     about, model = open_run(root if (root / "run.json").exists() else root / run.folder, weights)
     chosen = json.loads(pd.Series(dict(facts), dtype=object).to_json())

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from .attacks import fgsm
 from .autoattack import autoattack_at
-from .evaluation import (Attack, Evaluation, clean, evaluate, fast_copy, ggsm_at, joint_at, pgd_at,
+from .evaluation import (Attack, Evaluation, clean, evaluate, fast_copy, ggsm_at, joint_at,
+                               pgd_at,
                                raw_accuracy)
 from .losses import cross_entropy
 from .models import frozen
@@ -27,7 +28,8 @@ from .randomness import Randomness, image_generators
 from .threats import Flow, Pixel, Threat, check_images, check_labels
 
 # %% ../nbs/37_masking.ipynb #e15d7dbc
-def _start_only(threat: Threat, model: nn.Module, x: Tensor, y: Tensor, *, generator: Randomness = None) -> Tensor:
+def _start_only(threat: Threat, model: nn.Module, x: Tensor, y: Tensor, *,
+                generator: Randomness = None) -> Tensor:
     return threat.apply(x, threat.init(x, True, generator)).clamp(0, 1)
 
 def random_pixels(
@@ -64,7 +66,8 @@ def transfer(
             return attack(maker, x, y, **options)
         made.block = getattr(attack, "block", None)
         return made
-    crafted = {k: [elsewhere(a) for a in (v if isinstance(v, Sequence) else [v])] for k, v in suite.items()}
+    crafted = {k: [elsewhere(a) for a in (v if isinstance(v, Sequence) else [v])]
+               for k, v in suite.items()}
     maker = fast_copy(source, x[:4].to(_home(source, x, None))) if fast else source
     with frozen(source):
         return evaluate(target, x, y, crafted, batch_size=batch_size, seed=seed, device=device)
@@ -78,12 +81,14 @@ def steps_curve(
     steps: Sequence[int] = (1, 2, 5, 10, 20, 50, 100),  # Increasing
     *,
     restarts: int = 1,  # Above 1: one more entry, the most steps from so many starts
-    unbounded: Attack | None = None,  # One more entry that nothing should survive, such as `pgd_at(64 / 255)`
+    # One more entry that nothing should survive, such as `pgd_at(64 / 255)`
+    unbounded: Attack | None = None,
     **options: Any,  # `batch_size`, `seed`, `active`, `device` and `fast` of `evaluate`
 ) -> Evaluation:  # Entries named by their steps, "100 x 5" for 5 restarts, "unbounded"
     "Accuracy as an attack tries harder, on the same images from the same starting points."
     if not steps or min(steps) < 1 or any(b <= a for a, b in zip(steps, steps[1:])) or restarts < 1:
-        raise ValueError(f"expected increasing steps from 1 on and restarts >= 1, got {list(steps)} and {restarts}")
+        raise ValueError("expected increasing steps from 1 on and restarts >= 1, got "
+                         f"{list(steps)} and {restarts}")
     suite: dict[str, Attack | list[Attack]] = {str(s): attack_at(s) for s in steps}
     if restarts > 1: suite[f"{steps[-1]} x {restarts}"] = [attack_at(steps[-1])] * restarts
     if unbounded is not None: suite["unbounded"] = unbounded
@@ -100,7 +105,9 @@ class BudgetSurface:
     seed: int  # what the randomness was made from
 
     @property
-    def accuracy(self) -> Tensor: return self.correct.double().mean(dim=2)  # share that survived (P, F)
+    def accuracy(self) -> Tensor:
+        # share that survived (P, F)
+        return self.correct.double().mean(dim=2)
 
     def worst(self) -> "BudgetSurface":
         "The surface in which an image broken at smaller budgets stays broken (Eq. 2)."
@@ -109,7 +116,8 @@ class BudgetSurface:
 
     def table(self) -> pd.DataFrame:
         "Accuracies in percent: a row per pixel budget, a column per flow budget."
-        rows, columns = (pd.Index(e, name=n) for e, n in ((self.eps_pixel, "eps_pixel"), (self.eps_flow, "eps_flow")))
+        rows, columns = (pd.Index(e, name=n)
+                         for e, n in ((self.eps_pixel, "eps_pixel"), (self.eps_flow, "eps_flow")))
         return pd.DataFrame(100 * self.accuracy.numpy(), rows, columns)
 
 # %% ../nbs/37_masking.ipynb #680bec89
@@ -129,19 +137,24 @@ def budget_surface(
 ) -> BudgetSurface:  # On the CPU
     "Accuracy under the joint attack at every pair of budgets."
     for budgets in (eps_pixel, eps_flow):
-        if len(budgets) == 0 or min(budgets) < 0 or any(b <= a for a, b in zip(budgets, budgets[1:])):
+        if (len(budgets) == 0 or min(budgets) < 0
+            or any(b <= a for a, b in zip(budgets, budgets[1:]))):
             raise ValueError(f"expected increasing budgets from 0 on, got {list(budgets)}")
     pairs = [(float(p), float(f)) for p in eps_pixel for f in eps_flow]
-    result = evaluate(model, x, y, {f"{p!r} {f!r}": _attack_at(p, f, steps) for p, f in pairs}, **options)
+    result = evaluate(model, x, y, {f"{p!r} {f!r}": _attack_at(p, f, steps) for p, f in pairs},
+                      **options)
     correct = result.correct.view(len(eps_pixel), len(eps_flow), len(x))
-    return BudgetSurface(tuple(map(float, eps_pixel)), tuple(map(float, eps_flow)), correct, result.seed)
+    return BudgetSurface(tuple(map(float, eps_pixel)), tuple(map(float, eps_flow)), correct,
+                         result.seed)
 
 # %% ../nbs/37_masking.ipynb #051969c3
 def _gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    "Direction of the cross-entropy's gradient (B, C * H * W), float64; scaled first, as squares may vanish."
+    """Direction of the cross-entropy's gradient (B, C * H * W), float64; scaled first, as
+    squares may vanish."""
     with torch.enable_grad():
         live = x.detach().clone().requires_grad_()
-        g = torch.autograd.grad(cross_entropy(model(live), y).sum(), live)[0].double().flatten(1).nan_to_num(0, 0, 0)
+        g = torch.autograd.grad(cross_entropy(model(live), y).sum(),
+                                live)[0].double().flatten(1).nan_to_num(0, 0, 0)
     return g / g.abs().amax(dim=1, keepdim=True).clamp(min=1e-300)
 
 def local_linearity(
@@ -160,13 +173,16 @@ def local_linearity(
     with torch.inference_mode(False), frozen(model), torch.autocast(device.type, enabled=False):
         for rows in torch.arange(len(x)).split(batch_size):
             xb, yb = x[rows.to(x.device)].to(device), y[rows.to(y.device)].to(device)
-            near = random_pixels(eps)(model, xb, yb, generator=image_generators(seed, rows.tolist()))
-            found.append(torch.cosine_similarity(_gradient(model, xb, yb), _gradient(model, near, yb)).cpu())
+            near = random_pixels(eps)(model, xb, yb,
+                                      generator=image_generators(seed, rows.tolist()))
+            found.append(torch.cosine_similarity(_gradient(model, xb, yb),
+                                                 _gradient(model, near, yb)).cpu())
     return torch.cat(found)
 
 # %% ../nbs/37_masking.ipynb #a752b83c
 CHECKS: Mapping[str, str] = MappingProxyType({
-    "more effort": "a", "unbounded": "b", "noise": "c", "transfer": "d", "autoattack": "e", "linearity": "f",
+    "more effort": "a", "unbounded": "b", "noise": "c", "transfer": "d", "autoattack": "e",
+    "linearity": "f",
 })  # every check in order, and its letter in older records
 
 def checks_by_name(
@@ -176,7 +192,8 @@ def checks_by_name(
     names = {letter: name for name, letter in CHECKS.items()}
     found = {names.get(row["check"], row["check"]): dict(row) for row in rows}
     if unknown := [check for check in found if check not in CHECKS]:
-        raise ValueError(f"unknown check {unknown[0]!r}: expected one of {', '.join(CHECKS)}, or its letter")
+        raise ValueError(f"unknown check {unknown[0]!r}: expected one of {', '.join(CHECKS)}, or "
+                         "its letter")
     return {name: found[name] | {"check": name} for name in CHECKS if name in found}
 
 # %% ../nbs/37_masking.ipynb #e0e3038d
@@ -185,7 +202,8 @@ def autoattack_agrees(
     auto: float,  # Share of the same images that survived AutoAttack
     n: int,  # How many images
 ) -> bool:  # Whether PGD's number can be believed
-    "AutoAttack finds at most 5 points more than PGD, one image at least, and misses at most one of PGD's."
+    """AutoAttack finds at most 5 points more than PGD, one image at least, and misses at most
+    one of PGD's."""
     missed = round(pgd * n) - round(auto * n)  # images that PGD left and AutoAttack broke
     return -1 <= missed <= max(1, n // 20)
 
@@ -199,31 +217,39 @@ class MaskingReport:
     seed: int  # what the randomness was made from
 
     @property
-    def failed(self) -> tuple[str, ...]: return tuple(r["check"] for r in self.rows if r["held"] is False)  # names
+    def failed(self) -> tuple[str, ...]:
+        # names
+        return tuple(r["check"] for r in self.rows if r["held"] is False)
 
     def table(self) -> pd.DataFrame:
         "One row per check."
         text = lambda seen: ", ".join(f"{name} {value:.3g}" for name, value in seen.items())
-        return pd.DataFrame([{**row, "seen": text(row["seen"])} for row in self.rows]).set_index("check")
+        return pd.DataFrame([{**row, "seen": text(row["seen"])}
+                             for row in self.rows]).set_index("check")
 
     def record(self) -> dict[str, Any]:
         "Everything as JSON-able data."
-        return {"n": self.n, "seed": self.seed, "failed": list(self.failed), "rows": [dict(row) for row in self.rows]}
+        return {"n": self.n, "seed": self.seed, "failed": list(self.failed),
+                "rows": [dict(row) for row in self.rows]}
 
 def _row(check: str, demand: str, held: bool | None, **seen: float) -> dict[str, Any]:
     return {"check": check, "demand": demand, "seen": seen, "held": held}
 
 # %% ../nbs/37_masking.ipynb #e6a79bd5
-def _suite(eps_pixel: float, eps_flow: float, steps: tuple[int, int], restarts: int) -> dict[str, Any]:
+def _suite(eps_pixel: float, eps_flow: float, steps: tuple[int, int],
+           restarts: int) -> dict[str, Any]:
     few, many = steps
     suite = {"PGD": pgd_at(eps_pixel, few), "long": pgd_at(eps_pixel, many),
-             "restarts": [pgd_at(eps_pixel, many)] * restarts, "unbounded": pgd_at(min(8 * eps_pixel, 0.5), few),
+             "restarts": [pgd_at(eps_pixel, many)] * restarts,
+             "unbounded": pgd_at(min(8 * eps_pixel, 0.5), few),
              "noise": random_pixels(eps_pixel)}
-    flow = {"Spatial": ggsm_at(eps_flow, few), "random flow": random_flow(eps_flow)} if eps_flow else {}
+    flow = ({"Spatial": ggsm_at(eps_flow, few), "random flow": random_flow(eps_flow)} if eps_flow
+            else {})
     return {"Clean": clean} | suite | flow
 
 # %% ../nbs/37_masking.ipynb #103f688a
-def _internal_rows(acc: dict[str, float], fgsm_raw: float, steps: tuple[int, int], restarts: int, slack: float
+def _internal_rows(acc: dict[str, float], fgsm_raw: float, steps: tuple[int, int], restarts: int,
+                   slack: float
                    ) -> list[dict[str, Any]]:
     "The model against its own attacks: more effort, unbounded, noise."
     few, many = (f"PGD{s}" for s in steps)
@@ -235,27 +261,33 @@ def _internal_rows(acc: dict[str, float], fgsm_raw: float, steps: tuple[int, int
     seen = {name: acc[name] for pair in pairs for name in pair}
     beats = all(acc[own] < acc[blind] or acc[own] == 0 for blind, own in pairs)
     return [_row("more effort", " >= ".join(chain), falls, **chain),
-            _row("unbounded", "PGD at 8 times the budget below 0.01", acc["unbounded"] < 0.01, unbounded=acc["unbounded"]),
+            _row("unbounded", "PGD at 8 times the budget below 0.01", acc["unbounded"] < 0.01,
+                 unbounded=acc["unbounded"]),
             _row("noise", ", ".join(f"{own} < {blind}" for blind, own in pairs), beats, **seen)]
 
 # %% ../nbs/37_masking.ipynb #40ff0262
-def _borrowed_row(siamese: nn.Module | None, model: nn.Module, x: Tensor, y: Tensor, acc: dict[str, float],
+def _borrowed_row(siamese: nn.Module | None, model: nn.Module, x: Tensor, y: Tensor,
+                  acc: dict[str, float],
                   suite: dict[str, Any], slack: float, **options: Any) -> dict[str, Any]:
     "The model under attacks made on another."
     if siamese is None: return _row("transfer", "borrowed >= own", None)
     own = {name: suite[name] for name in ("PGD", "Spatial") if name in suite}
     borrowed = dict(zip(own, transfer(siamese, model, x, y, own, **options).accuracy.tolist()))
-    seen = {k: v for name in own for k, v in ((f"own {name}", acc[name]), (f"borrowed {name}", borrowed[name]))}
-    return _row("transfer", "borrowed >= own", all(borrowed[name] >= acc[name] - slack for name in own), **seen)
+    seen = {k: v for name in own
+            for k, v in ((f"own {name}", acc[name]), (f"borrowed {name}", borrowed[name]))}
+    return _row("transfer", "borrowed >= own",
+                all(borrowed[name] >= acc[name] - slack for name in own), **seen)
 
-def _autoattack_row(model: nn.Module, x: Tensor, y: Tensor, pgd: Tensor, eps: float, **options: Any) -> dict[str, Any]:
+def _autoattack_row(model: nn.Module, x: Tensor, y: Tensor, pgd: Tensor, eps: float,
+                    **options: Any) -> dict[str, Any]:
     "AutoAttack on images of which `pgd` says whether they survived the longest PGD."
     demand = "0 <= PGD - AutoAttack <= 0.05"
     if not len(x): return _row("autoattack", demand, None)
     auto = evaluate(model, x, y, {"AutoAttack": autoattack_at(eps)}, **options).accuracy.item()
     longest = pgd.double().mean().item()
     kept = {"kept": auto / longest} if longest else {}
-    return _row("autoattack", demand, autoattack_agrees(longest, auto, len(x)), AutoAttack=auto, PGD=longest,
+    return _row("autoattack", demand, autoattack_agrees(longest, auto, len(x)), AutoAttack=auto,
+                PGD=longest,
                 n=len(x), **kept)
 
 # %% ../nbs/37_masking.ipynb #d2e3ee60
@@ -266,11 +298,14 @@ def masking_report(
     *,
     eps_pixel: float = 8 / 255,  # Pixel budget in image units (JAT section 6)
     eps_flow: float = 0.3,  # Flow budget in pixels (JAT section 6); 0 leaves the flow out
-    siamese: nn.Module | None = None,  # Source of "transfer", best a twin from another seed; None: not run
+    # Source of "transfer", best a twin from another seed; None: not run
+    siamese: nn.Module | None = None,
     n_autoattack: int = 0,  # First images, on which AutoAttack runs; 0: not run
-    steps: tuple[int, int] = (20, 100),  # Steps of the two PGDs of "more effort", 8 at least: a step is eps / 4
+    # Steps of the two PGDs of "more effort", 8 at least: a step is eps / 4
+    steps: tuple[int, int] = (20, 100),
     restarts: int = 5,  # Starts of the last attack of "more effort"
-    tolerance: float = 0.01,  # Share by which an order may be violated, one image at least (JAT claims: 1 point)
+    # Share by which an order may be violated, one image at least (JAT claims: 1 point)
+    tolerance: float = 0.01,
     min_cosine: float = 0.2,  # What "linearity" demands; ours: masked networks lie near 0
     batch_size: int = 128,  # Images attacked at once
     seed: int = 0,  # Makes the randomness of every image
@@ -279,13 +314,14 @@ def masking_report(
 ) -> MaskingReport:  # A row for each of CHECKS
     "Does the accuracy under attack measure the model, or the attack's blindness?"
     if not eps_pixel > 0 or not 0 <= n_autoattack <= len(x) or not 8 <= steps[0] <= steps[1]:
-        raise ValueError(f"expected eps_pixel > 0, n_autoattack from 0 to {len(x)} and increasing steps from 8 on, "
-                         f"got {eps_pixel}, {n_autoattack} and {steps}")
+        raise ValueError(f"expected eps_pixel > 0, n_autoattack from 0 to {len(x)} and increasing "
+                         f"steps from 8 on, got {eps_pixel}, {n_autoattack} and {steps}")
     suite, slack = _suite(eps_pixel, eps_flow, steps, restarts), max(tolerance, 1 / len(x))
     plain = dict(batch_size=batch_size, seed=seed, device=device)
     options = plain | {"fast": fast}
     white = evaluate(model, x, y, suite, **options)
-    fgsm_raw = raw_accuracy(model, x, y, {"FGSM": partial(fgsm, eps=eps_pixel)}, **options).accuracy.item()
+    fgsm_raw = raw_accuracy(model, x, y, {"FGSM": partial(fgsm, eps=eps_pixel)},
+                            **options).accuracy.item()
     acc, few = dict(zip(white.names, white.accuracy.tolist())), slice(n_autoattack)
     rows = _internal_rows(acc, fgsm_raw, steps, restarts, slack)
     rows.append(_borrowed_row(siamese, model, x, y, acc, suite, slack, **options))
@@ -293,5 +329,6 @@ def masking_report(
     rows.append(_autoattack_row(model, x[few], y[few], longest, eps_pixel, **options))
     cosines = local_linearity(model, x, y, eps=eps_pixel, **plain)[white.correct[0]]
     cosine = {"cosine": cosines.mean().item(), "n": len(cosines)} if len(cosines) else {}
-    rows.append(_row("linearity", f"mean cosine > {min_cosine:g}", cosine["cosine"] > min_cosine if cosine else None, **cosine))
+    rows.append(_row("linearity", f"mean cosine > {min_cosine:g}",
+                     cosine["cosine"] > min_cosine if cosine else None, **cosine))
     return MaskingReport(tuple(rows), len(x), seed)

@@ -82,7 +82,8 @@ def effective_r(
     return (min(r, most) if mode == "clip" else r), r > most
 
 # %% ../nbs/24_pareto.ipynb #297e7d8f
-def _on_support(P: NDArray, mean: NDArray, r: float, support: NDArray, near: NDArray) -> NDArray | None:
+def _on_support(P: NDArray, mean: NDArray, r: float, support: NDArray,
+                near: NDArray) -> NDArray | None:
     "The solution of Eq. 3 nearest to `near` (k,), or None if it breaks a constraint."
     u, size = np.flatnonzero(support), int(support.sum())
     A = np.vstack([np.where(u == 0, 0.0, mean[u]), np.ones(size)])
@@ -150,7 +151,8 @@ def _ask(solver: str, P: NDArray, mean: NDArray, r: float, slack: bool) -> NDArr
     k, m = len(mean), np.r_[0.0, mean[1:]]
     row = np.sqrt(10 * np.trace(P) / k) * slack  # the mean loss is 1
     problem, alpha, given = _programme(k, not slack)
-    numbers = {"S": np.vstack([_factor(P), row * m]), "t": np.r_[np.zeros(k), row * r], "m": m, "r": r}
+    numbers = {"S": np.vstack([_factor(P), row * m]), "t": np.r_[np.zeros(k), row * r], "m": m,
+               "r": r}
     for name, value in numbers.items():
         given[name].value = value
     try:
@@ -170,7 +172,8 @@ def solve_weights(
     second: NDArray,  # Second moment (k, k), nats squared
     r: float,  # Required weighted robust loss, nats; a position in [-1, 1] for "relative"
     *,
-    mode: Mode = "clip",  # What to do where r is out of reach: "clip", "hold", "slack" or "relative"
+    # What to do where r is out of reach: "clip", "hold", "slack" or "relative"
+    mode: Mode = "clip",
     previous: NDArray | None = None,  # Weights (k,) that "hold" keeps, ties lean to; None: equal
     solvers: Iterable[str] = tuple(SOLVERS),  # cvxpy's, in turn, if installed; none: the active set
 ) -> Weights:  # On the simplex whatever happens
@@ -183,7 +186,8 @@ def solve_weights(
     scaled, P, required = mean / scale, disagreement(second / scale**2), used / scale
     for solver in solvers:
         if (alpha := _ask(solver, P, scaled, required, mode == "slack")) is not None:
-            exact = None if mode == "slack" else _on_support(P, scaled, required, alpha > 1e-6, near)
+            exact = (None if mode == "slack"
+                     else _on_support(P, scaled, required, alpha > 1e-6, near))
             most = alpha @ P @ alpha + 1e-12 * np.trace(P)
             better = exact is not None and exact @ P @ exact <= most
             return Weights(exact if better else alpha, used, clipped, solver)
@@ -191,7 +195,8 @@ def solve_weights(
     return Weights(active_set(P, scaled, reachable, near), used, clipped, "active set")
 
 # %% ../nbs/24_pareto.ipynb #77f74a19
-def _or_previous(mean: NDArray, second: NDArray, r: float, mode: Mode, previous: NDArray) -> Weights:
+def _or_previous(mean: NDArray, second: NDArray, r: float, mode: Mode,
+                 previous: NDArray) -> Weights:
     "The weights for these moments; the previous ones if no solver gives any on the simplex."
     try:
         found = solve_weights(mean, second, r, mode=mode, previous=previous)
@@ -225,21 +230,23 @@ class Pareto:
         if self.estimator not in ("window", "batch"):
             raise ValueError(f"unknown estimator {self.estimator!r}: choose 'window' or 'batch'")
         if not 1 <= self.warm_up <= self.window:
-            raise ValueError(f"expected 1 <= warm_up <= window, got {self.warm_up} and {self.window}: "
-                             "the weights move when warm_up of the window's batches are there")
+            raise ValueError("expected 1 <= warm_up <= window, since weights move when warm_up of the "
+                             f"window's batches are there, got {self.warm_up} and {self.window}")
 
     def start(self, roles: int) -> State:
         "Equal weights (k,), an empty window (window, k), and how many batches it has seen."
         k = roles + 1
         if roles < 1 or k > self.window:
-            raise ValueError("expected at least two losses, one natural and one for each attack, and a "
-                             f"window no shorter, got {k} losses and a window of {self.window}")
+            raise ValueError("expected a natural loss, one for each attack, and a window no shorter, "
+                             f"got {k} losses and a window of {self.window}")
         alpha = torch.full((k,), 1 / k, dtype=torch.float64)
-        return {"alpha": alpha, "window": alpha.new_zeros(self.window, k), "seen": alpha.new_zeros(())}
+        return {"alpha": alpha, "window": alpha.new_zeros(self.window, k),
+                "seen": alpha.new_zeros(())}
 
     def __call__(self, model: nn.Module, batch: Batch, state: State,
                  **attacks: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
-        "The loss under the weights of the step before, and what `update` needs to know of this one."
+        """The loss under the weights of the step before, and what `update` needs to know of this
+        one."""
         losses = attacked_losses(model, batch, attacks, include_natural=True)  # (k, B)
         rows = losses.detach().cpu().double()
         loss = (state["alpha"].to(losses) * losses.mean(1)).sum()

@@ -32,7 +32,8 @@ from .suites import check_answer
 def published(
     paper: str,  # Its key, in any case
     table: int,  # Number of the table in the paper
-) -> pd.DataFrame:  # paper, table, dataset, model_or_method, setting, metric, value; value is text in SRT's Table 7
+) -> pd.DataFrame:
+    # paper, table, dataset, model_or_method, setting, metric, value; value is text in SRT's Table 7
     "The numbers of one table as printed."
     mine = papers().get(paper.lower())
     folder = Path(mine.tables) if mine and mine.tables else files("jat_nb") / "published"
@@ -51,7 +52,8 @@ def _names(method: str, setting: str, data: str) -> list[str]:
     parts = [part for part in setting.split(";") if part]
     trained = [part.removeprefix("train ") for part in parts if part.startswith("train ")]
     others = [part for part in parts if not part.startswith("train ")]
-    return [";".join(trained) or method, ", ".join([method, *others]), ", ".join([method, *others, data]),
+    return [";".join(trained) or method, ", ".join([method, *others]),
+            ", ".join([method, *others, data]),
             "; ".join([method, setting, data])]
 
 
@@ -81,23 +83,31 @@ class Run:
     usable: bool = True  # finished, and not a repetition
 
     @property
-    def name(self) -> str: return str(self.about.get("name", self.folder))  # full name of the recipe
+    def name(self) -> str:
+        # full name of the recipe
+        return str(self.about.get("name", self.folder))
 
     @property
-    def paper(self) -> str: return self.name.partition("/")[0] if "/" in self.name else ""  # its key
+    def paper(self) -> str:
+        # its key
+        return self.name.partition("/")[0] if "/" in self.name else ""
 
     @property
     def plan(self) -> Recipe:
         "The recipe; 0.2 wrote network and data set beside it alone."
-        return Recipe.from_dict(self.recipe, **{k: self.about[k] for k in ("model", "data") if k in self.about})
+        return Recipe.from_dict(self.recipe,
+                                **{k: self.about[k] for k in ("model", "data") if k in self.about})
 
     @property
-    def group(self) -> tuple[str, str]: return self.about.get("tier", ""), self.about.get("data", "")  # what compares
+    def group(self) -> tuple[str, str]:
+        # what compares
+        return self.about.get("tier", ""), self.about.get("data", "")
 
     @property
     def as_published(self) -> "Run":
         "The same without records whose attacks took other than the 20 steps of the papers' tables."
-        kept = {suite: record for suite, record in self.evaluations.items() if record.config.get("steps", 20) == 20}
+        kept = {suite: record for suite, record in self.evaluations.items()
+                if record.config.get("steps", 20) == 20}
         return replace(self, evaluations=kept)
 
     def metrics(self, suite: str) -> dict[str, Any]:
@@ -106,11 +116,14 @@ class Run:
 
     def suite_of(self, column: str) -> str:
         "The suite that fills a column: the paper says; a run of no paper has what it has."
-        if (paper := papers().get(self.paper)) is not None and paper.columns: return paper.suite_of(column, self.name)
-        return next((s for s, record in self.evaluations.items() if column in record.metrics.get("rows", ())), "")
+        if (paper := papers().get(self.paper)) is not None and paper.columns:
+            return paper.suite_of(column, self.name)
+        return next((s for s, record in self.evaluations.items()
+                     if column in record.metrics.get("rows", ())), "")
 
     def share(self, column: str, suite: str | None = None, *part: str) -> Share | None:
-        "One accuracy; without a suite, of the one that fills the column. None if it was not measured."
+        """One accuracy; without a suite, of the one that fills the column. None if it was not
+        measured."""
         answer: Any = self.metrics(suite or self.suite_of(column))
         for key in part: answer = answer.get(key, {})
         found = _column(answer, column)
@@ -125,7 +138,8 @@ def _column(answer: Mapping[str, Any], column: str) -> Share | None:
         totals, bits = dict(zip(budgets, answer["accuracy"])), dict(zip(budgets, bits))
     else:
         totals = {name: row["accuracy (%)"] / 100 for name, row in rows.items()}
-    if isinstance(answer.get(column), str): bits = answer  # verdicts alone, as the kind "raw" gives them
+    # verdicts alone, as the kind "raw" gives them
+    if isinstance(answer.get(column), str): bits = answer
     if column == "Union" and bits:
         bits = {"Union": "".join("01"[set(image) == {"1"}] for image in zip(*bits.values()))}
     if column in bits:
@@ -138,18 +152,22 @@ def _attempt(problems: list[str], read: Callable[[Path], Any], path: Path, inste
     try: return read(path)
     except FileNotFoundError: problems.append(f"{path.name} is missing")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        problems.append(f"{path.name} is damaged ({type(error).__name__}: {error})".replace(f"{path.parent}/", ""))
+        said = f"{path.name} is damaged ({type(error).__name__}: {error})"
+        problems.append(said.replace(f"{path.parent}/", ""))
     return instead
 
 # %% ../nbs/40_results.ipynb #af0a0e19
 def _evaluation(path: Path, facts: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> Record:
     record, suite = Record.load(path), path.stem[5:]
     judged = record.config.get("run") or facts
-    if record.config.get("suite", suite) != suite or any(judged.get(k) != facts.get(k) for k in ("about", "recipe")):
+    if (record.config.get("suite", suite) != suite
+        or any(judged.get(k) != facts.get(k) for k in ("about", "recipe"))):
         raise ValueError("judges another network or suite")
     rows = [row for row in log if "val_robust" in row]
-    last = {"last": len(log), "best": best_row(rows)["epoch"] if rows else None}.get(record.config.get("weights", "last"))
-    if record.config.get("epoch", last) != last: raise ValueError(f"judges epoch {record.config['epoch']}, not {last}")
+    last = {"last": len(log), "best": best_row(rows)["epoch"] if rows
+            else None}.get(record.config.get("weights", "last"))
+    if record.config.get("epoch", last) != last:
+        raise ValueError(f"judges epoch {record.config['epoch']}, not {last}")
     check_answer(suite, record.metrics)
     return _named(record) if suite == "masking" else record
 
@@ -162,7 +180,8 @@ def _named(record: Record) -> Record:
 
 # %% ../nbs/40_results.ipynb #28351bf2
 def _log(path: Path) -> list[dict[str, Any]]:
-    return [{"loss": float(row["loss"]), "epoch": int(row["epoch"])} | row for row in read_jsonl(path)]
+    return [{"loss": float(row["loss"]), "epoch": int(row["epoch"])} | row
+            for row in read_jsonl(path)]
 
 # %% ../nbs/40_results.ipynb #847c7354
 def _machine(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,7 +193,8 @@ def _machine(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_run(path: Path, folder: str) -> Run:
     problems: list[str] = []
-    facts = _attempt(problems, lambda p: dict(json.loads(p.read_text(encoding="utf-8"))), path / "run.json", {})
+    facts = _attempt(problems, lambda p: dict(json.loads(p.read_text(encoding="utf-8"))),
+                     path / "run.json", {})
     kept = {k: v for k, v in facts.items() if isinstance(v, dict)}
     about, recipe, machine = kept.get("about", {}), kept.get("recipe", {}), _machine(facts)
     if missing := {"name", "tier", "data", "seed"} - set(about):
@@ -182,9 +202,11 @@ def _read_run(path: Path, folder: str) -> Run:
     log = _attempt(problems, _log, path / "log.jsonl", [])
     if length := shortfall(recipe, log): problems.append(length)
     if about.get("tier", "") not in ("", *TIERS): problems.append(f"unknown tier {about['tier']!r}")
-    _attempt(problems, lambda p: Run(folder, about, recipe, machine, log, {}).plan, path / "run.json", None)
+    _attempt(problems, lambda p: Run(folder, about, recipe, machine, log, {}).plan,
+             path / "run.json", None)
     usable, read = not problems, partial(_evaluation, facts=kept, log=log)
-    records = {p.stem[5:]: _attempt(problems, read, p, None) for p in sorted(path.glob("eval-*.json"))}
+    records = {p.stem[5:]: _attempt(problems, read, p, None)
+               for p in sorted(path.glob("eval-*.json"))}
     records = {suite: record for suite, record in records.items() if record is not None}
     return Run(folder, about, recipe, machine, log, records, tuple(problems), usable)
 
@@ -201,9 +223,13 @@ def _agreeing(run: Run, first: dict[Any, Any]) -> Run:
     if not run.usable: return run
     kept, problems = {}, list(run.problems)
     for suite, record in run.evaluations.items():
-        way = {k: record.config.get(k) for k in ("steps", "weights", "budget")} | {"seed": record.seed}
-        if (agreed := first.setdefault((*run.group, "records of", suite), way)) == way: kept[suite] = record
-        else: problems.append(f"eval-{suite}.json set aside: other {', '.join(k for k in way if way[k] != agreed[k])}")
+        way = {k: record.config.get(k)
+               for k in ("steps", "weights", "budget")} | {"seed": record.seed}
+        if (agreed := first.setdefault((*run.group, "records of", suite), way)) == way:
+            kept[suite] = record
+        else:
+            problems.append(f"eval-{suite}.json set aside: other "
+                            f"{', '.join(k for k in way if way[k] != agreed[k])}")
     return replace(run, evaluations=kept, problems=tuple(problems))
 
 # %% ../nbs/40_results.ipynb #11cc0f76
@@ -223,7 +249,8 @@ def read_runs(
         if run.usable:
             twin = first.setdefault(key[:-1], run)
             if other := [k for k, v in _setting(run).items() if v != _setting(twin).get(k)]:
-                run = replace(run, usable=False, problems=(*run.problems, f"not as {twin.folder}: {', '.join(other)}"))
+                run = replace(run, usable=False,
+                              problems=(*run.problems, f"not as {twin.folder}: {', '.join(other)}"))
             else: seen[key] = run.folder
         runs.append(_agreeing(run, first))
     return runs
@@ -290,7 +317,8 @@ def _ours_for(paper: Paper, number: int, metric: str) -> str:
 
 
 def _printed(paper: Paper, number: int) -> dict[str, dict[str, float]]:
-    "A table as {row: {column: percent}}; what was misprinted has a column of its own beside the number meant."
+    """A table as {row: {column: percent}}; what was misprinted has a column of its own beside
+    the number meant."""
     table, rows = published(paper.key, number), {}
     for label, metric, value in zip(row_labels(table), table["metric"], table["value"]):
         rows.setdefault(label, {})[_ours_for(paper, number, metric)] = value
@@ -303,7 +331,8 @@ def _printed(paper: Paper, number: int) -> dict[str, dict[str, float]]:
 def printed_numbers(
     paper: Paper,  # Whose tables
 ) -> dict[tuple[str, ...], float]:  # Percent by (recipe, column, data set, source or "")
-    "The published numbers of a paper's recipes, those of the first table where a number is printed twice."
+    """The published numbers of a paper's recipes, those of the first table where a number is
+    printed twice."""
     found: dict[tuple[str, ...], float] = {}
     for number in dict.fromkeys(row.table for row in paper.rows):
         numbers = _printed(paper, number)
@@ -325,7 +354,8 @@ def transfer_key(
     for run in runs: trained.setdefault(Path(run.folder).name, set()).add(run.name)
     attacked = [run for run in runs if run.usable and run.name == recipe]
     for key in sorted({k for run in attacked for k in run.metrics(suite).get("sources", {})}):
-        stem = key.rpartition("-s")[0]  # folders are named after the recipe, with or without its paper
+        # folders are named after the recipe, with or without its paper
+        stem = key.rpartition("-s")[0]
         if source in trained.get(key, {f"{paper}/{stem}", stem.replace("-", "/", 1)}): return key
     return source.rpartition("/")[2]
 
@@ -333,11 +363,13 @@ def transfer_key(
 def _ours(runs: Sequence[Run], row: Row | None, column: str, **where: str) -> Share | None:
     if row is None: return None
     if not row.source: return survivors(runs, row.recipe, column, **where)
-    key = transfer_key([run for run in runs if run.group == (where["tier"], where["data"])], row.recipe, row.source)
+    key = transfer_key([run for run in runs if run.group == (where["tier"], where["data"])],
+                       row.recipe, row.source)
     return survivors(runs, row.recipe, column, "transfer", "sources", key, **where)
 
 # %% ../nbs/40_results.ipynb #375cbc45
-def _lines(paper: Paper, number: int, runs: Sequence[Run], data: str | None, tiers: Sequence[str]) -> Iterator[tuple]:
+def _lines(paper: Paper, number: int, runs: Sequence[Run], data: str | None,
+           tiers: Sequence[str]) -> Iterator[tuple]:
     "The rows of `paper_table`."
     recipes = {row.label: row for row in paper.rows if row.table == number}
     for label, numbers in _printed(paper, number).items():
@@ -347,7 +379,8 @@ def _lines(paper: Paper, number: int, runs: Sequence[Run], data: str | None, tie
             for column in dict.fromkeys((*more, *numbers)):
                 share = _ours(runs, row, column, data=data or (row.data if row else ""), tier=tier)
                 low, high = share.interval if share else (math.nan, math.nan)
-                ours, printed = 100 * share.value if share else math.nan, numbers.get(column, math.nan)
+                ours, printed = (100 * share.value if share else math.nan,
+                                 numbers.get(column, math.nan))
                 yield (label, column, tier, printed, ours, 100 * low, 100 * high, ours - printed,
                        len(share.seeds) if share else 0, share.n if share else 0)
 
@@ -358,7 +391,8 @@ def paper_table(
     runs: Sequence[Run],  # As read; may be empty
     *,
     data: str | None = None,  # Data set of ours; None: the table's own
-) -> pd.DataFrame:  # row, column, tier, paper, ours, low, high, gap (percent), seeds, n; remark if there is any
+) -> pd.DataFrame:
+    # row, column, tier, paper, ours, low, high, gap (percent), seeds, n; remark if there is any
     "One table of a paper with ours beside every number."
     if paper not in papers():
         raise ValueError(f"unknown paper {paper!r}: choose one of {', '.join(papers())}")
@@ -369,18 +403,21 @@ def paper_table(
     filled = frame.groupby("tier")["ours"].transform("count") > 0
     said = {(row.label, tier): remark(mine, row.recipe, data=data or row.data, tier=tier)
             for row in papers()[paper].rows if row.table == number for tier in tiers}
-    if any(said.values()): frame["remark"] = [said.get(key, "") for key in zip(frame["row"], frame["tier"])]
+    if any(said.values()):
+        frame["remark"] = [said.get(key, "") for key in zip(frame["row"], frame["tier"])]
     return frame[filled if filled.any() else frame["tier"] == tiers[0]].reset_index(drop=True)
 
 # %% ../nbs/40_results.ipynb #b46fb372
 def side_by_side(
     table: pd.DataFrame,  # From `paper_table`
 ) -> pd.DataFrame:  # Text: rows (row, source), a column per attack
-    "A comparison to read: paper, ours, its interval, test images, gap; '-' where there is no number."
+    """A comparison to read: paper, ours, its interval, test images, gap; '-' where there is no
+    number."""
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for cell in table.itertuples():
         tier = cell.tier or "ours"
-        texts = {"paper": f"{cell.paper:.1f}", tier: f"{cell.ours:.1f}", f"{tier}, 95 %": f"{cell.low:.1f}–{cell.high:.1f}",
+        texts = {"paper": f"{cell.paper:.1f}", tier: f"{cell.ours:.1f}",
+                 f"{tier}, 95 %": f"{cell.low:.1f}–{cell.high:.1f}",
                  f"{tier}, images": str(cell.n or "nan"), f"{tier}, gap": f"{cell.gap:+.1f}"}
         for source, text in texts.items():
             line = lines.setdefault((cell.row, source), {})
@@ -400,8 +437,10 @@ def recipe_names(
 ) -> list[str]:  # Full names, in the order of the catalogue
     "Recipes that have a finished run."
     order = list(recipes())
-    found = {run.name for run in runs if run.usable and run.group == (tier, data) and paper in (None, run.paper)}
-    return sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
+    found = {run.name for run in runs if run.usable and run.group == (tier, data)
+             and paper in (None, run.paper)}
+    return sorted(found,
+                  key=lambda name: (order.index(name) if name in order else len(order), name))
 
 # %% ../nbs/40_results.ipynb #975e2809
 def overview(
@@ -416,7 +455,8 @@ def overview(
     mine = [run for run in runs if run.usable and run.name in names and run.group == (tier, data)]
     columns = dict.fromkeys(column for run in mine for column in _columns(run))
     rows = {name: {column: share.text if share else "-" for column in columns
-                   for share in [survivors(mine, name, column, data=data, tier=tier)]} for name in names}
+                   for share in [survivors(mine, name, column, data=data, tier=tier)]}
+            for name in names}
     rows = {name: row for name, row in rows.items() if set(row.values()) != {"-"}}
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=list(columns))
     said = [remark(mine, name, data=data, tier=tier) for name in rows]
@@ -427,4 +467,5 @@ def _columns(run: Run) -> list[str]:
     "The columns of a run's paper; of a run of no paper those of its records."
     paper = papers().get(run.paper)
     if paper is not None and paper.columns: return [*paper.columns, *paper.scores, "Union"]
-    return [column for record in run.evaluations.values() for column in record.metrics.get("rows", ())]
+    return [column for record in run.evaluations.values()
+            for column in record.metrics.get("rows", ())]

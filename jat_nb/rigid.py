@@ -31,14 +31,15 @@ def _check_limits(max_deg: float, max_px: float, **steps: float) -> None:
     wrong = [f"{name}={value!r}" for name, value in values.items() if isinstance(value, bool)
              or not (isinstance(value, (int, float)) and 0 <= value < float("inf"))]
     if wrong or max_deg > 180:
-        raise ValueError(f"expected finite numbers >= 0 and max_deg <= 180, got {', '.join(wrong) or max_deg}")
+        raise ValueError("expected finite numbers >= 0 and max_deg <= 180, got "
+                         f"{', '.join(wrong) or max_deg}")
 
 
 def _check_shift(x: Tensor, max_px: float) -> None:
     "A picture shifted by its own size is empty."
     if max_px >= min(x.shape[2:]):
-        raise ValueError(f"max_px={max_px:g} moves images of {x.shape[2]} x {x.shape[3]} out of sight: "
-                         "give the largest shift in pixels")
+        raise ValueError(f"max_px={max_px:g} moves images of {x.shape[2]} x {x.shape[3]} out of "
+                         "sight: give the largest shift in pixels")
 
 # %% ../nbs/12_rigid.ipynb #6b3146b3
 @dataclass(frozen=True)
@@ -54,10 +55,12 @@ class Rigid:
     def __post_init__(self) -> None:
         _check_limits(self.max_deg, self.max_px, step_deg=self.step_deg, step_px=self.step_px)
 
-    def _limits(self, p: Tensor) -> Tensor: return p.new_tensor([self.max_deg, self.max_px, self.max_px])
+    def _limits(self, p: Tensor) -> Tensor:
+        return p.new_tensor([self.max_deg, self.max_px, self.max_px])
 
     def draw(self, x: Tensor, k: int, generator: Randomness = None) -> Tensor:
-        "k movements of each image, uniform within the bounds (B, k, 3); the first of more are those of fewer."
+        """k movements of each image, uniform within the bounds (B, k, 3); the first of more are
+        those of fewer."""
         _check_counts(k=k), _check_shift(x, self.max_px)
         p = x.new_zeros(len(x), k, 3)
         return (2 * uniform(p, generator) - 1) * self._limits(p)
@@ -112,7 +115,8 @@ def _look(model: nn.Module, x: Tensor, y: Tensor, target: Tensor | None, threat:
     "Objective and success (A, k) of candidates p (A, k, 3) for images x (A, C, H, W)."
     k = p.shape[1]
     labels, aims = (None if v is None else v.repeat_interleave(k) for v in (y, target))
-    value, success = _Objective(model, labels, aims, loss)(threat.apply(x.repeat_interleave(k, 0), p.flatten(0, 1)))
+    value, success = _Objective(model, labels, aims,
+                                loss)(threat.apply(x.repeat_interleave(k, 0), p.flatten(0, 1)))
     return value.float().nan_to_num(torch.inf).view(-1, k), success.view(-1, k)
 
 
@@ -125,8 +129,8 @@ def _portions(left: int, per_pass: int, k: int) -> tuple[int, int]:
 def _check_candidates(x: Tensor, threat: Threat, candidates: Tensor) -> None:
     shape, n = tuple(getattr(candidates, "shape", ())), threat.init(x, random=False).shape[1]
     if len(shape) not in (2, 3) or shape[-1] != n or (len(shape) == 3 and shape[0] != len(x)):
-        raise ValueError(f"expected candidates (k, {n}) for all images or ({len(x)}, k, {n}), each image's own, "
-                         f"got {shape or type(candidates).__name__}")
+        raise ValueError(f"expected candidates (k, {n}) for all images or ({len(x)}, k, {n}), each "
+                         f"image's own, got {shape or type(candidates).__name__}")
 
 # %% ../nbs/12_rigid.ipynb #326b0efd
 def search(
@@ -136,9 +140,11 @@ def search(
     threat: Threat,  # Whose parameters are tried, such as `Rigid`
     candidates: Tensor,  # Parameters to try (k, 3), or each image's own (B, k, 3)
     *,
-    loss: Loss | str = cross_entropy,  # Per-example loss that ranks candidates, or its name in LOSSES
+    # Per-example loss that ranks candidates, or its name in LOSSES
+    loss: Loss | str = cross_entropy,
     target: Tensor | None = None,  # Classes (B,) to be mistaken for
-    until_fooled: bool = True,  # An image that is fooled leaves the search; False: find its largest loss
+    # An image that is fooled leaves the search; False: find its largest loss
+    until_fooled: bool = True,
     images_per_pass: int = 256,  # Copies sent forward at a time
     max_bytes: int = 2**30,  # Most that the pixels of a pass may take
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
@@ -146,7 +152,8 @@ def search(
     "Try candidates, the identity first; success first, then loss (SRT section 4.2)."
     check_images(x)
     for labels in (y, y if target is None else target): check_labels(labels, x)
-    _check_counts(images_per_pass=images_per_pass, max_bytes=max_bytes), _check_candidates(x, threat, candidates)
+    _check_counts(images_per_pass=images_per_pass,
+                  max_bytes=max_bytes), _check_candidates(x, threat, candidates)
     own = candidates.to(x).expand(len(x), *candidates.shape[-2:])
     own = torch.cat([own.new_zeros(len(x), 1, own.shape[2]), own], dim=1)  # the identity first
     per_pass = max(1, min(images_per_pass, max_bytes // (x[0].numel() * x.element_size())))
@@ -164,7 +171,8 @@ def search(
             if until_fooled: left = left[~best.success[left]]
     x_adv = threat.apply(x, best.p)
     if not return_info: return x_adv
-    return Adversarial(x_adv, (best.p,), (threat,), best.loss, best.success, threat.contains(x, best.p), best.n_forward, 0)
+    return Adversarial(x_adv, (best.p,), (threat,), best.loss, best.success,
+                       threat.contains(x, best.p), best.n_forward, 0)
 
 # %% ../nbs/12_rigid.ipynb #c3f1e2ed
 def rigid_grid(
@@ -193,7 +201,8 @@ def rand_adv(
     max_deg: float = 30.0,  # Largest angle to either side, in degrees
     max_px: float = 3.0,  # Largest shift in each direction, in pixels
     padding: str = "zeros",  # What lies outside the image
-    loss: Loss | str = cross_entropy,  # Per-example loss that ranks movements, or its name in LOSSES
+    # Per-example loss that ranks movements, or its name in LOSSES
+    loss: Loss | str = cross_entropy,
     target: Tensor | None = None,  # Classes (B,) to be mistaken for
     until_fooled: bool = True,  # Stop at the first movement that fools; False: the worst of all
     images_per_pass: int = 256,  # Copies sent forward at a time
@@ -204,7 +213,8 @@ def rand_adv(
     "Random rotations and translations, each image its own (SRT section 4.2, RandAdv)."
     threat = Rigid(max_deg, max_px, padding=padding)
     return search(model, x, y, threat, threat.draw(x, k, generator), loss=loss, target=target,
-                  until_fooled=until_fooled, images_per_pass=images_per_pass, max_bytes=max_bytes, return_info=return_info)
+                  until_fooled=until_fooled, images_per_pass=images_per_pass, max_bytes=max_bytes,
+                  return_info=return_info)
 
 # %% ../nbs/12_rigid.ipynb #b34a226c
 def grid_adv(
@@ -217,7 +227,8 @@ def grid_adv(
     n_deg: int = 31,  # Angles (SRT: 31)
     n_px: int = 5,  # Shifts in each direction (SRT: 5)
     padding: str = "zeros",  # What lies outside the image
-    loss: Loss | str = cross_entropy,  # Per-example loss that ranks movements, or its name in LOSSES
+    # Per-example loss that ranks movements, or its name in LOSSES
+    loss: Loss | str = cross_entropy,
     target: Tensor | None = None,  # Classes (B,) to be mistaken for
     until_fooled: bool = True,  # Stop at the first movement that fools; False: the worst of all
     images_per_pass: int = 256,  # Copies sent forward at a time
@@ -228,12 +239,14 @@ def grid_adv(
     "Every combination of 31 angles and 25 shifts (SRT section 4.2, GridAdv)."
     threat = Rigid(max_deg, max_px, padding=padding)
     _check_counts(n_deg=n_deg, n_px=n_px), _check_shift(x, max_px)
-    points = rigid_grid(max_deg=max_deg, max_px=max_px, n_deg=n_deg if max_deg else 1, n_px=n_px if max_px else 1)
+    points = rigid_grid(max_deg=max_deg, max_px=max_px, n_deg=n_deg if max_deg else 1,
+                        n_px=n_px if max_px else 1)
     return search(model, x, y, threat, points, loss=loss, target=target, until_fooled=until_fooled,
                   images_per_pass=images_per_pass, max_bytes=max_bytes, return_info=return_info)
 
 # %% ../nbs/12_rigid.ipynb #d1d9db76
-SEARCHES = ("rand_adv", "grid_adv", "worst_of_k", "pgd_plus", "grid_plus")  # attacks that try copies of images
+# attacks that try copies of images
+SEARCHES = ("rand_adv", "grid_adv", "worst_of_k", "pgd_plus", "grid_plus")
 
 # %% ../nbs/12_rigid.ipynb #f4157975
 def worst_of_k(
@@ -245,13 +258,15 @@ def worst_of_k(
     max_deg: float = 30.0,  # Largest angle to either side, in degrees
     max_px: float = 3.0,  # Largest shift in each direction, in pixels
     padding: str = "zeros",  # What lies outside the image
-    loss: Loss | str = cross_entropy,  # Per-example loss that ranks movements, or its name in LOSSES
+    # Per-example loss that ranks movements, or its name in LOSSES
+    loss: Loss | str = cross_entropy,
     target: Tensor | None = None,  # Classes (B,) to be mistaken for
     generator: Randomness = None,  # One generator, or one per image
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "The worst of k random movements, for training (SRT section 4.2, Worst-of-k)."
-    return rand_adv(model, x, y, k=k, max_deg=max_deg, max_px=max_px, padding=padding, loss=loss, target=target,
+    return rand_adv(model, x, y, k=k, max_deg=max_deg, max_px=max_px, padding=padding, loss=loss,
+                    target=target,
                     until_fooled=False, generator=generator, return_info=return_info)
 
 # %% ../nbs/12_rigid.ipynb #479c4cdd
@@ -276,17 +291,21 @@ def rigid(
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "Projected ascent on angle and shifts: the first-order version of `rand_adv`."
     threat = Rigid(max_deg, max_px, step_deg, step_px, padding)
-    return ascend(model, x, y, [threat], steps=steps, loss=loss, target=target, random_start=random_start,
-                  restarts=restarts, keep_best=keep_best, generator=generator, return_info=return_info)
+    return ascend(model, x, y, [threat], steps=steps, loss=loss, target=target,
+                  random_start=random_start,
+                  restarts=restarts, keep_best=keep_best, generator=generator,
+                  return_info=return_info)
 
 # %% ../nbs/12_rigid.ipynb #e281db0d
-def _parts(fraction: float, eps: float, step: float, max_deg: float, max_px: float) -> tuple[dict, dict]:
+def _parts(fraction: float, eps: float, step: float, max_deg: float,
+           max_px: float) -> tuple[dict, dict]:
     "The lengths of PGD and of the grid at a share of all budgets."
     if not (isinstance(fraction, (int, float)) and 0 <= fraction <= 1):
         raise ValueError(f"expected a fraction in [0, 1], got {fraction!r}")
     _check_limits(max_deg, max_px)
     for name, value in (("eps", eps), ("step", step)):
-        if not isinstance(value, (int, float, Tensor)): raise ValueError(f"expected {name} to be a number, got {value!r}")
+        if not isinstance(value, (int, float, Tensor)):
+            raise ValueError(f"expected {name} to be a number, got {value!r}")
     return ({"eps": fraction * eps, "step": fraction * step},
             {"max_deg": fraction * max_deg, "max_px": fraction * max_px})
 

@@ -28,10 +28,12 @@ class Risks:
 
     @property
     def means(self) -> dict[str, float]:  # each in [0, 1], by name
-        return {name: getattr(self, name).double().mean().item() for name in ("standard", "adversarial", "robust")}
+        return {name: getattr(self, name).double().mean().item()
+                for name in ("standard", "adversarial", "robust")}
 
     @property
-    def gap(self) -> float:  # standard plus robust less adversarial, in [0, 1]: wrong and changing (Theorem 1)
+    def gap(self) -> float:
+        # standard plus robust less adversarial, in [0, 1]: wrong and changing (Theorem 1)
         return (self.standard & self.robust).double().mean().item()
 
 # %% ../nbs/13_risks.ipynb #f32f736b
@@ -46,7 +48,8 @@ def risks(
     y: Tensor,  # True classes (N,), int64
     attack: Callable[..., Tensor],  # attack(model, x, classes, generator=...) -> images like x
     *,
-    generator: Callable[[], Randomness] | None = None,  # Makes the source of randomness, the same for both questions
+    # Makes the source of randomness, the same for both questions
+    generator: Callable[[], Randomness] | None = None,
 ) -> Risks:  # Lower bounds of the two maxima: as good as the attack
     "The three risks of a network under an attack (SRT section 3, Lemma 1)."
     check_images(x), check_labels(y, x)

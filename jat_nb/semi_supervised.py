@@ -24,11 +24,13 @@ def _weighed(batch: Batch, right: Tensor, constant: Tensor, reduction: Reduction
     "Eq. 1 from two means, the second weighed; a part of a batch counts as its balance says."
     if reduction == "separate":
         return right + batch.balance * constant
-    per_label = len(batch.mixed) / (len(batch.y) * batch.balance)  # images for each labelled one, in the whole batch
+    # images for each labelled one, in the whole batch
+    per_label = len(batch.mixed) / (len(batch.y) * batch.balance)
     return (right + per_label * batch.balance * constant) / (1 + per_label)
 
 
-def _answers(model: nn.Module, x: Tensor, x_adv: Tensor, reduction: Reduction) -> tuple[Tensor, Tensor]:
+def _answers(model: nn.Module, x: Tensor, x_adv: Tensor,
+             reduction: Reduction) -> tuple[Tensor, Tensor]:
     "Logits on labelled and on attacked images; under \"concat\" all of them in one pass (D-S10)."
     if reduction == "separate":
         return model(x), model(x_adv)
@@ -37,7 +39,8 @@ def _answers(model: nn.Module, x: Tensor, x_adv: Tensor, reduction: Reduction) -
 
 # %% ../nbs/23_semi_supervised.ipynb #5e2f62ff
 def srt(
-    model: nn.Module | Callable[[Tensor], Tensor],  # Classifier in train mode, images in [0, 1] to logits
+    # Classifier in train mode, images in [0, 1] to logits
+    model: nn.Module | Callable[[Tensor], Tensor],
     batch: Batch,  # Labelled and perhaps unlabelled images, and the source of randomness
     attack: Callable[..., Tensor],  # attack(model, x, classes, target=..., generator=...) -> images
     *,
@@ -57,25 +60,30 @@ def srt(
 
 # %% ../nbs/23_semi_supervised.ipynb #48b54a36
 def _diverging(logits: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    "A loss for an attack: divergence (B,) from given logits (B, K), in nats; the classes are not read."
+    """A loss for an attack: divergence (B,) from given logits (B, K), in nats; the classes are
+    not read."""
     def loss(found: Tensor, y: Tensor) -> Tensor:
         if len(found) != len(logits):
-            raise ValueError(f"expected answers to the {len(logits)} images of the batch in their order, got "
-                             f"{len(found)}: attacks that search copy and drop images, take one that climbs "
-                             "a gradient, such as rigid for movements")
+            raise ValueError(f"expected answers to the {len(logits)} images of the batch in their "
+                             f"order, got {len(found)}: attacks that search copy and drop images, "
+                             "take one that climbs a gradient, such as rigid for movements")
         return kl_divergence(logits, found)
     return loss
 
 
-def _from_own(model: nn.Module, x: Tensor, y: Tensor, attack: Callable[..., Tensor], batch: Batch) -> Tensor:
+def _from_own(model: nn.Module, x: Tensor, y: Tensor, attack: Callable[..., Tensor],
+              batch: Batch) -> Tensor:
     "Images whose answers are as far as possible from those on x."
-    return attack(model, x, y, target=None, loss=_diverging(clean_logits(model, x)), generator=batch.generator)
+    return attack(model, x, y, target=None, loss=_diverging(clean_logits(model, x)),
+                  generator=batch.generator)
 
 # %% ../nbs/23_semi_supervised.ipynb #c010b169
 def trades(
-    model: nn.Module | Callable[[Tensor], Tensor],  # Classifier in train mode, images in [0, 1] to logits
+    # Classifier in train mode, images in [0, 1] to logits
+    model: nn.Module | Callable[[Tensor], Tensor],
     batch: Batch,  # Labelled images and the source of randomness
-    attack: Callable[..., Tensor],  # attack(model, x, y, loss=..., target=..., generator=...) -> images
+    # attack(model, x, y, loss=..., target=..., generator=...) -> images
+    attack: Callable[..., Tensor],
     *,
     beta: float = 6.0,  # Of the divergence (SRT section 5: 6 on CIFAR-10, 1 on MNIST)
 ) -> Tensor:  # Scalar, nats
@@ -86,7 +94,8 @@ def trades(
 
 
 def klr(
-    model: nn.Module | Callable[[Tensor], Tensor],  # Classifier in train mode, images in [0, 1] to logits
+    # Classifier in train mode, images in [0, 1] to logits
+    model: nn.Module | Callable[[Tensor], Tensor],
     batch: Batch,  # Labelled images and the source of randomness
     attack: Callable[..., Tensor],  # attack(model, x, y, target=..., generator=...) -> images
     *,
@@ -110,9 +119,11 @@ def guessed(
 
 # %% ../nbs/23_semi_supervised.ipynb #c8e7d355
 def rst(
-    model: nn.Module | Callable[[Tensor], Tensor],  # Classifier in train mode, images in [0, 1] to logits
+    # Classifier in train mode, images in [0, 1] to logits
+    model: nn.Module | Callable[[Tensor], Tensor],
     batch: Batch,  # Labelled and unlabelled images, and the source of randomness
-    attack: Callable[..., Tensor],  # attack(model, x, y, loss=..., target=..., generator=...) -> images
+    # attack(model, x, y, loss=..., target=..., generator=...) -> images
+    attack: Callable[..., Tensor],
     *,
     teacher: nn.Module,  # Labels the unlabelled images
     beta: float = 6.0,  # As for `trades` (SRT section 5: 6)
@@ -122,9 +133,11 @@ def rst(
 
 
 def uat(
-    model: nn.Module | Callable[[Tensor], Tensor],  # Classifier in train mode, images in [0, 1] to logits
+    # Classifier in train mode, images in [0, 1] to logits
+    model: nn.Module | Callable[[Tensor], Tensor],
     batch: Batch,  # Labelled and unlabelled images, and the source of randomness
-    attack: Callable[..., Tensor],  # attack(model, x, y, loss=..., target=..., generator=...) -> images
+    # attack(model, x, y, loss=..., target=..., generator=...) -> images
+    attack: Callable[..., Tensor],
     *,
     teacher: nn.Module,  # Labels the unlabelled images
     beta: float = 6.0,  # Of the terms on all images (SRT section 5: 6, on CIFAR-10 1)

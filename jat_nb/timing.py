@@ -27,15 +27,20 @@ class Rounds:
 
     def ratio(self, case: str, base: str, scale: float = 1.0) -> dict[str, Any]:
         "How many times `scale` bases a case costs, round by round: median and quartiles."
-        low, median, high = spread([a / (scale * b) for a, b in zip(self.values[case], self.values[base], strict=True)])
-        return {"case": case, "base": base, "scale": scale, "median": median, "low": low, "high": high}
+        low, median, high = spread([a / (scale * b)
+                                    for a, b in zip(self.values[case], self.values[base],
+                                                    strict=True)])
+        return {"case": case, "base": base, "scale": scale, "median": median, "low": low,
+                "high": high}
 
 
 def spread(
     values: Sequence[float],  # Repeats of one measurement
 ) -> list[float]:  # Lower quartile, median, upper quartile
     "What to print of repeated measurements."
-    return torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
+    return torch.tensor(values,
+                        dtype=torch.float64).quantile(torch.tensor([0.25, 0.5,
+                                                                    0.75]).double()).tolist()
 
 # %% ../nbs/56_timing.ipynb #05d4c48b
 def interleave(
@@ -48,7 +53,8 @@ def interleave(
 ) -> Rounds:  # Seconds and results
     "Run every case once per round, in alternating order, and time it."
     if rounds < 1 or not cases:
-        raise ValueError(f"expected at least one case and one round, got {list(cases)} and {rounds}")
+        raise ValueError(f"expected at least one case and one round, got {list(cases)} and "
+                         f"{rounds}")
     timed = Rounds({name: [] for name in cases}, {name: [] for name in cases})
     turns = [(i, name) for i in range(rounds) for name in list(cases)[:: -1 if i % 2 else 1]]
     for i, name in progress(turns, description=description, unit="call"):
@@ -66,6 +72,7 @@ def slope(
 ) -> float:  # Exponent p of costs ~ sizes ** p
     "Slope of the least-squares line through the points on log-log axes."
     if len(sizes) != len(costs) or len(set(sizes)) < 2 or min(*sizes, *costs) <= 0:
-        raise ValueError(f"expected positive costs at two or more sizes, got {list(sizes)} and {list(costs)}")
+        raise ValueError(f"expected positive costs at two or more sizes, got {list(sizes)} and "
+                         f"{list(costs)}")
     a, b = (torch.tensor(v, dtype=torch.float64).log() for v in (sizes, costs))
     return ((a - a.mean()) * (b - b.mean())).sum().item() / (a - a.mean()).square().sum().item()

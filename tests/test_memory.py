@@ -193,7 +193,7 @@ def test_moments_of_a_batch_by_hand():
     ({"r": -0.1}, "at least 0 nats"), ({"r": math.nan}, "at least 0 nats"), ({"r": math.inf}, "at least 0 nats"),
     ({"r": 1.5, "mode": "relative"}, r"in \[-1, 1\]"), ({"r": 1.0, "mode": "soft"}, "unknown mode 'soft'"),
     ({"r": 1.0, "estimator": "all"}, "unknown estimator 'all'"), ({"r": 1.0, "warm_up": 0}, "warm_up <= window"),
-    ({"r": 1.0, "window": 5}, "warm_up <= window, got 8 and 5")])
+    ({"r": 1.0, "window": 5}, "warm_up <= window, since weights .* got 8 and 5")])
 def test_wrong_settings_are_refused_at_once(options, message):
     with pytest.raises(ValueError, match=message): Pareto(**options)
     with pytest.raises(ValueError, match="warm_up|objective 'pareto'|of objective 'pareto'|JSON"):
@@ -213,7 +213,7 @@ def test_recipes_that_cannot_work_are_refused(changes, message):
 
 
 def test_fewer_than_two_losses():
-    with pytest.raises(ValueError, match="at least two losses"): Pareto(r=1.0).start(0)
+    with pytest.raises(ValueError, match="a natural loss, one for each attack"): Pareto(r=1.0).start(0)
 
 
 @pytest.mark.parametrize("answer", [ValueError("planted"), np.linalg.LinAlgError("planted"),

@@ -76,7 +76,8 @@ _SEVEN = {"Natural": "natural", "multi-step-Pixel (Madry)": "madry",
 _FOUR = {"Natural": "natural", "Madry": "madry", "Bilateral": "one-step-pixel",
          "Joint": "one-step-joint"}
 _GRID = {f"eps_x={grey}/255;eps_w={px}px": f"budget-{grey}-{px}"
-         for grey in (2, 4, 6, 8) for px in (0.1, 0.2, 0.3)} | {"eps_x=8/255;eps_w=0.3px": "one-step-joint"}
+         for grey in (2, 4, 6, 8)
+         for px in (0.1, 0.2, 0.3)} | {"eps_x=8/255;eps_w=0.3px": "one-step-joint"}
 
 _MAIN = tuple(Row(table, label, f"jat/{name}", data) for table, data, rows in (
     (1, "cifar10", _SEVEN),
@@ -215,7 +216,8 @@ _ATTACK = (
 _SINGLES = [row.recipe for row in ROWS if row.table == 1 and row.recipe != "jat/one-step-joint"]
 
 _TRAINING = (
-    Claim("JC5", "The natural model keeps less than 10 percent under PGD20, spatial and joint attack", (
+    Claim("JC5",
+          "The natural model keeps less than 10 percent under PGD20, spatial and joint attack", (
         Check("level", tuple(("natural", c) for c in ("PGD20", "Spatial", "Joint")), at_most=10),
         Check("level", (("natural", "Spatial"),), "svhn", at_most=10,
               options={"if_measured": True})),
@@ -268,7 +270,8 @@ def raw_fgsm(
 _WAYS = ("one-step-joint", "cascade", "one-pass")
 
 _HOW = (
-    Claim("JC11", "Training by double pass beats the cascade, which beats one pass, under all three "
+    Claim("JC11",
+          "Training by double pass beats the cascade, which beats one pass, under all three "
           "attacks", tuple(Check("order", tuple((name, column) for name in _WAYS), at_least=0)
                            for column in ("PGD20", "Spatial", "Joint")),
           "64.0 / 48.7 / 32.6; 68.0 / 49.4 / 44.9; 53.1 / 31.8 / 23.8"),
@@ -295,9 +298,11 @@ def _trained_at(grey: int, px: float) -> str:
 
 # %% ../../nbs/44_jat.ipynb #14990b05
 _BUDGETS = (
-    Claim("JC14", "Smaller training budgets give more PGD100 accuracy (rank correlations below zero) "
+    Claim("JC14",
+          "Smaller training budgets give more PGD100 accuracy (rank correlations below zero) "
           "and the smallest the most PGD20 accuracy", (
-              *(Check("trend", tuple((_trained_at(grey, px), "PGD100") for grey in _GREYS), at_most=0,
+              *(Check("trend", tuple((_trained_at(grey, px), "PGD100") for grey in _GREYS),
+                      at_most=0,
                       options={"what": f"rank correlation of eps_x and PGD100 at {px} px"})
                 for px in _PXS),
               Check("trend", tuple((_trained_at(grey, px), "PGD100") for grey in _GREYS
@@ -306,7 +311,8 @@ _BUDGETS = (
               *(_gap((_trained_at(2, 0.1), "PGD20"), (_trained_at(grey, px), "PGD20"), at_least=0)
                 for grey in _GREYS for px in _PXS if (grey, px) != (2, 0.1))),
           "68.7 at 2/255, 0.1 px"),
-    Claim("JC15", "From PGD20 to PGD100 accuracy drops by at most 2 points for training budgets up to "
+    Claim("JC15",
+          "From PGD20 to PGD100 accuracy drops by at most 2 points for training budgets up to "
           "6/255 and by more than 8 at 8/255",
           tuple(_gap((_trained_at(grey, px), "PGD20"), (_trained_at(grey, px), "PGD100"),
                      **({"at_most": 2} if grey < 8 else {"at_least": 8}))
@@ -366,14 +372,16 @@ def rewarped(
 
 # %% ../../nbs/44_jat.ipynb #dad607fe
 _IMAGES = (
-    Claim("JC19", "Warped by 0.3 px, images stay similar (mean SSIM above 0.95) while most change by "
+    Claim("JC19",
+          "Warped by 0.3 px, images stay similar (mean SSIM above 0.95) while most change by "
           "more than 8/255",
           tuple(check for name in ("natural", "one-step-joint") for check in (
               Check("mean", ((name, "SSIM", "claims", "similarity"),), at_least=95,
                     options={"times": 100, "what": "mean SSIM in percent"}),
               Check("beyond", ((name, "linf", "claims", "similarity"),), at_least=50,
                     options={"above": 8 / 255, "what": "percent of images beyond 8/255"})))),
-    Claim("JC20", "Accumulating the flow keeps more gradient energy than warping again, stays within "
+    Claim("JC20",
+          "Accumulating the flow keeps more gradient energy than warping again, stays within "
           "the budget, and finds as much (5 points)", tuple(
               Check("jat_nb.papers.jat:rewarped", ((name, "energy", "claims", "rewarp"),))
               for name in ("natural", "one-step-joint"))),

@@ -57,7 +57,8 @@ def paper_attack(
     steps: int,  # Steps, one gradient each
     **other: Any,  # Keywords of the attack that replace the paper's
 ) -> Spec:  # Name and options, for a recipe or a suite
-    "An attack of the paper in this package's words: flows in pixels, from a start that moves nothing."
+    """An attack of the paper in this package's words: flows in pixels, from a start that moves
+    nothing."""
     n = NUMBERS[data]
     px = {name: grid_to_px(getattr(n, f"{name}_flow"), n.side) for name in ("eps", "step")}
     grid = {"padding": "zeros", "random_start": False}
@@ -205,7 +206,8 @@ LABELS: Mapping[Family, str] = MappingProxyType({
 
 
 def _counts(family: Family, data: str) -> tuple[int, ...]:
-    "Numbers of steps in evaluation; the integrated attack takes as many as the longest of its parts."
+    """Numbers of steps in evaluation; the integrated attack takes as many as the longest of its
+    parts."""
     n = NUMBERS[data]
     return {"pgd": n.pgd_counts, "integrated": n.grid_counts[-1:]}.get(family, n.grid_counts)
 

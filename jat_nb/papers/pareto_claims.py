@@ -45,7 +45,8 @@ def _losses(g: torch.Generator) -> np.ndarray:
 
 # %% ../../nbs/50_pareto_claims.ipynb #7dedaeeb
 def _double_sum(g: torch.Generator) -> float:
-    "The quadratic form against the mean over batches of all squared differences of weighted losses."
+    """The quadratic form against the mean over batches of all squared differences of weighted
+    losses."""
     losses, alpha = _losses(g), torch.rand(4, generator=g, dtype=torch.float64).numpy()
     P, weighted = disagreement(moments(losses)[1]), losses * alpha
     pairs = weighted[:, :, None] - weighted[:, None, :]
@@ -97,7 +98,8 @@ def _proposition_2(g: torch.Generator) -> float:
 _THEOREMS: Mapping[str, tuple[Callable[[torch.Generator], float], int, float]] = MappingProxyType({
     "Proposition 1": (_proposition_1, 1, 1e-10), "disagreement": (_double_sum, 200, 1e-9),
     "requirement": (_requirement, 200, 1e-6), "balance": (_balance, 200, 1e-5),
-    "value": (_convexity, 200, 1e-6), "Proposition 2": (_proposition_2, 20, 1e-6)})  # cases, tolerance
+    # cases, tolerance
+    "value": (_convexity, 200, 1e-6), "Proposition 2": (_proposition_2, 20, 1e-6)})
 
 
 def _exact(e: Evidence, check: Check) -> Iterator[Finding]:
@@ -112,14 +114,16 @@ _HERE = "jat_nb.papers.pareto_claims:"
 
 # %% ../../nbs/50_pareto_claims.ipynb #24a64d05
 def _local_where_fooled(e: Evidence, check: Check) -> Iterator[Finding]:
-    "Frequency of the smooth flow less that of the affine map, on the images that each price lets it fool."
+    """Frequency of the smooth flow less that of the affine map, on the images that each price
+    lets it fool."""
     recipe, suite = check.at[0]
     affine_map = recorded(e, (recipe, "rt", suite, "frequency"), check.data)
     for tau in ("0", "0.01", "0.05", "0.2", "1"):
         smooth = recorded(e, (recipe, tau, suite, "frequency", "smooth"), check.data)
         fooled = recorded(e, (recipe, tau, suite, "fooled"), check.data)
         values = [100 * (a - b) for a, b, hit in zip(smooth, affine_map, fooled) if hit]
-        yield median_finding(f"price {tau}, smooth less RT, cycles per 100 px", values, **check.bounds)
+        yield median_finding(f"price {tau}, smooth less RT, cycles per 100 px", values,
+                             **check.bounds)
 
 # %% ../../nbs/50_pareto_claims.ipynb #082ed74f
 def _interior(e: Evidence, check: Check) -> Iterator[Finding]:
@@ -131,7 +135,8 @@ def _interior(e: Evidence, check: Check) -> Iterator[Finding]:
 
 # %% ../../nbs/50_pareto_claims.ipynb #55d9d772
 def _leads(e: Evidence, check: Check) -> Iterator[Finding]:
-    "Of four networks, how far the first is ahead of the second, less how far the third is ahead of the fourth."
+    """Of four networks, how far the first is ahead of the second, less how far the third is
+    ahead of the fourth."""
     scores = redrawn(e, check.at, check.data)
     more = None if scores is None else scores @ scores.new_tensor([1.0, -1.0, -1.0, 1.0])
     yield redrawn_finding(check.options["what"], more, **check.bounds)
@@ -141,19 +146,23 @@ _FAMILIES = ("Sensitivity", "Local", "Global")
 
 # %% ../../nbs/50_pareto_claims.ipynb #999273a3
 def _learnt(e: Evidence, name: str, data: str) -> bool:
-    "Whether a network is better than guessing among ten classes; so is taken one that was not judged."
+    """Whether a network is better than guessing among ten classes; so is taken one that was not
+    judged."""
     share = e.share((name, "Clean"), data)
     return share is None or share.value >= 0.15
 
 
 def _approaches(e: Evidence, check: Check) -> Iterator[Finding]:
-    "Rank correlation of the mean distance of two networks' scores with the place in a sweep, of pairs that learnt."
+    """Rank correlation of the mean distance of two networks' scores with the place in a sweep,
+    of pairs that learnt."""
     names, what = [where[0] for where in check.at], check.options["what"]
-    pairs = [pair for pair in zip(names[::2], names[1::2]) if all(_learnt(e, n, check.data) for n in pair)]
+    pairs = [pair for pair in zip(names[::2], names[1::2])
+             if all(_learnt(e, n, check.data) for n in pair)]
     if len(pairs) < 3:
         yield Finding(f"{what}, too few pairs of networks that learnt", **check.bounds)
         return
-    scores = redrawn(e, [(name, column) for pair in pairs for name in pair for column in _FAMILIES], check.data)
+    scores = redrawn(e, [(name, column) for pair in pairs for name in pair for column in _FAMILIES],
+                     check.data)
     trend = None
     if scores is not None:
         of_pairs = scores.view(len(scores), -1, 2, 3)  # (1 + draws, pairs, networks, scores)
@@ -162,7 +171,8 @@ def _approaches(e: Evidence, check: Check) -> Iterator[Finding]:
 
 # %% ../../nbs/50_pareto_claims.ipynb #5da7196f
 def _beneath(e: Evidence, check: Check) -> Iterator[Finding]:
-    "For each other method, by how many points it fails to dominate any network of the front; below zero: it does."
+    """For each other method, by how many points it fails to dominate any network of the front;
+    below zero: it does."""
     front, others = check.at, check.options["others"]
     for name in others:
         x, y = (redrawn(e, [(name, column), *((w[0], column) for w in front)], check.data)
@@ -182,7 +192,8 @@ def _told(e: Evidence, recipe: str, data: str, fact: Callable[[Run], float | Non
 # %% ../../nbs/50_pareto_claims.ipynb #e7f6da57
 def _natural_weight(run: Run) -> float | None:
     "Weight of the natural loss, mean over all steps of training."
-    said = [row["objective"] for row in run.log if "alpha" in row.get("objective", {}).get("mean", {})]
+    said = [row["objective"] for row in run.log
+            if "alpha" in row.get("objective", {}).get("mean", {})]
     steps = sum(part["steps"] for part in said)
     return sum(part["steps"] * part["mean"]["alpha"][0] for part in said) / steps if steps else None
 
@@ -192,7 +203,8 @@ _FACTS: Mapping[str, Callable[[Run], float | None]] = MappingProxyType({
 
 # %% ../../nbs/50_pareto_claims.ipynb #2ffcacb1
 def _along(e: Evidence, check: Check) -> Iterator[Finding]:
-    "Rank correlation of a fact about training with the place in a sweep, over the networks that have it."
+    """Rank correlation of a fact about training with the place in a sweep, over the networks
+    that have it."""
     fact, names = _FACTS[check.options["fact"]], [where[0] for where in check.at]
     values = [_told(e, name, check.data, fact) for name in names]
     known = [value for value in values if not math.isnan(value)]
@@ -214,7 +226,8 @@ def _bounded(e: Evidence, check: Check) -> Iterator[Finding]:
     "The largest such excess over the logged steps of each network."
     for where in check.at:
         runs = e.of(where[0], data=check.data)
-        steps = [s for run in runs for row in run.log for s in row.get("objective", {}).get("trace", [])]
+        steps = [s for run in runs for row in run.log
+                 for s in row.get("objective", {}).get("trace", [])]
         solved = [s for s in steps if s["solver"] not in ("warm-up", "held", "failed")]
         what = f"{where[0]}, weight beyond its bounds"
         if not solved: continue
@@ -223,14 +236,16 @@ def _bounded(e: Evidence, check: Check) -> Iterator[Finding]:
 
 # %% ../../nbs/50_pareto_claims.ipynb #9a1be231
 def _passes(recipe: Recipe) -> int:
-    "Model passes of a step: two for each step of an attack, three for each loss that is trained on."
+    """Model passes of a step: two for each step of an attack, three for each loss that is
+    trained on."""
     steps = [link[1]["steps"] for chain in recipe.attacks.values() for link in chain]
     losses = len(recipe.attacks) + (recipe.objective == "pareto")
     return 2 * sum(steps) + 3 * losses
 
 
 def _cost(e: Evidence, check: Check) -> Iterator[Finding]:
-    "Model passes of one training over another's, as published; and the seconds of their epochs as recorded."
+    """Model passes of one training over another's, as published; and the seconds of their epochs
+    as recorded."""
     names = [e.full(where[0]) for where in check.at]
     passes = _passes(RECIPES[names[0]]) / _passes(RECIPES[names[1]])
     yield Finding("passes of a step, Pareto over Ave", passes, passes, passes, **check.bounds)
@@ -250,8 +265,10 @@ _HOMES = ("mnist", "cifar10", "caltech256")
 def _pareto(data: str) -> str: return f"pareto-{HEADLINE[data]}"
 
 # %% ../../nbs/50_pareto_claims.ipynb #4cc62974
-def _higher(column: str, *pairs: tuple[str, str], homes: Sequence[str] = _HOMES) -> tuple[Check, ...]:
-    "One network at least as good as another, on every data set; Caltech-256 where there are records."
+def _higher(column: str, *pairs: tuple[str, str],
+            homes: Sequence[str] = _HOMES) -> tuple[Check, ...]:
+    """One network at least as good as another, on every data set; Caltech-256 where there are
+    records."""
     return tuple(
         Check("gap", ((f"{d}-{a}", column), (f"{d}-{b}", column)), d, at_least=0.0,
               options={"if_measured": d == "caltech256"})
@@ -261,17 +278,20 @@ def _higher(column: str, *pairs: tuple[str, str], homes: Sequence[str] = _HOMES)
 def _best(column: str, name: str) -> tuple[Check, ...]:
     "A network at least as good as every other of Table 1."
     return tuple(
-        check for d in _HOMES for other in ("natural", "pgd", "spatial", "max", "average", _pareto(d))
+        check for d in _HOMES
+        for other in ("natural", "pgd", "spatial", "max", "average", _pareto(d))
         if other != name for check in _higher(column, (name, other), homes=(d,)))
 
 # %% ../../nbs/50_pareto_claims.ipynb #d2ee7de4
-def _trend(kind: str, data: str, names: Sequence[str], column: str, what: str, **bounds: Any) -> Check:
+def _trend(kind: str, data: str, names: Sequence[str], column: str, what: str,
+           **bounds: Any) -> Check:
     at = tuple((f"{data}-{name}", column) for name in names)
     return Check(kind, at, data, options={"what": f"{what} on {data}", "fewest": 3}, **bounds)
 
 # %% ../../nbs/50_pareto_claims.ipynb #64e896d9
 _STRONGER: Mapping[str, tuple[int, ...]] = MappingProxyType({
-    "mnist": (5, 10, 15, 20, 25, 30, 35, 40), "cifar10": (1, 3, 5, 7, 10)})  # steps of PGD, Figure 3
+    # steps of PGD, Figure 3
+    "mnist": (5, 10, 15, 20, 25, 30, 35, 40), "cifar10": (1, 3, 5, 7, 10)})
 _POSITIONS = [f"relative-{s}" for s in (-0.9, -0.6, -0.3, 0.0, 0.3, 0.6, 0.9)]
 _JUDGED = [f"relative-{s}" for s in (-0.6, 0.0, 0.6)]
 _TABLE_2 = [f"strong-pareto-{r}" for r in (3.5, 3.7, 4.0, 4.2)]
@@ -289,7 +309,8 @@ def _rising(column: str, names: Sequence[str], data: str) -> Check:
     return Check("order", at, data, at_least=0.0, options={"if_measured": data != "mnist"})
 
 # %% ../../nbs/50_pareto_claims.ipynb #83cd4c7c
-_INTEGRATED: Mapping[str, int] = MappingProxyType({"mnist": 20, "cifar10": 15})  # steps, the longest
+# steps, the longest
+_INTEGRATED: Mapping[str, int] = MappingProxyType({"mnist": 20, "cifar10": 15})
 _RELATION = (
     Claim("PC1", "The propositions hold, P is positive semidefinite, the requirement is met, "
           "the least disagreement is convex in r", (Check(_HERE + "_exact", (), at_most=1.0),)),
@@ -299,7 +320,8 @@ _RELATION = (
     Claim("PC3", "With more steps of PGD in training the local score rises",
           _relation("Local", "rank correlation of the local score with PGD's steps", at_least=0.0)),
     Claim("PC4", "and the global score falls",
-          _relation("Global", "rank correlation of the global score with PGD's steps", at_most=0.0)))
+          _relation("Global", "rank correlation of the global score with PGD's steps",
+                    at_most=0.0)))
 _SCORES = (
     Claim("PC5", "PGD training raises sensitivity and local score and lowers the global one",
           (*_higher("Sensitivity", ("pgd", "natural")), *_higher("Local", ("pgd", "natural")),
@@ -317,7 +339,8 @@ _SCORES = (
           "176.71 and 169.52; 130.96 and 127.11; 124.85 and 122.89"))
 
 # %% ../../nbs/50_pareto_claims.ipynb #921126ae
-_PAIRS = tuple((f"cifar10-{name}",) for g in (4, 8, 12, 16, 24) for name in (f"max-pgd-{g}", f"pgd-{g}-255"))
+_PAIRS = tuple((f"cifar10-{name}",) for g in (4, 8, 12, 16, 24)
+               for name in (f"max-pgd-{g}", f"pgd-{g}-255"))
 _FRONT = tuple((f"mnist-{name}",) for name in _JUDGED)
 _FOUR = tuple((f"cifar10-{name}", "Universal") for name in (
     "strong-pareto-4.0", "strong-average", "pareto-4.0", "average"))
@@ -330,22 +353,27 @@ _PARETO = (
         _rising("Clean", _TABLE_2[::-1], "cifar10"), _rising("Sensitivity", _TABLE_2, "cifar10")),
         "clean 82.64, 79.69, 71.68, 61.53; sensitivity 53.73, 58.70, 63.28, 65.19"),
     Claim("PC10", "The universal score is largest at an r in between", tuple(
-        replace(_trend(_HERE + "_interior", d, names, "Universal", "best in between less best end", at_least=0.0),
-                options={"what": f"best in between less best end on {d}", "if_measured": d != "mnist"})
+        replace(_trend(_HERE + "_interior", d, names, "Universal", "best in between less best end",
+                       at_least=0.0),
+                options={"what": f"best in between less best end on {d}",
+                         "if_measured": d != "mnist"})
         for d, names in (("mnist", _JUDGED), ("cifar10", _TABLE_2))), "largest at 3.7 to 4.0"),
-    Claim("PC11", "Against a stronger PGD Pareto is further ahead of Ave, and keeps more clean accuracy", (
+    Claim("PC11",
+          "Against a stronger PGD Pareto is further ahead of Ave, and keeps more clean accuracy", (
         Check(_HERE + "_leads", _FOUR, "cifar10", at_least=0.0,
               options={"what": "lead over Ave with the stronger PGD less lead without"}),
         *_higher("Clean", ("strong-pareto-4.0", "strong-average"), homes=("cifar10",))),
         "+6.06 against +3.85; clean 71.68 against 56.39"),
     Claim("PC12", "No other method is beyond the front of Pareto training", (
         Check(_HERE + "_beneath", _FRONT, "mnist", at_least=0.0, options={
-            "others": tuple(f"mnist-{name}" for name in ("natural", "pgd", "spatial", "max", "average"))}),)))
+            "others": tuple(f"mnist-{name}"
+                            for name in ("natural", "pgd", "spatial", "max", "average"))}),)))
 
 # %% ../../nbs/50_pareto_claims.ipynb #56a1ae96
 def _skewness(name: str, source: str, **bounds: Any) -> Check:
     where = (f"mnist-{name}", "skewness", "pareto-saliency", "sources", f"mnist-{source}")
-    return Check("median", (where,), "mnist", options={"what": f"skewness against {source}"}, **bounds)
+    return Check("median", (where,), "mnist", options={"what": f"skewness against {source}"},
+                 **bounds)
 
 # %% ../../nbs/50_pareto_claims.ipynb #6770d399
 def _differing(one: Where, other: Where, what: str, **more: Any) -> Check:
@@ -358,17 +386,23 @@ def _relief(name: str, attack: str) -> Where:
 
 # %% ../../nbs/50_pareto_claims.ipynb #85f29837
 _PICTURES = (
-    Claim("PC13", "Maps of PGD and Flow networks are sparser than the natural one's, those of RT networks "
+    Claim("PC13",
+          "Maps of PGD and Flow networks are sparser than the natural one's, those of RT networks "
           "denser; Flow's less sparse than PGD's",
           (_skewness("pgd", "natural", at_least=0.0), _skewness("flow", "natural", at_least=0.0),
            _skewness("rt", "natural", at_most=0.0), _skewness("flow", "pgd", at_most=0.0))),
-    Claim("PC14", "Maps of PGD networks have less energy at high frequencies than the natural one's", (
-        _differing(("mnist-natural", "grain", "pareto-saliency"), ("mnist-pgd", "grain", "pareto-saliency"),
-                "share of energy at high frequencies, natural less PGD, points", times=100, at_least=0.0),)),
-    Claim("PC15", "The integrated attack ends at a local maximum; its landscape has fewer of them than the "
+    Claim("PC14",
+          "Maps of PGD networks have less energy at high frequencies than the natural one's", (
+        _differing(("mnist-natural", "grain", "pareto-saliency"),
+                   ("mnist-pgd", "grain", "pareto-saliency"),
+                "share of energy at high frequencies, natural less PGD, points", times=100,
+                   at_least=0.0),)),
+    Claim("PC15",
+          "The integrated attack ends at a local maximum; its landscape has fewer of them than the "
           "RT attack's", (
               Check("mean", (_relief("peak", "integrated"),), "mnist", at_least=50.0,
-                    options={"what": "end of the integrated attack is a peak, percent of images", "times": 100}),
+                    options={"what": "end of the integrated attack is a peak, percent of images",
+                             "times": 100}),
               _differing(_relief("maxima", "rt"), _relief("maxima", "integrated"),
                       "local maxima, RT less integrated", mean=True, at_least=0.0))))
 
@@ -378,27 +412,34 @@ _DEMANDS = [f"pareto-{r}" for r in (0.2, 0.5, 0.8, 1.0, 1.2, 1.5, 1.8, 2.0, 2.2)
 # %% ../../nbs/50_pareto_claims.ipynb #013450dc
 def _log_trend(names: Sequence[str], fact: str, what: str, **bounds: Any) -> Check:
     at = tuple((f"mnist-{name}",) for name in names)
-    return Check(_HERE + "_along", at, "mnist", by_estimate=True, options={"fact": fact, "what": what}, **bounds)
+    return Check(_HERE + "_along", at, "mnist", by_estimate=True,
+                 options={"fact": fact, "what": what}, **bounds)
 
 # %% ../../nbs/50_pareto_claims.ipynb #0be805ce
 _FIELD = ("pareto-displacement", "frequency")
 _COURSE = (
     Claim("PC16", "Larger r moves weight off the natural loss; its bounds hold in every step", (
-        _log_trend(_POSITIONS, "weight", "rank correlation of the natural weight with r", at_most=0.0),
-        Check(_HERE + "_bounded", tuple((f"mnist-{name}",) for name in (*_POSITIONS, *_DEMANDS)), "mnist",
+        _log_trend(_POSITIONS, "weight", "rank correlation of the natural weight with r",
+                   at_most=0.0),
+        Check(_HERE + "_bounded", tuple((f"mnist-{name}",) for name in (*_POSITIONS, *_DEMANDS)),
+              "mnist",
               at_most=1e-4, by_estimate=True))),
     Claim("PC17", "The share of clipped steps grows with r", (
-        _log_trend(_DEMANDS, "clipped", "rank correlation of the clipped share with r", at_least=0.0),)),
+        _log_trend(_DEMANDS, "clipped", "rank correlation of the clipped share with r",
+                   at_least=0.0),)),
     Claim("PC18", "The flow attack perturbs locally, the affine one does not", (
         _differing(("mnist-natural", "flow", *_FIELD), ("mnist-natural", "rt", *_FIELD),
-                "frequency of the field, flow less RT, cycles per 100 px", times=100, at_least=0.0),)),
+                "frequency of the field, flow less RT, cycles per 100 px", times=100, at_least=0.0),
+        )),
     Claim("PC19", "Each specialised network has the best score of its own family", (
         *_best("Sensitivity", "pgd"), *_best("Local", "flow"), *_best("Global", "rt")),
         "fails in four of six cells of Table 1"),
     Claim("PC20", "The smooth flow stays local at every price of unevenness", (
-        Check(_HERE + "_local_where_fooled", (("mnist-natural", "pareto-displacement"),), "mnist", at_least=0.0),)),
+        Check(_HERE + "_local_where_fooled", (("mnist-natural", "pareto-displacement"),), "mnist",
+              at_least=0.0),)),
     Claim("PC21", "A Pareto step costs at most 4/3 of an Ave step, plus the programme", (
-        Check(_HERE + "_cost", (("mnist-relative-0.6",), ("mnist-average",)), "mnist", at_most=4 / 3 + 0.05,
+        Check(_HERE + "_cost", (("mnist-relative-0.6",), ("mnist-average",)), "mnist",
+              at_most=4 / 3 + 0.05,
               by_estimate=True),)))
 CLAIMS = (*_RELATION, *_SCORES, *_PARETO, *_PICTURES, *_COURSE)  # PC1 to PC21, in order
 
@@ -408,5 +449,6 @@ _STUDIES = {name: Suite(kind=f"jat_nb.papers.pareto_studies:{name.upper()}")
 PAPER = Paper(
     "pareto", "Pareto Adversarial Robustness", RECIPES, ROWS, COLUMNS,
     OWN_SUITES | {f"pareto-{name}": suite for name, suite in _STUDIES.items()}, CLAIMS, SYNONYMS,
-    shown=tuple(f"pareto/mnist-{name}" for name in ("natural", "pgd", "spatial", "average", "relative-0.6")),
+    shown=tuple(f"pareto/mnist-{name}"
+                for name in ("natural", "pgd", "spatial", "average", "relative-0.6")),
     scores=SCORES, corrections=CORRECTIONS, remark="jat_nb.fronts:clipping")

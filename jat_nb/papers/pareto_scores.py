@@ -38,7 +38,8 @@ def family_score(
 ) -> Score | None:  # None if not all numbers of steps were measured
     "Robustness score of one family of attacks (Pareto section 4.4)."
     if name not in RECIPES: return None
-    return conditional(runs, name, list(family_columns(family, RECIPES[name].data)), given, data=data, tier=tier)
+    return conditional(runs, name, list(family_columns(family, RECIPES[name].data)), given,
+                       data=data, tier=tier)
 
 
 SENSITIVITY = partial(family_score, family="pgd")
@@ -79,7 +80,8 @@ def sacrificed(
     tier: str,  # Tier
 ) -> Score | None:  # Negative for a network that is better than the natural one
     "Clean accuracy of the natural network minus the network's own."
-    base, own = (conditional(runs, one, ["Clean"], None, data=data, tier=tier) for one in (_natural(name), name))
+    base, own = (conditional(runs, one, ["Clean"], None, data=data, tier=tier)
+                 for one in (_natural(name), name))
     return None if base is None or own is None else base - own
 
 
@@ -88,4 +90,5 @@ SCORES: Mapping[str, str] = MappingProxyType({
     "Sensitivity": f"{_HERE}:SENSITIVITY", "Local": f"{_HERE}:LOCAL", "Global": f"{_HERE}:GLOBAL",
     "Universal": f"{_HERE}:universal", "Sacrificed": f"{_HERE}:sacrificed",
     "Sensitivity, plain": f"{_HERE}:PLAIN_SENSITIVITY", "Local, plain": f"{_HERE}:PLAIN_LOCAL",
-    "Global, plain": f"{_HERE}:PLAIN_GLOBAL", "Universal, plain": f"{_HERE}:PLAIN_UNIVERSAL"})  # by column
+    # by column
+    "Global, plain": f"{_HERE}:PLAIN_GLOBAL", "Universal, plain": f"{_HERE}:PLAIN_UNIVERSAL"})

@@ -44,7 +44,8 @@ NUMBERS: Mapping[tuple[str, str], Numbers] = MappingProxyType({
 })  # by data set and setting (SRT section 5 and appendix; lr of MNIST, long: D-S16)
 
 HOMES: Mapping[str, tuple[float, float]] = MappingProxyType({
-    "cifar10": (1 / 5, 4 / 5), "mnist": (1 / 6, 5 / 6)})  # shares of labelled and of unlabelled images
+    # shares of labelled and of unlabelled images
+    "cifar10": (1 / 5, 4 / 5), "mnist": (1 / 6, 5 / 6)})
 
 # %% ../../nbs/45_srt.ipynb #0556abf8
 Links = list[Spec]  # attacks, one after the other
@@ -72,7 +73,8 @@ def _bare(data: str, setting: str) -> Recipe:
                   probe_options=options)
 
 # %% ../../nbs/45_srt.ipynb #404592d7
-def _with(data: str, setting: str, objective: str, links: Links | dict[str, Links], *, mixed: bool = False,
+def _with(data: str, setting: str, objective: str, links: Links | dict[str, Links], *,
+          mixed: bool = False,
           **options: Any) -> Recipe:
     "A method: its objective, its attacks, and whether it sees the unlabelled images."
     attacks = links if isinstance(links, dict) else {"attack": links}
@@ -112,14 +114,16 @@ def _rt_and_srt(data: str, setting: str) -> dict[str, Recipe]:
     return found
 
 # %% ../../nbs/45_srt.ipynb #776e657f
-COUNTS = {"cifar10": (5, 10, 20, 30), "mnist": (5, 10, 20, 35)}  # unlabelled images of Figure 2, thousands
+# unlabelled images of Figure 2, thousands
+COUNTS = {"cifar10": (5, 10, 20, 30), "mnist": (5, 10, 20, 35)}
 _SIZE = {"cifar10": 50, "mnist": 60}  # images in all, thousands
 
 
 def _fewer(full: Recipe, data: str) -> dict[str, Recipe]:
     "SRT with some of the unlabelled images; counted in epochs, at SRT's number of updates as well."
     found = {f"srt-u{n}": replace(full, unlabelled=n / _SIZE[data]) for n in COUNTS[data]}
-    return found | ({f"{name}-equal": _equal(r, data) for name, r in found.items()} if full.epochs else {})
+    return found | ({f"{name}-equal": _equal(r, data) for name, r in found.items()} if full.epochs
+                    else {})
 
 # %% ../../nbs/45_srt.ipynb #b2482dfd
 RATES = (0.05, 0.1, 0.2, 0.4)  # highest learning rates of fast SRT (SRT Figure 9)
@@ -168,13 +172,15 @@ def _long(data: str) -> dict[str, Recipe]:
     full = _with(data, "long", "srt", pgd, mixed=True, weight=1.0)
     n = NUMBERS[data, "long"]
     single = [("pgd", {"eps": n.eps, "step": 1.25 * n.eps, "steps": 1})]
-    fast = replace(full, attacks={"attack": single}, epochs=50, lr=0.2, schedule="piecewise", milestones=(),
+    fast = replace(full, attacks={"attack": single}, epochs=50, lr=0.2, schedule="piecewise",
+                   milestones=(),
                    knots=((0, 0.0), (25, 1.0), (50, 0.0)), essential=("schedule", "attacks"))
     rt = _with(data, "long", "srt", pgd, weight=1.0)
     trades = _with(data, "long", "trades", pgd, beta=1.0 if small else 6.0)
     supervised = {"at": at, "trades": trades, "rt": rt, **_compound(data)}
     equal = {f"{name}-equal": _equal(r, data) for name, r in supervised.items() if not r.unlabelled}
-    return {"standard": _bare(data, "long"), "at-all": replace(at, labelled=1.0), **supervised, **equal,
+    return {"standard": _bare(data, "long"), "at-all": replace(at, labelled=1.0), **supervised,
+            **equal,
             "uat": _taught(data, "uat", 6.0 if small else 1.0), "rst": _taught(data, "rst", 6.0),
             "srt": full, **_fewer(full, data), **_swept(fast)}
 
@@ -183,10 +189,12 @@ def _named(data: str) -> dict[str, Recipe]:
     "All recipes of a data set by full name."
     pixel = {"standard": _bare(data, "pixel"), **_rt_and_srt(data, "pixel")}
     settings = {"spatial": _spatial(data), "pixel": pixel, "long": _long(data)}
-    return {f"srt/{data}-{setting}-{name}": r for setting, own in settings.items() for name, r in own.items()}
+    return {f"srt/{data}-{setting}-{name}": r for setting, own in settings.items()
+            for name, r in own.items()}
 
 # %% ../../nbs/45_srt.ipynb #1272b913
-RECIPES: Mapping[str, Recipe] = MappingProxyType({name: r for data in HOMES for name, r in _named(data).items()})
+RECIPES: Mapping[str, Recipe] = MappingProxyType({name: r for data in HOMES
+                                                  for name, r in _named(data).items()})
 
 # %% ../../nbs/45_srt.ipynb #cf8bc720
 def _followed(name: str) -> tuple[str, float] | None:
@@ -202,7 +210,8 @@ def _followed(name: str) -> tuple[str, float] | None:
 
 
 UPDATES: Mapping[str, tuple[str, float]] = MappingProxyType({
-    name: followed for name in RECIPES if (followed := _followed(name))})  # (recipe followed, share of its updates)
+    # (recipe followed, share of its updates)
+    name: followed for name in RECIPES if (followed := _followed(name))})
 
 # %% ../../nbs/45_srt.ipynb #70691706
 _PRINTED = {"cifar10": "CIFAR-10", "mnist": "MNIST"}  # names in the tables
@@ -217,14 +226,18 @@ def _weights(number: int, data: str, setting: str) -> tuple[Row, ...]:
     return tuple(Row(number, label, f"srt/{data}-{setting}-{name}", data) for label, name in rows)
 
 # %% ../../nbs/45_srt.ipynb #4a1fcec0
-def _methods(number: int, data: str, setting: str, names: Mapping[str, str], both: bool = True) -> tuple[Row, ...]:
+def _methods(number: int, data: str, setting: str, names: Mapping[str, str],
+             both: bool = True) -> tuple[Row, ...]:
     "A table of methods, perhaps on two data sets."
     tail = f", {_PRINTED[data]}" if both else ""
-    return tuple(Row(number, f"{label}{tail}", f"srt/{data}-{setting}-{name}", data) for label, name in names.items())
+    return tuple(Row(number, f"{label}{tail}", f"srt/{data}-{setting}-{name}", data)
+                 for label, name in names.items())
 
 # %% ../../nbs/45_srt.ipynb #08702fbf
-_THREE = {"Standard": "standard", "AT": "at", "Worst-of-k": "worst-of-k", "KLR": "klr", "SRT": "srt-0.2"}
-_FOUR = {"Standard": "standard", "AT": "at", "TRADES": "trades", "UAT": "uat", "RST": "rst", "SRT": "srt"}
+_THREE = {"Standard": "standard", "AT": "at", "Worst-of-k": "worst-of-k", "KLR": "klr",
+          "SRT": "srt-0.2"}
+_FOUR = {"Standard": "standard", "AT": "at", "TRADES": "trades", "UAT": "uat", "RST": "rst",
+         "SRT": "srt"}
 _EIGHT = {"Worst-of-k": "worst-of-k", "KLR": "klr", "SRT": "srt-0.2", "fast SRT": "fast-srt"}
 _NINE = {**{name: _FOUR[name] for name in ("AT", "TRADES", "SRT")}, "fast SRT": "fast-srt"}
 
@@ -234,7 +247,8 @@ ROWS: tuple[Row, ...] = (
     *_weights(5, "mnist", "spatial"), *_weights(6, "mnist", "pixel"),
     *(row for data in HOMES for row in _methods(3, data, "spatial", _THREE)),
     *(row for data in HOMES for row in _methods(4, data, "long", _FOUR)),
-    *_methods(8, "cifar10", "spatial", _EIGHT, both=False), *_methods(9, "cifar10", "long", _NINE, both=False))
+    *_methods(8, "cifar10", "spatial", _EIGHT, both=False),
+    *_methods(9, "cifar10", "long", _NINE, both=False))
 
 # %% ../../nbs/45_srt.ipynb #d650064a
 _PARTS = {"": {}, ".T": {"max_deg": 0.0}, ".R": {"max_px": 0.0}}
@@ -249,7 +263,8 @@ def rigid_columns() -> dict[str, Spec]:  # By the name of the column
 def _pixels(data: str) -> dict[str, Spec]:
     "FGSM and PGD of tables 2 and 6, and the first columns of Table 4."
     short, long = NUMBERS[data, "pixel"], NUMBERS[data, "long"]
-    def steps(n: Numbers) -> dict[str, Any]: return {"eps": n.eps, "step": n.test_step, "steps": n.test_steps}
+    def steps(n: Numbers) -> dict[str, Any]:
+        return {"eps": n.eps, "step": n.test_step, "steps": n.test_steps}
     return {"FGSM": ("fgsm", {"eps": short.eps}), "PGD": ("pgd", steps(short)),
             "FGSM, long": ("fgsm", {"eps": long.eps}), "PGD, long": ("pgd", steps(long)),
             "MI-FGSM": ("mi_fgsm", steps(long)), "C&W": ("pgd", {**steps(long), "loss": "margin"})}
@@ -281,28 +296,35 @@ def _strong(data: str) -> Suite:
 def _norms(data: str) -> Suite:
     "Columns of Table 4 that need a threshold (D-S17)."
     known = THRESHOLDS[data]
-    return Suite({"Clean": ("clean", {}), "DDNA": ("ddn", {"max_l2": known["l2"][1]}), "JSMA": ("jsma", {}),
-                  "Point-wise": ("pointwise", {"max_pixels": known["pixels"][0]})}, options={"n": 100}, home=data)
+    return Suite({"Clean": ("clean", {}), "DDNA": ("ddn", {"max_l2": known["l2"][1]}),
+                  "JSMA": ("jsma", {}),
+                  "Point-wise": ("pointwise", {"max_pixels": known["pixels"][0]})},
+                 options={"n": 100}, home=data)
 
 # %% ../../nbs/45_srt.ipynb #15224e0a
 def _once(data: str) -> Suite:
     "Random movements, a single one of each image."
-    columns = {f"RandAdv, one draw{part}": ("rand_adv", {"k": 1, **limits}) for part, limits in _PARTS.items()}
+    columns = {f"RandAdv, one draw{part}": ("rand_adv", {"k": 1, **limits})
+               for part, limits in _PARTS.items()}
     return Suite({"Clean": ("clean", {}), **columns}, home=data)
 
 
 def _starts(data: str) -> Suite:
     "PGD from the image itself, where MI-FGSM starts."
     name, options = _pixels(data)["PGD, long"]
-    return Suite({"Clean": ("clean", {}), "PGD, from the image": (name, {**options, "random_start": False})}, home=data)
+    return Suite({"Clean": ("clean", {}),
+                  "PGD, from the image": (name, {**options, "random_start": False})}, home=data)
 
 # %% ../../nbs/45_srt.ipynb #8212130a
 def _suites(data: str) -> dict[str, Suite]:
     "The questions on a data set."
     compound = {k: v for share in FRACTIONS for k, v in _at_share(data, share).items()}
-    return {f"srt-{data}": Suite({"Clean": ("clean", {}), **_pixels(data), **rigid_columns()}, home=data),
-            f"srt-compound-{data}": Suite({"Clean": ("clean", {}), **compound}, options={"n": 100}, home=data),
-            f"srt-strong-{data}": _strong(data), f"srt-norms-{data}": _norms(data), f"srt-once-{data}": _once(data),
+    return {f"srt-{data}": Suite({"Clean": ("clean", {}), **_pixels(data), **rigid_columns()},
+                                 home=data),
+            f"srt-compound-{data}": Suite({"Clean": ("clean", {}), **compound}, options={"n": 100},
+                                          home=data),
+            f"srt-strong-{data}": _strong(data), f"srt-norms-{data}": _norms(data),
+            f"srt-once-{data}": _once(data),
             f"srt-starts-{data}": _starts(data)}
 
 # %% ../../nbs/45_srt.ipynb #1d84623f
@@ -312,9 +334,11 @@ OWN_SUITES: Mapping[str, Suite] = MappingProxyType(
 # %% ../../nbs/45_srt.ipynb #bb7fb41a
 COLUMNS: Mapping[str, str] = MappingProxyType(
     dict.fromkeys(OWN_SUITES["srt-mnist"].columns, "srt-{home}")
-    | dict.fromkeys(("PGD100x5", "PGD100x5, long"), "srt-strong-{home}") | {"AutoAttack": "autoattack"}
+    | dict.fromkeys(("PGD100x5", "PGD100x5, long"), "srt-strong-{home}")
+    | {"AutoAttack": "autoattack"}
     | dict.fromkeys(("DDNA", "JSMA", "Point-wise"), "srt-norms-{home}")
     | dict.fromkeys(_once("mnist").columns, "srt-once-{home}")
     | dict.fromkeys(_starts("mnist").columns, "srt-starts-{home}") | {"Clean": "srt-{home}"})
 SYNONYMS: Mapping[str, str] = MappingProxyType({
-    f"{table}:{name}": f"{name}, long" for table in (4, 9) for name in ("FGSM", "PGD")})  # {table:printed: ours}
+    # {table:printed: ours}
+    f"{table}:{name}": f"{name}, long" for table in (4, 9) for name in ("FGSM", "PGD")})

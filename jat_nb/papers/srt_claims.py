@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from ..catalogue import Paper
-from ..claims import Check, Claim, Evidence, Finding, Where, rank_correlation, redrawn, redrawn_finding
+from ..claims import (Check, Claim, Evidence, Finding, Where, rank_correlation, redrawn,
+                           redrawn_finding)
 from ..data import load
 from ..explain import decision_value, plane, signed_plane
 from ..losses import cross_entropy
 from ..models import pretrained
-from .srt import (COLUMNS, COUNTS, FRACTIONS, LAMBDAS, LENGTHS, NUMBERS, OWN_SUITES, RATES, RECIPES, ROWS,
+from .srt import (COLUMNS, COUNTS, FRACTIONS, LAMBDAS, LENGTHS, NUMBERS, OWN_SUITES,
+                               RATES, RECIPES, ROWS,
                                SYNONYMS, UPDATES)
 from ..randomness import image_generators
 from ..recipes import Recipe
@@ -31,7 +33,8 @@ from ..suites import Job, Kind, Suite
 
 # %% ../../nbs/51_srt_claims.ipynb #28fc42b0
 def _violations(answers: Tensor, y: Tensor) -> int:
-    "Images that break Lemma 1, and 1 if Eq. 1 fails; answers (n, changes), the first change is none."
+    """Images that break Lemma 1, and 1 if Eq. 1 fails; answers (n, changes), the first change is
+    none."""
     wrong, changed = answers[:, 0] != y, (answers != answers[:, :1]).any(1)
     fooled = (answers != y[:, None]).any(1)
     lemma = fooled.long() - wrong.long() - (1 - wrong.long()) * changed.long()
@@ -53,7 +56,8 @@ def _exact(e: Evidence, check: Check) -> Iterator[Finding]:
     g, digits = torch.Generator().manual_seed(0), load("digits", "test")
     tables = (torch.randint(4, (20, 9), generator=g) for _ in range(200))
     made_up = sum(_violations(table, torch.randint(4, (20,), generator=g)) for table in tables)
-    moved = _violations(_of_movements(pretrained("digits-natural"), digits.x[:50]), digits.labels[:50])
+    moved = _violations(_of_movements(pretrained("digits-natural"), digits.x[:50]),
+                        digits.labels[:50])
     for what, count in (("random tables", made_up), ("a network under 63 movements", moved)):
         yield Finding(f"violations, {what}", count, count, count, **check.bounds)
 
@@ -65,11 +69,13 @@ def _turned(x: Tensor, deg: float, px: float) -> Tensor:
 
 def _surfaces(job: Job, points: int) -> dict[str, dict[str, Tensor]]:
     "Decision value and loss of every image on both planes (n, points, points)."
-    home = job.data if (job.data, "long") in NUMBERS else "mnist" if job.x.shape[1] == 1 else "cifar10"
+    home = (job.data if (job.data, "long") in NUMBERS else "mnist" if job.x.shape[1] == 1
+            else "cifar10")
     eps = NUMBERS[home, "long"].eps
     signs = signed_plane(job.model, job.x, job.y, image_generators(job.seed, range(len(job.y))))
     found = {}
-    for name, move, across, up in (("pixel", signs, 2 * eps, 2 * eps), ("spatial", _turned, 30.0, 3.0)):
+    for name, move, across, up in (("pixel", signs, 2 * eps, 2 * eps),
+                                   ("spatial", _turned, 30.0, 3.0)):
         lines = [torch.linspace(-end, end, points).tolist() for end in (across, up)]
         found[name] = {key: plane(job.model, job.x, job.y, move, *lines, measure=measure)
                        for key, measure in (("decision", decision_value), ("loss", cross_entropy))}
@@ -103,11 +109,13 @@ def _check_surface(suite: Suite, answer: Mapping[str, Any]) -> None:
     for name in ("pixel", "spatial"):
         numbers = torch.tensor([answer[name][key] for key in ("share", "slope", "peak")])
         if numbers.shape != (3, answer["n"]) or not (numbers.isfinite() & (numbers >= 0)).all():
-            raise ValueError(f"{name}: expected three numbers of at least 0 for each of {answer['n']} images")
+            raise ValueError(f"{name}: expected three numbers of at least 0 for each of "
+                             f"{answer['n']} images")
         kept = torch.tensor(answer["shown"][name]["decision"])
         if kept.shape[1:] != (answer["points"],) * 2:
             raise ValueError(f"{name}: expected planes of {answer['points']} points on each side")
-        surely, perhaps = ((kept > bound).double().mean(dim=(1, 2)) for bound in (0.009, -0.009))  # two decimals are kept
+        # two decimals are kept
+        surely, perhaps = ((kept > bound).double().mean(dim=(1, 2)) for bound in (0.009, -0.009))
         share = numbers[0, :len(kept)]
         if (share < surely - 1e-6).any() or (share > perhaps + 1e-6).any():
             raise ValueError(f"{name}: planes and shares of right answers disagree")
@@ -129,16 +137,19 @@ def _place(data: str, name: str, column: str) -> Where:
 def _higher(column: str, *pairs: tuple[str, str], homes: Sequence[str] = _HOMES, by: float = 0.0,
             **options: Any) -> tuple[Check, ...]:
     "One network ahead of another by some points, in one column, on each data set."
-    return tuple(Check("gap", (_place(d, one, column), _place(d, other, column)), d, at_least=by, options=options)
+    return tuple(Check("gap", (_place(d, one, column), _place(d, other, column)), d, at_least=by,
+                       options=options)
                  for d in homes for one, other in pairs)
 
 # %% ../../nbs/51_srt_claims.ipynb #6ec2e529
 def _widening(e: Evidence, check: Check) -> Iterator[Finding]:
-    "Rank correlation of one line's lead over another with the place; at holds both lines, one after the other."
+    """Rank correlation of one line's lead over another with the place; at holds both lines, one
+    after the other."""
     half = len(check.at) // 2
     pairs = zip(check.at[:half], check.at[half:])
     known = [pair for pair in pairs if all(e.share(where, check.data) for where in pair)]
-    drawn = redrawn(e, [where for pair in known for where in pair], check.data) if len(known) > 1 else None
+    drawn = (redrawn(e, [where for pair in known for where in pair], check.data) if len(known) > 1
+             else None)
     trend = None if drawn is None else rank_correlation(drawn[:, ::2] - drawn[:, 1::2])
     yield redrawn_finding(check.options["what"], trend, **check.bounds)
 
@@ -164,9 +175,11 @@ def _inclusions(e: Evidence, check: Check) -> Iterator[Finding]:
 
 # %% ../../nbs/51_srt_claims.ipynb #00089ac8
 def _passes(r: Recipe) -> float:
-    "Passes of a whole SRT training through the network by arithmetic, in batches times its unit of length."
+    """Passes of a whole SRT training through the network by arithmetic, in batches times its
+    unit of length."""
     links = [link for chain in r.attacks.values() for link in chain]
-    attack = sum(options["k"] + 1 if "k" in options else 2 * options["steps"] for _, options in links)
+    attack = sum(options["k"] + 1 if "k" in options else 2 * options["steps"]
+                 for _, options in links)
     labelled = r.labelled / (r.labelled + r.unlabelled)
     return (r.epochs or r.iterations) * (1 + attack + 3 * (1 + labelled))
 
@@ -177,10 +190,12 @@ def _seconds(run: Run) -> float:
 
 
 def _faster(e: Evidence, check: Check) -> Iterator[Finding]:
-    "How many times faster the second training is than the first: passes by arithmetic, and recorded seconds."
+    """How many times faster the second training is than the first: passes by arithmetic, and
+    recorded seconds."""
     slow, fast = (e.full(where[0]) for where in check.at)
     ratio = _passes(RECIPES[slow]) / _passes(RECIPES[fast])
-    yield Finding(f"{e.short(slow)} over {e.short(fast)}, passes by arithmetic", ratio, ratio, ratio, **check.bounds)
+    yield Finding(f"{e.short(slow)} over {e.short(fast)}, passes by arithmetic", ratio, ratio,
+                  ratio, **check.bounds)
     times = [[_seconds(run) for run in e.of(name, data=check.data)] for name in (slow, fast)]
     words = f"{e.short(slow)} over {e.short(fast)}, seconds"
     if all(times):
@@ -191,7 +206,8 @@ def _faster(e: Evidence, check: Check) -> Iterator[Finding]:
 
 # %% ../../nbs/51_srt_claims.ipynb #fbd78cd8
 _ASKED: Mapping[str, tuple[str, ...]] = MappingProxyType({
-    "spatial": ("Clean", "RandAdv", "GridAdv"), "pixel": ("Clean", "FGSM", "PGD")})  # columns of tables 1, 2, 5, 6
+    # columns of tables 1, 2, 5, 6
+    "spatial": ("Clean", "RandAdv", "GridAdv"), "pixel": ("Clean", "FGSM", "PGD")})
 _ALL_MOVES = ("RandAdv", "GridAdv", "RandAdv.T", "GridAdv.T", "RandAdv.R", "GridAdv.R")
 
 
@@ -202,7 +218,8 @@ def _with_and_without() -> Iterator[Check]:
             rivals = [f"{setting}-rt-{weight}{tail}"]
             if setting == "pixel": rivals.append(f"{rivals[0]}-equal")
             for column in columns:
-                yield from _higher(column, *((f"{setting}-srt-{weight}{tail}", rival) for rival in rivals),
+                yield from _higher(column,
+                                   *((f"{setting}-srt-{weight}{tail}", rival) for rival in rivals),
                                    if_measured=bool(tail))
 
 # %% ../../nbs/51_srt_claims.ipynb #f8768ceb
@@ -215,7 +232,8 @@ def _line(data: str, pattern: str, column: str) -> tuple[Where, ...]:
 def _with_weight(column: str, word: str, **bounds: Any) -> tuple[Check, ...]:
     "Rank correlation of a column with the weight, RT and SRT, on each data set."
     return tuple(Check("trend", _line(d, f"pixel-{name}", column), d, options={
-        "what": f"rank correlation of {word} of {name.format('λ')} with the weight on {d}", "fewest": 2}, **bounds)
+        "what": f"rank correlation of {word} of {name.format('λ')} with the weight on {d}",
+        "fewest": 2}, **bounds)
         for d in _HOMES for name in ("rt-{}-equal", "srt-{}"))
 
 # %% ../../nbs/51_srt_claims.ipynb #7ec58ca9
@@ -231,27 +249,39 @@ def _steadies(data: str, method: str) -> tuple[Check, ...]:
 
 # %% ../../nbs/51_srt_claims.ipynb #7e03678e
 _WEIGHTS = (
-    Claim("SC1", "The adversarial risk is the standard risk plus the robust risk of what is right; the sum of the two "
+    Claim("SC1",
+          "The adversarial risk is the standard risk plus the robust risk of what is right; the "
+          "sum of the two "
           "exceeds it by what is wrong and changes", (Check(_HERE + "_exact", (), at_most=0.0),)),
-    Claim("SC2", "SRT is at least as good as RT at each weight, clean and attacked", tuple(_with_and_without())),
+    Claim("SC2", "SRT is at least as good as RT at each weight, clean and attacked",
+          tuple(_with_and_without())),
     Claim("SC3", "SRT gains at least 17 points over RT under GridAdv on CIFAR-10", tuple(
         check for w in LAMBDAS["spatial"]
-        for check in _higher("GridAdv", (f"spatial-srt-{w}", f"spatial-rt-{w}"), homes=("cifar10",), by=17.0)),
+        for check in _higher("GridAdv", (f"spatial-srt-{w}", f"spatial-rt-{w}"), homes=("cifar10",),
+                             by=17.0)),
         "17.0 to 21.7"),
-    Claim("SC4", "With the weight clean accuracy falls, robustness to PGD rises, and SRT's lead grows", (
-        *_with_weight("Clean", "clean accuracy", at_most=-0.01), *_with_weight("PGD", "PGD accuracy", at_least=0.01),
+    Claim("SC4",
+          "With the weight clean accuracy falls, robustness to PGD rises, and SRT's lead grows", (
+        *_with_weight("Clean", "clean accuracy", at_most=-0.01),
+        *_with_weight("PGD", "PGD accuracy", at_least=0.01),
         *(_widens(d) for d in _HOMES)),
-        "RT 83.24 to 78.37 and 31.91 to 37.91; SRT 83.83 to 80.23 and 34.94 to 47.24; lead 3.0, 5.8, 6.9, 9.3"),
-    Claim("SC5", "In the spatial setting clean accuracy hardly depends on the weight and is above the standard network's", (
+        "RT 83.24 to 78.37 and 31.91 to 37.91; SRT 83.83 to 80.23 and 34.94 to 47.24; lead 3.0, "
+        "5.8, 6.9, 9.3"),
+    Claim("SC5",
+          "In the spatial setting clean accuracy hardly depends on the weight and is above the "
+          "standard network's", (
         *(check for d in _HOMES for method in ("rt", "srt") for check in _steadies(d, method)),
         *(check for method in ("rt", "srt") for w in LAMBDAS["spatial"]
           for check in _higher("Clean", (f"spatial-{method}-{w}", "spatial-standard")))),
         "84.99 to 85.71 and 87.99 to 88.87 against 80.63"),
-    Claim("SC6", "Under movements SRT is above KLR, KLR above Worst-of-k, and that far above AT and Standard", (
+    Claim("SC6",
+          "Under movements SRT is above KLR, KLR above Worst-of-k, and that far above AT and "
+          "Standard", (
         *(check for column in _ALL_MOVES for check in _higher(
             column, ("spatial-srt-0.2", "spatial-klr"), ("spatial-klr", "spatial-worst-of-k"))),
         *(check for column in _ALL_MOVES for check in _higher(
-            column, ("spatial-worst-of-k", "spatial-at"), ("spatial-worst-of-k", "spatial-standard"), by=10.0)))))
+            column, ("spatial-worst-of-k", "spatial-at"),
+            ("spatial-worst-of-k", "spatial-standard"), by=10.0)))))
 
 # %% ../../nbs/51_srt_claims.ipynb #0baed014
 _TABLE_4 = ("Clean", "FGSM, long", "PGD, long", "MI-FGSM", "C&W")
@@ -272,19 +302,26 @@ _RIVALS = (
         *_higher("RandAdv", ("spatial-standard", "spatial-at"), homes=("cifar10",)),
         Check("level", (_place("cifar10", "spatial-at", "GridAdv"),), "cifar10", at_most=1.0)),
         "RandAdv 4.92 against 8.82; GridAdv below 1"),
-    Claim("SC8", "Methods that see unlabelled images beat supervised ones under PGD on CIFAR-10", tuple(
+    Claim("SC8", "Methods that see unlabelled images beat supervised ones under PGD on CIFAR-10",
+          tuple(
         check for one in _TAUGHT for other in ("at", "trades") for tail in ("-equal", "")
-        for check in _higher("PGD, long", (f"long-{one}", f"long-{other}{tail}"), homes=("cifar10",), if_measured=not tail)),
+        for check in _higher("PGD, long", (f"long-{one}", f"long-{other}{tail}"),
+                             homes=("cifar10",), if_measured=not tail)),
         "44.96, 48.38, 48.66 against 37.37, 40.20"),
     Claim("SC9", "SRT is first or second among five methods in every column of Table 4", tuple(
-        _ranked(d, column, tail) for d in _HOMES for column in _TABLE_4 for tail in ("-equal", ""))),
-    Claim("SC10", "Accuracies under MI-FGSM and PGD differ by at most 1.5 points, both from the image itself", tuple(
-        Check("gap", (_place(d, f"long-{name}", "MI-FGSM"), _place(d, f"long-{name}", "PGD, from the image")), d,
+        _ranked(d, column, tail) for d in _HOMES for column in _TABLE_4
+        for tail in ("-equal", ""))),
+    Claim("SC10",
+          "Accuracies under MI-FGSM and PGD differ by at most 1.5 points, both from the image "
+          "itself", tuple(
+        Check("gap", (_place(d, f"long-{name}", "MI-FGSM"),
+                      _place(d, f"long-{name}", "PGD, from the image")), d,
               at_least=-1.5, at_most=1.5)
         for d in _HOMES for name in ("at-equal", "trades-equal", *_TAUGHT))))
 
 # %% ../../nbs/51_srt_claims.ipynb #630167e4
-_PLUS, _BY_SHARE = ("PGD+ 1", "GridAdv+ 1"), [f"{share:g}" for share in FRACTIONS if share]  # at 0 all are equal
+# at 0 all are equal
+_PLUS, _BY_SHARE = ("PGD+ 1", "GridAdv+ 1"), [f"{share:g}" for share in FRACTIONS if share]
 _SINGLE = ("long-srt", "long-at-equal", "spatial-srt-0.2", "spatial-worst-of-k")
 _COMPOUND = ("long-srt-plus", "long-at-plus-equal")
 
@@ -293,43 +330,55 @@ def _stronger(data: str, name: str) -> Iterator[Check]:
     "A compound attack leaves at most a point more than its first part; the estimate decides."
     for single, share in ((s, k) for s in ("PGD", "GridAdv") for k in _BY_SHARE):
         at = (_place(data, name, f"{single} {share}"), _place(data, name, f"{single}+ {share}"))
-        yield Check("gap", at, data, at_least=-1.0, by_estimate=True, options={"if_measured": data == "cifar10"})
+        yield Check("gap", at, data, at_least=-1.0, by_estimate=True,
+                    options={"if_measured": data == "cifar10"})
 
 
 def _each(column_pairs: Sequence[tuple[str, str, str]], **more: Any) -> tuple[Check, ...]:
     "Column, better, worse."
-    return tuple(check for column, one, other in column_pairs for check in _higher(column, (one, other), **more))
+    return tuple(check for column, one, other in column_pairs
+                 for check in _higher(column, (one, other), **more))
 
 # %% ../../nbs/51_srt_claims.ipynb #6db366c6
 _TOGETHER = (
     Claim("SC11", "Compound attacks are at least as strong as single ones", tuple(
-        check for d in _HOMES for name in ("long-standard", *_SINGLE, *_COMPOUND) for check in _stronger(d, name))),
-    Claim("SC12", "Defences against movements alone fall below 5 % under PGD on CIFAR-10 at 0.4 of the budget", tuple(
+        check for d in _HOMES for name in ("long-standard", *_SINGLE, *_COMPOUND)
+        for check in _stronger(d, name))),
+    Claim("SC12",
+          "Defences against movements alone fall below 5 % under PGD on CIFAR-10 at 0.4 of the "
+          "budget", tuple(
         Check("level", (_place("cifar10", name, "PGD 0.4"),), "cifar10", at_most=5.0)
         for name in ("spatial-worst-of-k", "spatial-srt-0.2"))),
     Claim("SC13", "SRT+ is above AT+, and AT+ above the average and the maximum of both attacks", (
         *(check for column in _PLUS for check in _higher(
-            column, ("long-srt-plus", "long-at-plus-equal"), ("long-at-plus-equal", "long-at-average-equal"),
+            column, ("long-srt-plus", "long-at-plus-equal"),
+            ("long-at-plus-equal", "long-at-average-equal"),
             ("long-at-plus-equal", "long-at-max-equal"))),
         *_higher("PGD+ 1", ("long-srt-plus", "long-at-plus-equal"), homes=("mnist",), by=7.0),
         *_higher("GridAdv+ 1", ("long-srt-plus", "long-at-plus-equal"), homes=("mnist",), by=10.0)),
         "MNIST: more than 7 and 10 points ahead"))
 
 # %% ../../nbs/51_srt_claims.ipynb #dc06f128
-def _more_images(data: str, full: str, none: str, column: str, tail: str = "", **options: Any) -> Check:
+def _more_images(data: str, full: str, none: str, column: str, tail: str = "",
+                 **options: Any) -> Check:
     "A column that does not fall by more than a point as unlabelled images are added."
     setting = full.partition("-")[0]
     names = (full, *(f"{setting}-srt-u{n}{tail}" for n in COUNTS[data][::-1]), none)
-    return Check("order", tuple(_place(data, name, column) for name in names), data, at_least=-1.0, options=options)
+    return Check("order", tuple(_place(data, name, column) for name in names), data, at_least=-1.0,
+                 options=options)
 
 # %% ../../nbs/51_srt_claims.ipynb #3b3641fe
 def _flatter(data: str, plane: str, srt: str, standard: str) -> Iterator[Check]:
     "Right on more of the plane, with smaller slope and lower peak."
     for key, word, times in (
-            ("share", "percent of the plane", 100), ("slope", "slope in thousandths", -1000), ("peak", "peak of the loss", -1)):
-        at = tuple((f"{data}-{name}", key, f"srt-surface-{data}", plane) for name in (srt, standard))
-        what = f"{word}, {plane}, SRT less Standard" if times > 0 else f"{word}, {plane}, Standard less SRT"
-        yield Check("differ", at, data, at_least=0.0, options={"what": f"{what}, on {data}", "times": times})
+            ("share", "percent of the plane", 100), ("slope", "slope in thousandths", -1000),
+            ("peak", "peak of the loss", -1)):
+        at = tuple((f"{data}-{name}", key, f"srt-surface-{data}", plane)
+                   for name in (srt, standard))
+        what = (f"{word}, {plane}, SRT less Standard" if times > 0
+                else f"{word}, {plane}, Standard less SRT")
+        yield Check("differ", at, data, at_least=0.0,
+                    options={"what": f"{what}, on {data}", "times": times})
 
 
 _UNLABELLED = (
@@ -338,13 +387,18 @@ _UNLABELLED = (
             _more_images(d, "long-srt", "long-rt-equal", "PGD, long", "-equal"),
             _more_images(d, "long-srt", "long-rt", "PGD, long", if_measured=True),
             _more_images(d, "spatial-srt-0.2", "spatial-rt-0.2", "GridAdv")))),
-    Claim("SC15", "SRT comes within 3 points of training with all labels, and exceeds Worst-of-k on MNIST", (
+    Claim("SC15",
+          "SRT comes within 3 points of training with all labels, and exceeds Worst-of-k on MNIST",
+          (
         *_higher("PGD, long", ("long-srt", "long-at-all"), by=-3.0),
         *_higher("GridAdv", ("spatial-srt-0.2", "spatial-worst-of-k-all"), by=-3.0),
         *_higher("GridAdv", ("spatial-srt-0.2", "spatial-worst-of-k-all"), homes=("mnist",)))),
-    Claim("SC16", "Around images SRT answers right more widely than Standard, less steeply, with a lower loss", tuple(
+    Claim("SC16",
+          "Around images SRT answers right more widely than Standard, less steeply, with a lower "
+          "loss", tuple(
         check for d in _HOMES for plane, srt, standard in (
-            ("pixel", "long-srt", "long-standard"), ("spatial", "spatial-srt-0.2", "spatial-standard"))
+            ("pixel", "long-srt", "long-standard"),
+            ("spatial", "spatial-srt-0.2", "spatial-standard"))
         for check in _flatter(d, plane, srt, standard))))
 
 # %% ../../nbs/51_srt_claims.ipynb #d6eea793
@@ -356,37 +410,54 @@ def _fast_name(rate: float, length: float) -> str:
 def _longer(data: str, rate: float) -> Check:
     at = tuple(_place(data, f"long-{_fast_name(rate, length)}", "PGD, long") for length in LENGTHS)
     return Check("trend", at, data, at_least=0.01, options={
-        "what": f"rank correlation of PGD accuracy with length at rate {rate} on {data}", "fewest": 3})
+        "what": f"rank correlation of PGD accuracy with length at rate {rate} on {data}",
+        "fewest": 3})
 
 # %% ../../nbs/51_srt_claims.ipynb #91c8ae30
 _FAST = (
-    Claim("SC17", "Fast SRT is 1.5 times (movements) and 5 times (pixels) faster, by the arithmetic of its passes and in "
-          "seconds; within a point under GridAdv; under PGD below SRT and above TRADES; cleaner than SRT", (
-              *(Check(_HERE + "_faster", ((f"cifar10-{slow}",), (f"cifar10-{fast}",)), "cifar10", at_least=least)
+    Claim("SC17",
+          "Fast SRT is 1.5 times (movements) and 5 times (pixels) faster, by the arithmetic of its "
+          "passes and in "
+          "seconds; within a point under GridAdv; under PGD below SRT and above TRADES; cleaner "
+          "than SRT", (
+              *(Check(_HERE + "_faster", ((f"cifar10-{slow}",), (f"cifar10-{fast}",)), "cifar10",
+                      at_least=least)
                 for slow, fast, least in (
-                    ("spatial-srt-0.2", "spatial-fast-srt", 1.5), ("long-srt", "long-fast-srt", 5.0))),
+                    ("spatial-srt-0.2", "spatial-fast-srt", 1.5),
+                    ("long-srt", "long-fast-srt", 5.0))),
               *(replace(check, at_least=-1.0, at_most=1.0)
                 for check in _higher("GridAdv", ("spatial-fast-srt", "spatial-srt-0.2"))),
-              *_each((("PGD, long", "long-srt", "long-fast-srt"), ("PGD, long", "long-fast-srt", "long-trades-equal"),
+              *_each((("PGD, long", "long-srt", "long-fast-srt"),
+                      ("PGD, long", "long-fast-srt", "long-trades-equal"),
                       ("Clean", "long-fast-srt", "long-srt")))),
-          "1.84 and 11.3 times; 64.81 and 64.83; 44.93 between 48.66 and 40.20; 82.27 against 78.46"),
-    Claim("SC18", "Fast SRT grows more robust with the length of training, at every highest learning rate",
+          "1.84 and 11.3 times; 64.81 and 64.83; 44.93 between 48.66 and 40.20; 82.27 against "
+          "78.46"),
+    Claim("SC18",
+          "Fast SRT grows more robust with the length of training, at every highest learning rate",
           tuple(_longer(d, rate) for d in _HOMES for rate in RATES)))
 
 # %% ../../nbs/51_srt_claims.ipynb #6bd947d5
 _REST = (
     Claim("SC19", "What survives a grid survives each of its parts", tuple(
-        Check(_HERE + "_inclusions", (("*", "GridAdv"),), d, at_most=0.0, options={"if_measured": True}) for d in _HOMES)),
-    Claim("SC20", "On CIFAR-10 robust methods lose clean accuracy against Standard for pixels, and gain for movements", (
-        *_higher("Clean", *(("long-standard", f"long-{name}") for name in ("at-equal", "trades-equal", *_TAUGHT)),
+        Check(_HERE + "_inclusions", (("*", "GridAdv"),), d, at_most=0.0,
+              options={"if_measured": True}) for d in _HOMES)),
+    Claim("SC20",
+          "On CIFAR-10 robust methods lose clean accuracy against Standard for pixels, and gain "
+          "for movements", (
+        *_higher("Clean", *(("long-standard", f"long-{name}")
+                            for name in ("at-equal", "trades-equal", *_TAUGHT)),
                  homes=("cifar10",)),
-        *_higher("Clean", *((f"spatial-{name}", "spatial-standard") for name in ("worst-of-k", "klr", "srt-0.2")),
+        *_higher("Clean", *((f"spatial-{name}", "spatial-standard")
+                            for name in ("worst-of-k", "klr", "srt-0.2")),
                  homes=("cifar10",))), "88.43 against at most 79.99"),
-    Claim("SC21", "Compound defences beat single ones under compound attacks, and stay within 5 points of them under "
+    Claim("SC21",
+          "Compound defences beat single ones under compound attacks, and stay within 5 points of "
+          "them under "
           "their own", (
               *(check for column in _PLUS for check in _higher(
                   column, *((one, other) for one in _COMPOUND for other in _SINGLE))),
-              *_each((("PGD 1", "long-srt-plus", "long-srt"), ("PGD 1", "long-at-plus-equal", "long-at-equal"),
+              *_each((("PGD 1", "long-srt-plus", "long-srt"),
+                      ("PGD 1", "long-at-plus-equal", "long-at-equal"),
                       ("GridAdv 1", "long-srt-plus", "spatial-srt-0.2"),
                       ("GridAdv 1", "long-at-plus-equal", "spatial-worst-of-k")), by=-5.0))),
     Claim("SC22", "UAT beats RST on MNIST, RST beats UAT on CIFAR-10", (
@@ -396,6 +467,8 @@ CLAIMS = (*_WEIGHTS, *_RIVALS, *_TOGETHER, *_UNLABELLED, *_FAST, *_REST)  # SC1 
 
 # %% ../../nbs/51_srt_claims.ipynb #b1418f4b
 _STUDIES = {f"srt-surface-{data}": Suite(kind=_HERE + "SURFACE", home=data) for data in _HOMES}
-PAPER = Paper("srt", "Semi-Supervised Robust Training with Generalized Perturbed Neighborhood", RECIPES, ROWS, COLUMNS,
+PAPER = Paper("srt", "Semi-Supervised Robust Training with Generalized Perturbed Neighborhood",
+              RECIPES, ROWS, COLUMNS,
               OWN_SUITES | _STUDIES, CLAIMS, SYNONYMS, updates=UPDATES,
-              shown=tuple(f"srt/mnist-long-{name}" for name in ("standard", "at-equal", "trades-equal", "srt", "srt-plus")))
+              shown=tuple(f"srt/mnist-long-{name}"
+                          for name in ("standard", "at-equal", "trades-equal", "srt", "srt-plus")))
