@@ -327,7 +327,7 @@ def grad_cam(
             check_labels(labels, part, logits.shape[1])
             own = logits.gather(1, labels[:, None]).sum()
             weights = torch.autograd.grad(own, maps)[0].mean(dim=(2, 3), keepdim=True)
-            rough = (weights * maps).sum(dim=1, keepdim=True).relu().detach()  # Eq. 3
+            rough = (weights * maps).sum(dim=1, keepdim=True).relu().detach()  # Eq. 4
             found.append(F.interpolate(rough, part.shape[2:], mode="bilinear")[:, 0])
     maps = torch.cat(found)
     top = maps.amax(dim=(1, 2), keepdim=True)
