@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['Augmentation', 'AUGMENTATIONS', 'random_crop_flip', 'random_resized_crop_flip', 'random_cutout', 'crop_flip', 'flip',
-           'resized_crop_flip', 'cutout', 'Batch', 'shares', 'num_batches', 'batches']
+           'resized_crop_flip', 'cutout', 'Batch', 'shares', 'num_batches', 'batches', 'pairs']
 
 # %% ../nbs/17_batches.ipynb #b273f842
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -283,6 +283,49 @@ def batches(
         u = _augmented(others.images[extra], augment, data.name, own)
         balance = (len(x) + len(u)) / together / share
         yield Batch(x, data.labels[index], own, share, u, balance, start, whole)
+
+# %% ../nbs/17_batches.ipynb #3fa54b44
+def _seen(batch: Any) -> str:
+    "What a batch is, in words."
+    if isinstance(batch, Mapping): return f"a {type(batch).__name__} of {', '.join(map(str, batch))}"
+    if isinstance(batch, (tuple, list)): return f"({', '.join(type(part).__name__ for part in batch)})"
+    return f"a {type(batch).__name__}"
+
+
+def _check_pair(i: int, batch: Any) -> None:
+    "Refuse what is not images and labels, by what was seen."
+    two = isinstance(batch, Batch) or (isinstance(batch, (tuple, list)) and len(batch) == 2)
+    if not two or not all(isinstance(part, Tensor) and part.ndim for part in batch[:2]):
+        raise ValueError(f"expected batches (x, y) of two tensors, batch {i} is {_seen(batch)}: bring it "
+                         "into this form where it is loaded, such as in a DataLoader's collate_fn")
+    if len(batch[0]) != len(batch[1]):
+        raise ValueError(f"expected a label for each image, batch {i} has {len(batch[0])} images and "
+                         f"{len(batch[1])} labels: check where it is loaded")
+
+
+def pairs(
+    stream: Iterable,  # Batches (x, y), such as a DataLoader, a list or a generator
+    size: int | None = None,  # Images per pair, but for the last; None: as they come
+) -> Iterator[tuple[Tensor, Tensor]]:  # Images (B, C, H, W) and labels (B,)
+    "Images and labels of a stream, cut anew where a size is given."
+    if isinstance(stream, (ImageSet, Tensor, str)) or not isinstance(stream, Iterable):
+        raise ValueError(f"expected batches (x, y) to walk through, got {type(stream).__name__}: a "
+                         "DataLoader, a list, a generator; batches(data, 128) makes them of an ImageSet")
+    x, y = torch.empty(0), torch.empty(0)
+    for i, batch in enumerate(stream):
+        _check_pair(i, batch)
+        if size is None:
+            yield batch[0], batch[1]
+            continue
+        if len(y) and batch[0].shape[1:] != x.shape[1:]:
+            raise ValueError(f"expected images of one size, got {tuple(batch[0].shape[1:])} in batch "
+                             f"{i} after {tuple(x.shape[1:])}: resize or crop where they are loaded")
+        x, y = (torch.cat([x, batch[0]]), torch.cat([y, batch[1]])) if len(y) else batch[:2]
+        while len(y) >= size:
+            yield x[:size], y[:size]
+            x, y = x[size:], y[size:]
+    if len(y):
+        yield x, y
 
 # %% ../nbs/17_batches.ipynb #ee7bda9e
 def _whole(batch: Batch, state: Tensor) -> Batch:

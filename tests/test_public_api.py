@@ -19,7 +19,7 @@ PROMISED = {
     "randomness": "seed_from image_generators uniform",
     "threats": "Pixel Flow Affine apply_chain contains_chain check_images check_labels",
     "data": "ImageSet Unlabelled few_labels load available picture_files read_picture DATASETS default_budget",
-    "batches": "Batch batches num_batches shares crop_flip random_crop_flip resized_crop_flip random_resized_crop_flip "
+    "batches": "Batch batches pairs num_batches shares crop_flip random_crop_flip resized_crop_flip random_resized_crop_flip "
                "random_cutout cutout AUGMENTATIONS",
     "models": "NormalizedModel BUILDERS create start_from frozen unwrap bare plain_state check_rebuildable tensor_hash write_tensors read_tensors "
               "save_weights load_weights pretrained zoo",
