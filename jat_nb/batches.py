@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['Augmentation', 'AUGMENTATIONS', 'random_crop_flip', 'random_resized_crop_flip', 'random_cutout', 'crop_flip', 'flip',
-           'resized_crop_flip', 'cutout', 'Batch', 'shares', 'num_batches', 'batches']
+           'resized_crop_flip', 'cutout', 'Batch', 'shares', 'num_batches', 'batches', 'pairs', 'Stream']
 
 # %% ../nbs/17_batches.ipynb #b273f842
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from itertools import islice
+from operator import length_hint
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from .data import ImageSet, Unlabelled
 from .randomness import seed_from
+from .threats import check_images, check_labels
 
 # %% ../nbs/17_batches.ipynb #5fd15a81
 def random_crop_flip(
@@ -214,7 +218,7 @@ def num_batches(
     return len(_lengths(n, shares(batch_size, n, unlabelled)[0], parts))
 
 # %% ../nbs/17_batches.ipynb #1cbb5a12
-def _uncut(data: ImageSet, parts: Sequence[Tensor], augment: Sequence[str], name: tuple[int, ...]) -> Batch:
+def _uncut(data: "ImageSet | _Held", parts: Sequence[Tensor], augment: Sequence[str], name: tuple[int, ...]) -> Batch:
     "A whole batch from the indices of its parts, as all of them together see it; always the same."
     views = []
     for part, index in enumerate(parts):
@@ -283,6 +287,107 @@ def batches(
         u = _augmented(others.images[extra], augment, data.name, own)
         balance = (len(x) + len(u)) / together / share
         yield Batch(x, data.labels[index], own, share, u, balance, start, whole)
+
+# %% ../nbs/17_batches.ipynb #3fa54b44
+def _seen(batch: Any) -> str:
+    "What a batch is, in words."
+    if isinstance(batch, Mapping): return f"a {type(batch).__name__} of {', '.join(map(str, batch))}"
+    if isinstance(batch, (tuple, list)): return f"({', '.join(type(part).__name__ for part in batch)})"
+    return f"a {type(batch).__name__}"
+
+
+def _check_pair(i: int, batch: Any) -> None:
+    "Refuse what is not images and labels, by what was seen."
+    two = isinstance(batch, Batch) or (isinstance(batch, (tuple, list)) and len(batch) == 2)
+    if not two or not all(isinstance(part, Tensor) and part.ndim for part in batch[:2]):
+        raise ValueError(f"expected batches (x, y) of two tensors, batch {i} is {_seen(batch)}: bring it "
+                         "into this form where it is loaded, such as in a DataLoader's collate_fn")
+    if len(batch[0]) != len(batch[1]):
+        raise ValueError(f"expected a label for each image, batch {i} has {len(batch[0])} images and "
+                         f"{len(batch[1])} labels: check where it is loaded")
+
+
+def pairs(
+    stream: Iterable,  # Batches (x, y), such as a DataLoader, a list or a generator
+    size: int | None = None,  # Images per pair, but for the last; None: as they come
+) -> Iterator[tuple[Tensor, Tensor]]:  # Images (B, C, H, W) and labels (B,)
+    "Images and labels of a stream, cut anew where a size is given."
+    if isinstance(stream, (ImageSet, Tensor, str)) or not isinstance(stream, Iterable):
+        raise ValueError(f"expected batches (x, y) to walk through, got {type(stream).__name__}: a "
+                         "DataLoader, a list, a generator; batches(data, 128) makes them of an ImageSet")
+    x, y = torch.empty(0), torch.empty(0)
+    for i, batch in enumerate(stream):
+        _check_pair(i, batch)
+        if size is None:
+            yield batch[0], batch[1]
+            continue
+        if len(y) and batch[0].shape[1:] != x.shape[1:]:
+            raise ValueError(f"expected images of one size, got {tuple(batch[0].shape[1:])} in batch "
+                             f"{i} after {tuple(x.shape[1:])}: resize or crop where they are loaded")
+        x, y = (torch.cat([x, batch[0]]), torch.cat([y, batch[1]])) if len(y) else batch[:2]
+        while len(y) >= size:
+            yield x[:size], y[:size]
+            x, y = x[size:], y[size:]
+    if len(y):
+        yield x, y
+
+# %% ../nbs/17_batches.ipynb #8e9ac42e
+class _Held(NamedTuple):
+    "A batch in memory, in the place of a set."
+
+    images: Tensor
+    labels: Tensor
+    name: str
+
+
+@dataclass(frozen=True)
+class Stream:
+    "Training data read batch by batch, never held as a whole."
+
+    source: Iterable | Callable[[], Iterable]  # batches (x, y); a function makes them anew for every epoch
+    length: int | None = None  # batches per epoch; None: as many as `source` has
+    name: str = "stream"  # data set it comes from, as augmentations know it
+    device: torch.device | str = "cpu"  # where the batches go
+
+    def __post_init__(self) -> None:
+        if isinstance(self.source, Iterator):
+            raise ValueError(f"a {type(self.source).__name__} is used up after one epoch: pass the DataLoader "
+                             "itself, or the function that makes the iterator")
+        if not isinstance(self.source, Iterable) and not callable(self.source):
+            raise ValueError(f"expected a DataLoader, a list of batches, or a function that makes an iterator, "
+                             f"got {type(self.source).__name__}")
+        if not len(self):
+            raise ValueError("how many batches an epoch has decides the learning rate, and this stream does not "
+                             "say: Stream(source, length=...)")
+
+    def __len__(self) -> int: return length_hint(self.source) if self.length is None else self.length
+
+    def to(self, device: torch.device | str) -> "Stream":
+        "The same stream, its batches on another device."
+        return replace(self, device=device)
+
+    def epoch(self, seed: tuple[int, ...], *, augment: Sequence[str] = (), part: int = 0, parts: int = 1
+              ) -> Iterator[Batch]:
+        "Walk once through the stream, as `batches` does through a set."
+        _check_batches(augment, part, parts)
+        torch.manual_seed(seed_from(*seed, "stream"))
+        done = 0
+        for x, y in islice(pairs(self.source if isinstance(self.source, Iterable) else self.source()), len(self)):
+            if len(y) < parts: raise ValueError(f"{parts} processes cannot share batch {done} of {len(y)} images: "
+                                                "leave small batches out (drop_last=True of a DataLoader)")
+            if x.dtype != torch.uint8: check_images(x)
+            check_labels(y, x)
+            data, cut = _Held(x.to(self.device), y.to(self.device), self.name), torch.arange(len(y)).tensor_split(parts)
+            whole = partial(_uncut, data, [rows.to(self.device) for rows in cut], augment, (*seed, done))
+            own = torch.Generator(self.device).manual_seed(seed_from(*seed, done, part))
+            rows = slice(int(cut[part][0]), int(cut[part][-1]) + 1)
+            images = _augmented(data.images[rows], augment, self.name, own)
+            yield Batch(images, data.labels[rows], own, len(cut[part]) / len(y), start=rows.start,
+                        whole=whole if parts > 1 else None)
+            done += 1
+        if done < len(self):
+            raise ValueError(f"the stream ended after {done} of {len(self)} batches: state its true length, and let a "
+                             "function return a new iterator at every call, not one that is used up")
 
 # %% ../nbs/17_batches.ipynb #ee7bda9e
 def _whole(batch: Batch, state: Tensor) -> Batch:

@@ -18,6 +18,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
+from .batches import Stream
 from .data import ImageSet, Unlabelled
 from .generators import LatentSet
 from .models import plain_state, read_tensors, tensor_hash, unwrap, write_tensors
@@ -129,8 +130,10 @@ def _of_pixels(data: ImageSet | Unlabelled) -> dict[str, Any]:
     return {"name": data.name, "images": len(data), "pixels": tensor_hash(tensors)}
 
 
-def _of_data(data: ImageSet) -> dict[str, Any]:
-    "Name, size and contents of a data set, the contents as fingerprints."
+def _of_data(data: ImageSet | Stream) -> dict[str, Any]:
+    "Name, size and contents of a data set, the contents as fingerprints; a stream's contents are not known."
+    if isinstance(data, Stream):
+        return {"name": data.name, "batches": len(data)}
     names = tensor_hash({}, json.dumps(list(data.classes)))
     return {**_of_pixels(data), "labels": tensor_hash({"": data.labels}), "classes": names}
 
@@ -138,7 +141,7 @@ def _of_data(data: ImageSet) -> dict[str, Any]:
 def run_identity(
     recipe: Recipe,  # Of the run
     model: nn.Module,  # Its `metadata`, where it has any, says what `create` was asked for
-    train: ImageSet,  # Training images
+    train: ImageSet | Stream,  # Training images
     validation: ImageSet | None = None,  # Images held out
     own: Mapping[str, str] | None = None,  # Names of functions that stand in for the recipe's
     *,

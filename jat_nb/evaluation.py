@@ -8,22 +8,28 @@ __all__ = ['Attack', 'wilson_interval', 'pgd_at', 'ggsm_at', 'joint_at', 'clean'
 
 # %% ../nbs/34_evaluation.ipynb #9c3a085a
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from operator import length_hint
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from tqdm import tqdm
 
 from .attacks import double_pass, ggsm, pgd
+from .batches import pairs
 from .losses import correct
 from .models import bare, computes_bfloat16, frozen, plain_state, tensor_hash, unwrap
 from .processes import agree, own_device, processes, total
 from .randomness import image_generators
+from .records import progress as show_progress
 from .threats import check_images, check_labels
 
 # %% ../nbs/34_evaluation.ipynb #0a617be2
@@ -87,6 +93,7 @@ class Evaluation:
     passes: Tensor  # images each entry sent forward and back through the model (A, 2), int64
     seed: int  # what the randomness was made from
     blind: Tensor | None = None  # whose gradient was exactly zero in every pass (A, N), bool; None: not watched
+    labels: Tensor | None = None  # true classes (N,), int64; None: not kept
 
     @property
     def n(self) -> int: return self.correct.shape[1]  # images
@@ -118,6 +125,14 @@ class Evaluation:
         "Images whose gradient was zero throughout, per entry, and in at least one entry."
         if self.blind is None: return [0] * (len(self.names) + 1)
         return [*self.blind.sum(dim=1).tolist(), int(self.blind.any(dim=0).sum())]
+
+    def per_class(self, names: Sequence[str] | None = None) -> pd.DataFrame:
+        "Accuracy (%) of each entry and of the union, one row per class, and the images of the class."
+        if self.labels is None: raise ValueError("this evaluation kept no labels: evaluate anew, or pass labels=")
+        n = self.labels.bincount(minlength=len(names or ()))
+        rows = zip([*self.names, "Union"], torch.cat([self.correct, self.union[None]]).double())
+        share = {name: (100 * self.labels.bincount(row, len(n)) / n).tolist() for name, row in rows}
+        return pd.DataFrame({**share, "n": n.tolist()}, index=names)
 
     def record(self) -> dict[str, Any]:
         "The table and the seed as JSON-able data."
@@ -271,15 +286,16 @@ class _Trial:
 
     model: nn.Module  # gives the verdicts
     target: nn.Module  # what the attacks work on: the model, or its fast copy
+    first: int  # number of the first image in the whole set
     x: Tensor
     y: Tensor
     batch_size: int
     seed: int
     device: torch.device
+    bar: tqdm  # counts images attacked
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        x, y = self.x[rows.to(self.x.device)], self.y[rows.to(self.y.device)]
-        return x.to(self.device), y.to(self.device)
+        return tuple(v[rows.to(v.device)].to(self.device) for v in (self.x, self.y))
 
     def right(self) -> Tensor:
         "Which images are classified correctly as they are (N,)."
@@ -299,13 +315,15 @@ class _Trial:
                 broken[again] = self.broken(self.model, name, attack, part, rows[again])[0]
             found[0, rows], found[1, rows] = broken, bool(moved)
             found[2, rows] = _ever_moved(moved, len(rows))
+            self.bar.update(len(rows))
+        self.bar.update(len(self.x) - int(standing.sum()))  # whose verdict was known
         return total(found.int()).bool()
 
     def broken(self, target: nn.Module, name: str, attack: Attack, part: int, rows: Tensor
                ) -> tuple[Tensor, Tensor]:
         "Which images an attack on `target` broke by the model's verdict, and with which it believes to be done (B,) each."
         x, y = self.batch(rows)
-        x_adv = attack(target, x, y, generator=image_generators(self.seed, rows.tolist(), part))
+        x_adv = attack(target, x, y, generator=image_generators(self.seed, (self.first + rows).tolist(), part))
         check_result(name, x, x_adv)
         x_adv = x_adv.detach()
         broken = ~_verdict(self.model, x_adv, y).cpu()
@@ -314,65 +332,96 @@ class _Trial:
         return broken, ~_verdict(target, x_adv, y).cpu()
 
 # %% ../nbs/34_evaluation.ipynb #3227df43
-def _check_call(model: nn.Module, x: Tensor, y: Tensor, entries: Mapping[str, Sequence[Attack]], batch_size: int
-                ) -> None:
-    check_images(x), check_labels(y, x)
+_Suite = Mapping[str, Attack | Sequence[Attack]]
+_NONE: _Suite = MappingProxyType({})
+
+def _check_call(model: nn.Module, y: Any, entries: Mapping[str, Sequence[Attack]], batch_size: int) -> None:
+    if isinstance(y, Mapping): raise ValueError("a stream brings its labels: evaluate(model, stream, suite=...)")
     if not isinstance(model, nn.Module):
         raise ValueError(f"expected an nn.Module, got {type(model).__name__}: wrap a function in a module's forward")
     if not entries or not all(entries.values()) or "Union" in entries or batch_size < 1:
         raise ValueError(f"expected attacks, none named 'Union', and batch_size >= 1: got {[*entries]}, {batch_size}")
 
-def _judge(model: nn.Module, x: Tensor, y: Tensor, suite: Mapping[str, Attack | Sequence[Attack]], *, raw: bool,
+def _judge_piece(trial: _Trial, entries: Mapping[str, Sequence[Attack]], raw: bool, active: bool,
+                 spent: Callable[[], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    "For each entry: which images survived (A, n), which saw no gradient (A, n), and the passes (A, 2)."
+    rows, start = [], trial.right()
+    if raw: start = torch.ones_like(start)
+    for name, attacks in entries.items():
+        correct, before, seen = start.clone(), spent(), torch.zeros(3, len(trial.x), dtype=torch.bool)
+        trial.bar.set_description(name)
+        for part, attack in enumerate(attacks):
+            everyone = not active and getattr(attack, "block", None) is None
+            found = trial.attack(name, attack, part, torch.ones_like(start) if everyone else correct)
+            correct, seen = correct & ~found[0], seen | found
+        rows.append((correct, seen[1] & ~seen[2], total(spent() - before)))
+    return tuple(torch.stack(column) for column in zip(*rows))
+
+# %% ../nbs/34_evaluation.ipynb #274484ce
+def _pieces(x: Tensor | Iterable, y: Tensor | None, entries: Mapping[str, Sequence[Attack]], batch_size: int
+            ) -> Iterator[tuple[int, Tensor, Tensor]]:
+    "The images with their labels and the number of the first: all that are at hand, or a stream bit by bit."
+    block = math.lcm(*(getattr(a, "block", None) or 1 for attacks in entries.values() for a in attacks))
+    whole = y is not None or isinstance(x, Tensor)
+    first = 0
+    for x, y in [(x, y)] if whole else pairs(x, math.ceil(batch_size / block) * block):
+        check_images(x), check_labels(y, x)
+        if processes().count > 1: agree({"images": [first, *x.shape], "labels": tensor_hash({"": y})})
+        yield first, x, y
+        first += len(x)
+    if processes().count > 1: agree({"images": [first, "in all"], "labels": ""})
+    if not first: raise ValueError("expected at least one image, the stream held none: a generator is used up "
+                                   "after one pass; make a new one, or pass a DataLoader")
+
+# %% ../nbs/34_evaluation.ipynb #1c7fe703
+def _judge(model: nn.Module, x: Tensor | Iterable, y: Tensor | None, suite: _Suite, *, raw: bool,
            batch_size: int = 128, seed: int = 0, active: bool = True, device: torch.device | str | None = None,
-           fast: bool = False) -> Evaluation:
+           fast: bool = False, progress: bool = True) -> Evaluation:
     entries = {name: list(a) if isinstance(a, Sequence) else [a] for name, a in suite.items()}
-    _check_call(model, x, y, entries, batch_size)
-    model = bare(model)  # a distributed one would wait for the others in every pass
+    _check_call(model, y, entries, batch_size)
+    model = target = bare(model)  # a distributed one would wait for the others in every pass
     if processes().count > 1:
-        agree({"seed": seed, "attacks": [*entries], "images": x.shape, "labels": tensor_hash({"": y}),
-               "weights": tensor_hash(plain_state(model))})
-    device = own_device(device or next((p.device for p in model.parameters()), x.device))
-    with frozen(model), ExitStack() as stack:
-        target = fast_copy(model, x[:4].to(device)) if fast and len(x) else model
-        counts = [stack.enter_context(counted(m)) for m in dict.fromkeys((model, target))]
-        spent = lambda: torch.tensor(counts).sum(dim=0)
-        trial, rows = _Trial(model, target, x, y, batch_size, seed, device), []
-        start = trial.right()
-        if raw: start = torch.ones_like(start)
-        for name, attacks in entries.items():
-            correct, before, seen = start.clone(), spent(), torch.zeros(3, len(x), dtype=torch.bool)
-            for part, attack in enumerate(attacks):
-                everyone = not active and getattr(attack, "block", None) is None
-                found = trial.attack(name, attack, part, torch.ones_like(start) if everyone else correct)
-                correct, seen = correct & ~found[0], seen | found
-            rows.append((correct, seen[1] & ~seen[2], total(spent() - before)))
-    correct, blind, passes = (torch.stack(column) for column in zip(*rows))
-    return Evaluation(tuple(entries), correct, passes, seed, blind)
+        agree({"seed": seed, "attacks": [*entries], "weights": tensor_hash(plain_state(model))})
+    known = length_hint(x if isinstance(x, Tensor) else getattr(x, "dataset", ())) * sum(map(len, entries.values()))
+    bar, found = show_progress(None, total=known or None, unit="image", show=progress), []
+    with frozen(model), ExitStack() as stack, closing(bar):
+        for first, x, y in _pieces(x, y, entries, batch_size):
+            if not found:
+                device = own_device(device or next((p.device for p in model.parameters()), x.device))
+                target = fast_copy(model, x[:4].to(device)) if fast else model
+                counts = [stack.enter_context(counted(m)) for m in dict.fromkeys((model, target))]
+            trial = _Trial(model, target, first, x, y, batch_size, seed, device, bar)
+            judged = _judge_piece(trial, entries, raw, active, lambda: torch.tensor(counts).sum(dim=0))
+            found.append((*judged, y.cpu()))
+    correct, blind, passes, labels = zip(*found)
+    return Evaluation(tuple(entries), torch.cat(correct, dim=1), sum(passes), seed, torch.cat(blind, dim=1),
+                      torch.cat(labels))
 
 # %% ../nbs/34_evaluation.ipynb #b572a651
 def evaluate(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
-    x: Tensor,  # Clean images (N, C, H, W) in [0, 1], on any device
-    y: Tensor,  # True classes (N,), int64
-    suite: Mapping[str, Attack | Sequence[Attack]],  # Column name to attack; an image must survive all of a sequence
+    x: Tensor | Iterable,  # Clean images (N, C, H, W) in [0, 1]; or a stream of batches (x, y), such as a DataLoader
+    y: Tensor | None = None,  # True classes (N,), int64; None with a stream, which brings its own
+    suite: _Suite = _NONE,  # Column name to attack; an image must survive all of a sequence
     *,
     batch_size: int = 128,  # Images attacked at once: memory and speed, not the result
     seed: int = 0,  # Makes the randomness of every image
     active: bool = True,  # Skip images whose verdict is known: faster, same result
     device: torch.device | str | None = None,  # Where to attack; default: where the model is
     fast: bool = False,  # Attack a faster copy of the model (`fast_copy`); the verdict is the model's
+    progress: bool = True,  # Show a bar in a terminal or a notebook, unless the variable CI is set
 ) -> Evaluation:  # On the CPU
     "Attack every image with every entry of a suite, and count on the images which survived."
     return _judge(model, x, y, suite, raw=False, batch_size=batch_size, seed=seed, active=active, device=device,
-                  fast=fast)
+                  fast=fast, progress=progress)
 
 # %% ../nbs/34_evaluation.ipynb #27a91032
 def raw_accuracy(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
-    x: Tensor,  # Clean images (N, C, H, W) in [0, 1]
-    y: Tensor,  # True classes (N,), int64
-    suite: Mapping[str, Attack | Sequence[Attack]],  # As for `evaluate`
-    **options: Any,  # `batch_size`, `seed`, `active`, `device` and `fast` of `evaluate`
+    x: Tensor | Iterable,  # Clean images (N, C, H, W) in [0, 1]; or a stream of batches (x, y)
+    y: Tensor | None = None,  # True classes (N,), int64; None with a stream
+    suite: _Suite = _NONE,  # As for `evaluate`
+    **options: Any,  # `batch_size`, `seed`, `active`, `device`, `fast` and `progress` of `evaluate`
 ) -> Evaluation:  # Right after the attack, also where the clean image was wrong
     "As `evaluate`, without the rule that an image wrong when clean stays wrong."
     return _judge(model, x, y, suite, raw=True, **options)
@@ -380,11 +429,11 @@ def raw_accuracy(
 # %% ../nbs/34_evaluation.ipynb #59b173f7
 def budget_curve(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
-    x: Tensor,  # Clean images (N, C, H, W) in [0, 1]
-    y: Tensor,  # True classes (N,), int64
+    x: Tensor | Iterable,  # Clean images (N, C, H, W) in [0, 1]; or a stream of batches (x, y)
+    y: Tensor | None,  # True classes (N,), int64; None with a stream
     attack_at: Callable[[float], Attack],  # Budget to attack, such as `pgd_at` or `ggsm_at`
     budgets: Sequence[float],  # Increasing, in the unit of `attack_at`
-    **options: Any,  # `batch_size`, `seed`, `active`, `device` and `fast` of `evaluate`
+    **options: Any,  # `batch_size`, `seed`, `active`, `device`, `fast` and `progress` of `evaluate`
 ) -> Evaluation:  # One entry per budget, named by it
     "Accuracy at growing budgets, on the same images with the same random draws."
     if len(budgets) == 0 or min(budgets) < 0 or any(b <= a for a, b in zip(budgets, budgets[1:])):

@@ -223,12 +223,14 @@ class Record:
 
 # %% ../nbs/06_records.ipynb #71318af4
 def progress(
-    iterable: Iterable,  # What the loop walks over
+    iterable: Iterable | None,  # What the loop walks over; None: the bar moves by `.update(n)`
     *,
     total: int | None = None,  # Number of items; None: the length of `iterable`, where it has one
     description: str = "",  # Text before the bar
     unit: str = "it",  # What an item is called
+    show: bool = True,  # Whether there may be a bar at all
 ) -> tqdm:  # Iterates like `iterable`; `.set_postfix(loss=...)` adds figures
-    "A bar with rate and time left in a terminal; nothing in notebooks, logs and continuous integration."
-    quiet = not sys.stderr.isatty() or bool(os.environ.get("CI")) or os.environ.get("RANK", "0") != "0"
+    "A bar with rate and time left in terminals and notebooks; nothing in logs and continuous integration."
+    watched = sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel")
+    quiet = not (show and watched) or bool(os.environ.get("CI")) or os.environ.get("RANK", "0") != "0"
     return tqdm(iterable, total=total, desc=description, unit=unit, disable=quiet, dynamic_ncols=True)

@@ -328,6 +328,8 @@ def check_images(
     x: Tensor,  # What should be images (B, C, H, W), floating point, in [0, 1]
 ) -> None:  # Nothing: it raises ValueError when they are not
     "Refuse images of the wrong rank, type or range, and name the mend."
+    if not isinstance(x, Tensor):
+        raise ValueError(f"expected images as a tensor, got {type(x).__name__}: use torch.as_tensor(x)")
     if x.ndim != 4:
         raise ValueError(f"expected images (B, C, H, W), got {tuple(x.shape)}: add missing dimensions with x[None]")
     if x.dtype not in (torch.float32, torch.float64):
@@ -347,6 +349,8 @@ def check_labels(
     num_classes: int | None = None,  # Number of classes, where it is known
 ) -> None:  # Nothing: it raises ValueError when they are not
     "Refuse labels of the wrong shape, type or range, and name the mend."
+    if not isinstance(y, Tensor):
+        raise ValueError(f"expected labels as a tensor, got {type(y).__name__}: use torch.as_tensor(y)")
     if y.shape != x.shape[:1]:
         raise ValueError(f"expected one label per image, shape ({len(x)},), got {tuple(y.shape)}: "
                          "class indices, not one-hot vectors")

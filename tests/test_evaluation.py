@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import weakref
 from functools import partial
 
 import pytest
@@ -15,9 +16,11 @@ from scipy.stats import binomtest
 from test_processes import launch, well
 from torch import nn
 from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
 
 from jat_nb.attacks import fgsm, pgd
 from jat_nb.autoattack import autoattack_at
+from jat_nb.batches import Batch
 from jat_nb.data import ImageSet
 from jat_nb.evaluation import (Evaluation, budget_curve, clean, evaluate, ggsm_at, joint_at, pgd_at,
                                raw_accuracy, wilson_interval)
@@ -263,6 +266,117 @@ def test_clean_takes_what_any_attack_takes():
     assert clean(None, x, torch.zeros(2), generator=None, target=None, return_info=False) is x
 
 
+# -- streams
+
+def noise(model, x, y, generator):
+    "Random attack: the image's own generator decides."
+    return torch.stack([(image + 0.3 * torch.rand(image.shape, generator=g)).clamp(0, 1) for image, g in zip(x, generator)])
+
+
+def company(model, x, y, generator):
+    "An attack whose images depend on their companions."
+    return (x + 0.3 * torch.rand(x.shape, generator=generator[0]) - 0.02 * len(x)).clamp(0, 1)
+
+
+company.block = 6
+SUITE = {"clean": clean, "noise": noise, "blocks": company, "all": [pgd_at(0.02, 3), noise, company]}
+
+
+class Disk(torch.utils.data.IterableDataset):
+    "Images that are known to nobody before they are read."
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __iter__(self):
+        return iter(zip(self.x, self.y))
+
+
+@pytest.mark.parametrize("batch_size", [4, 16, 128])
+@pytest.mark.parametrize("options", [{}, {"active": False}, {"fast": True}], ids=str)
+def test_a_stream_gives_the_verdicts_of_arrays(case, batch_size, options):
+    model, x, y = case
+    expected = evaluate(model, x, y, SUITE, **options)
+    assert 0 < expected.correct[1].sum() < 35, "random attacks should break some images and spare others"
+    streams = [DataLoader(TensorDataset(x, y), 7), DataLoader(Disk(x, y), 40), zip(x.split(1), y.split(1)),
+               [[x[:3], y[:3]], (x[3:], y[3:])], [Batch(x, y, torch.Generator())]]
+    for stream in streams:
+        found = evaluate(model, stream, suite=SUITE, batch_size=batch_size, **options)
+        assert torch.equal(found.correct, expected.correct) and torch.equal(found.labels, y)
+        assert torch.equal(found.blind, expected.blind)
+    raw = raw_accuracy(model, zip(x.split(9), y.split(9)), None, SUITE, batch_size=batch_size)
+    assert torch.equal(raw.correct, raw_accuracy(model, x, y, SUITE).correct)
+
+
+def test_a_stream_is_never_held_as_a_whole(case):
+    model, x, y = case
+    alive = []
+
+    def reader():
+        for rows in torch.arange(40).split(5):
+            images = x[rows].clone()
+            alive.append(weakref.ref(images))
+            assert sum(r() is not None for r in alive) <= 4
+            yield images, y[rows]
+            del images
+
+    found = budget_curve(model, reader(), None, pgd_at, [0, 0.05], batch_size=5)
+    assert found.n == 40 and len(alive) == 8
+
+
+def test_per_class_counts_class_by_class():
+    correct = torch.tensor([[1, 1, 0, 1, 0], [1, 0, 0, 1, 1]]).bool()
+    found = Evaluation(("a", "b"), correct, torch.ones(2, 2, dtype=torch.int64), 0, labels=torch.tensor([0, 0, 2, 2, 2]))
+    table = found.per_class(["cat", "dog", "owl"])
+    assert table.index.tolist() == ["cat", "dog", "owl"] and table["n"].tolist() == [2, 0, 3]
+    assert table.loc["cat"].tolist() == [100, 50, 50, 2] and table["a"].isna().tolist() == [False, True, False]
+    assert table.loc["owl", ["a", "b", "Union"]].tolist() == pytest.approx([100 / 3, 200 / 3, 100 / 3])
+    assert found.per_class()["Union"].iloc[2] == pytest.approx(100 / 3)
+    with pytest.raises(ValueError, match="kept no labels"):
+        Evaluation(("a", "b"), correct, torch.ones(2, 2, dtype=torch.int64), 0).per_class()
+
+
+@pytest.mark.parametrize("stream, message", [
+    ([{"pixel_values": torch.rand(2, 1, 8, 8), "labels": torch.zeros(2)}], "batch 0 is a dict of pixel_values, labels"),
+    ([(torch.rand(2, 1, 8, 8),)], r"batch 0 is \(Tensor\)"),
+    ([torch.rand(2, 1, 8, 8)], "batch 0 is a Tensor"),
+    ([(torch.rand(2, 1, 8, 8), [0, 1])], r"\(Tensor, list\)"),
+    ([(torch.rand(2, 1, 8, 8), torch.zeros(3).long())], "2 images and 3 labels"),
+    ([(torch.rand(2, 1, 8, 8), torch.zeros(2).long()), (torch.rand(2, 1, 9, 8), torch.zeros(2).long())], "in batch 1 after"),
+    ([(torch.full((2, 1, 8, 8), 200.0), torch.zeros(2).long())], "divide bytes by 255"),
+    ([], "the stream held none"), (iter([]), "used up"), (5, "got int"), (torch.rand(2, 1, 8, 8), "label"),
+])
+def test_bad_streams_are_refused(case, stream, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(case[0], stream, suite={"clean": clean})
+
+
+def test_a_suite_in_the_place_of_labels_is_explained(case):
+    with pytest.raises(ValueError, match=r"evaluate\(model, stream, suite=...\)"):
+        evaluate(case[0], [(case[1], case[2])], {"clean": clean})
+
+
+# -- progress
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_progress_speaks_where_somebody_looks(case, capsys, monkeypatch, stream):
+    model, x, y = case
+    given = (DataLoader(TensorDataset(x, y), 8),) if stream else (x, y)
+    run = lambda **options: evaluate(model, *given, suite={"clean": clean, "noise": noise}, batch_size=8, **options)
+    run()
+    assert capsys.readouterr().err == ""
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    run()
+    shown = capsys.readouterr().err
+    assert "80/80" in shown and "noise" in shown
+    run(progress=False)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("CI", "true")
+    run()
+    assert capsys.readouterr().err == ""
+
+
 # -- several processes
 
 PROGRAM = """
@@ -282,6 +396,7 @@ suite = {"FGSM": partial(fgsm, eps=0.01), "joint": joint_at(0.02, 0.4, 3), "bloc
          "all": [pgd_at(0.01, 2), company, ggsm_at(0.5, 2)]}
 found = [evaluate(model, x, y, suite, batch_size=5, **o) for o in ({}, {"fast": True}, {"active": False})]
 found.append(raw_accuracy(model, x, y, suite, batch_size=5))
+found.append(evaluate(model, iter([(x[:9], y[:9]), (x[9:], y[9:])]), suite=suite, batch_size=5))
 torch.save([(f.correct, f.passes, f.blind) for f in found], f"{sys.argv[2]}-{processes().rank}-{processes().count}")
 """
 
@@ -305,6 +420,20 @@ def test_two_processes_find_what_one_finds(case, tmp_path):
             assert torch.equal(a[0], b[0]) and torch.equal(a[2], b[2])
             assert torch.equal(a[1], b[1])  # the passes of all processes together
     assert 0 < one[0][0][2].sum() < 35
+    assert all(torch.equal(a, b) for a, b in zip(one[0], one[-1]))  # a stream, beside the same images at hand
+
+
+def streams_that_differ():
+    "The second process has one batch less, or other labels: both are refused in both processes."
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), torch.rand(8, 1, 4, 4), torch.arange(8) % 3
+    rank = processes().rank
+    for stream, message in (([(x, y)] * (2 - rank), "images is .* in process 1"), ([(x, (y + rank) % 3)], "labels is")):
+        with pytest.raises(ValueError, match=message): evaluate(model, stream, suite={"clean": clean}, batch_size=4)
+
+
+def test_streams_that_differ_are_refused():
+    well(launch(streams_that_differ, timeout=100))
 
 
 def as_they_come(model, x, y, generator):

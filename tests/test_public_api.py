@@ -19,7 +19,7 @@ PROMISED = {
     "randomness": "seed_from image_generators uniform",
     "threats": "Pixel Flow Affine apply_chain contains_chain check_images check_labels",
     "data": "ImageSet Unlabelled few_labels load available picture_files read_picture DATASETS default_budget",
-    "batches": "Batch batches num_batches shares crop_flip random_crop_flip resized_crop_flip random_resized_crop_flip "
+    "batches": "Batch Stream batches pairs num_batches shares crop_flip random_crop_flip resized_crop_flip random_resized_crop_flip "
                "random_cutout cutout AUGMENTATIONS",
     "models": "NormalizedModel BUILDERS create start_from frozen unwrap bare plain_state check_rebuildable tensor_hash write_tensors read_tensors "
               "save_weights load_weights pretrained zoo",
@@ -47,7 +47,7 @@ PROMISED = {
               "hypervolume knee universal_score",
     "recipes": "Recipe Bound bind learning_rate make_optimizer",
     "processes": "Processes processes own_device total from_first on_first agree distribute copy_buffers timer report_lost",
-    "training": "fit train_step accuracy judge_classifier Judge Memory",
+    "training": "OnEpoch fit train_step accuracy judge_classifier Judge Memory",
     "catalogue": "Row Paper Tier TIER Setting papers register recipe recipes adapt setting",
     "papers.jat": "PAPER RECIPES ROWS COLUMNS SYNONYMS OWN_SUITES CLAIMS jat_suite",
     "checkpoints": "save_state load_state state_tensors restore claim add_stretch run_identity function_names publish shortfall best_row collapsed "

@@ -1,4 +1,5 @@
 "Files that a kill cannot spoil, JSON that every reader reads, records that come back as they were."
+import io
 import json
 import math
 import os
@@ -269,5 +270,14 @@ def test_progress_is_silent_here_and_speaks_in_a_terminal(capsys, monkeypatch):
         time.sleep(0.12)
     shown = capsys.readouterr().err
     assert "epoch" in shown and "3/3" in shown and re.search(r"img/s|s/img", shown)
+    assert records.progress(range(3), show=False).disable
     monkeypatch.setenv("CI", "true")
     assert records.progress(range(3)).disable
+
+
+def test_progress_shows_in_a_notebook(monkeypatch):
+    kernel = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr(sys, "stderr", kernel())
+    assert not records.progress(range(3)).disable
+    assert records.progress(range(3), show=False).disable
