@@ -165,7 +165,7 @@ def half_precision(
 # %% ../nbs/08_models.ipynb #ba84ab4f
 BUILDERS: Mapping[str, str] = MappingProxyType({
     "glow": "jat_nb.glow:Glow", "projected": "jat_nb.generators:Projected.empty",
-    "vae_gan": "jat_nb.augmenting:VaeGan"})  # networks that are no classifiers: "module:class", class((C, H, W), ...)
+    "vae_gan": "jat_nb.augmenting:VaeGan"})  # networks that are no classifiers: "module:call", call((C, H, W), ...)
 
 
 def _build(name: str, in_chans: int, size: int | None, options: Mapping[str, Any]) -> nn.Module:
