@@ -360,20 +360,6 @@ class Projected(nn.Module):
     def _keep(self, *kept: Tensor) -> None:
         self.marks, self.codes = (nn.Parameter(v, requires_grad=False) for v in kept)
 
-    @classmethod
-    def empty(
-        cls,
-        shape: Sequence[int],  # (C, H, W) of an image
-        *,
-        width: int = 256,  # Of the generator
-        code: int = 128,  # Of the generator
-        count: int = 1,  # Codes there is room for
-    ) -> "Projected":  # Knows nothing yet
-        "An adapter to be filled from a file of weights."
-        found = cls(Generator(shape, width=width, code=code), torch.zeros(1, *shape), torch.zeros(1, code))
-        found._keep(torch.zeros(count, 8, dtype=torch.float64), torch.zeros(count, code))
-        return found
-
     @torch.no_grad()
     def encode(
         self,
@@ -402,6 +388,13 @@ class Projected(nn.Module):
         "The image of each code."
         with _full_precision(latents[0].device):
             return self.generator(latents[0])
+
+# %% ../nbs/27_generators.ipynb #2ca0ed82
+def _room(shape: Sequence[int], *, width: int = 256, code: int = 128, count: int = 1) -> Projected:
+    "An adapter with room for so many codes, to be filled from a file."
+    found = Projected(Generator(shape, width=width, code=code), torch.zeros(1, *shape), torch.zeros(1, code))
+    found._keep(torch.zeros(count, 8, dtype=torch.float64), torch.zeros(count, code))
+    return found
 
 # %% ../nbs/27_generators.ipynb #87fdba35
 def robust_mixup_codes(

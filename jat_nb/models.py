@@ -164,7 +164,7 @@ def half_precision(
 
 # %% ../nbs/08_models.ipynb #ba84ab4f
 BUILDERS: Mapping[str, str] = MappingProxyType({
-    "glow": "jat_nb.glow:Glow", "projected": "jat_nb.generators:Projected.empty",
+    "glow": "jat_nb.glow:Glow", "projected": "jat_nb.generators:_room",
     "vae_gan": "jat_nb.augmenting:VaeGan"})  # networks that are no classifiers: "module:call", call((C, H, W), ...)
 
 
