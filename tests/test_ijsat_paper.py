@@ -19,7 +19,7 @@ from jat_nb.papers import ijsat as module
 from jat_nb.papers.ijsat import DRAWN, FLOW, GAN, OWN_SUITES, RECIPES, ROWS, SEVEN, SINGLE, SIX, VAE, make_drawn, make_gan
 from jat_nb.papers.ijsat_claims import CLAIMS, PAPER, centroid, mixing_excess
 from jat_nb.recipes import bind
-from jat_nb.records import read_jsonl
+from jat_nb.records import Record, read_jsonl
 from jat_nb.results import Run, published, row_labels
 from jat_nb.suites import Job, Suite, attack_from, check_answer, networks_of, run_suite
 from jat_nb.unseen import unseen_attacks
@@ -226,3 +226,24 @@ def test_every_printed_row_and_column_has_its_recipe_and_suite():
         assert not {label for label in set(row_labels(table)) - mine if "difference" not in label}, number
         columns = {PAPER.synonyms.get(f"{number}:{c}", PAPER.synonyms.get(c, c)) for c in set(table["metric"])}
         assert columns - {"Corrupted"} <= {*PAPER.columns, *PAPER.scores}, (number, columns)
+
+
+def drawn_run(name, om, n=200):
+    "A run on drawn data whose suite of ten attacks answers alike, but under OM-PGD."
+    columns = [*OWN_SUITES["ijsat-drawn"].columns]
+    bits = {c: "1" * (om if c == "drawn OM-PGD-50" else n // 2) for c in columns}
+    bits = {c: b + "0" * (n - len(b)) for c, b in bits.items()}
+    rows = {c: {"accuracy (%)": 100 * b.count("1") / n} for c, b in bits.items()}
+    record = Record("jat_eval", {"steps": 20}, "gpu", "drawn", metrics={"n": n, "rows": rows, "correct": bits})
+    return Run(name, {"name": f"ijsat/drawn-{name}", "tier": "gpu", "data": "drawn"}, {}, {}, [], {"ijsat-drawn": record})
+
+
+@pytest.mark.parametrize("best, answer", [(120, "reproduced"), (30, "not reproduced")])
+def test_more_than_twice_is_judged_with_both_errors(best, answer):
+    oms = {"normal": 2, "at": 40, "dmat": best, "iat": 40, "trades": 40, "mart": 40, "ijsat": best}
+    e = Evidence(tuple(drawn_run(name, om) for name, om in oms.items()), "gpu", PAPER)
+    claim = next(c for c in CLAIMS if c.id == "IC14")
+    assert verdict(e.findings(claim))[0].startswith(answer)
+    first = next(f for f in e.findings(claim) if f.what.startswith("drawn-dmat less twice drawn-at"))
+    assert_close(first.value, 100 * (best - 80) / 200)
+    assert first.low < first.value < first.high and first.high - first.low > 10

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PIXEL', 'LATENT', 'PGD', 'OM_PGD', 'JSA', 'FLOW', 'NEEDS', 'VAE', 'VAE_GAN', 'GAN', 'DRAWN', 'RECIPES', 'ROWS',
            'SINGLE', 'OWN_SUITES', 'SIX', 'SEVEN', 'AVERAGE_OF_SIX', 'SCORES', 'COLUMNS', 'SYNONYMS', 'CORRECTIONS',
-           'make_gan', 'make_drawn', 'averaged']
+           'make_gan', 'make_drawn', 'averaged', 'corrupted']
 
 # %% ../../nbs/52_ijsat.ipynb #74ca6b5c
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ from ..attacks import ATTACKS
 from ..catalogue import Row, setting
 from ..checkpoints import publish
 from ..data import ImageSet
-from ..differences import Score
+from ..differences import Score, Share
 from ..generators import Discriminator, Generator, LatentSet, Projected, project, render, train_gan
 from ..judging import open_classifier, open_run
 from ..models import read_tensors, tensor_hash, write_tensors
@@ -335,8 +335,22 @@ def averaged(
     return conditional(runs, name, list(columns), None, data=data, tier=tier)
 
 
+def corrupted(
+    runs: Sequence[Run],  # As read
+    name: str,  # Full name of the recipe
+    data: str,  # Data set it was judged on
+    tier: str,  # Tier
+) -> Share | None:  # For each seed; None if the corruptions were not measured
+    "Mean accuracy over the corrupted sets, with the error of as many independent images as one set has."
+    mine = [run for run in runs if run.usable and run.name == name and run.group == (tier, data)]
+    found = [answer for run in mine if (answer := run.metrics("ijsat-corruptions"))]
+    if not found: return None
+    return Share(tuple(sum(a["accuracy"]) / len(a["accuracy"]) for a in found), min(min(a["n"]) for a in found))
+
+
 AVERAGE_OF_SIX = partial(averaged, columns=SIX)
 SCORES: Mapping[str, str] = MappingProxyType({
+    "Corrupted": "jat_nb.papers.ijsat:corrupted",
     "Average": "jat_nb.papers.ijsat:averaged", "Average of six": "jat_nb.papers.ijsat:AVERAGE_OF_SIX"})
 COLUMNS: Mapping[str, str] = MappingProxyType(
     dict.fromkeys(OWN_SUITES["ijsat"].columns, "ijsat") | {"AutoAttack": "autoattack", "PGD100x5": "ijsat-strong"}
