@@ -34,7 +34,7 @@ from .judging import (check_same_data, classifies, find_runs, judge, open_classi
 from .models import frozen
 from .own_pictures import attack_options, attack_pictures, label_pictures, read_pictures
 from .processes import on_first, processes
-from .recipes import Recipe, bind, make_optimizer
+from .recipes import Recipe, _made_by, bind, make_optimizer
 from .records import check_writable, progress, write_json
 from .reports import html_report
 from .results import read_runs
@@ -178,7 +178,7 @@ def _networks(given: Mapping[str, Path], r: Recipe) -> dict[str, nn.Module]:
         facts, found[keyword] = open_run(given[keyword])
         if (name := facts["about"].get("name")) != r.needs[keyword]:
             raise ValueError(f"--needs {keyword}={given[keyword]} is a run of {name!r}, the recipe stands on "
-                             f"{r.needs[keyword]!r}: jat_train --recipe {r.needs[keyword]} --out FOLDER makes one")
+                             f"{r.needs[keyword]!r}: {_made_by(r.needs[keyword])} makes one")
         check_same_data(keyword, given[keyword], r.data)
         if (share := facts["recipe"].get("labelled", 1.0)) != r.labelled:
             raise ValueError(f"--needs {keyword}={given[keyword]} was trained on the labels of {share:.1%} of the images, "

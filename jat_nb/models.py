@@ -164,7 +164,8 @@ def half_precision(
 
 # %% ../nbs/08_models.ipynb #ba84ab4f
 BUILDERS: Mapping[str, str] = MappingProxyType({
-    "glow": "jat_nb.glow:Glow"})  # networks that are no classifiers: "module:class", class((C, H, W), ...)
+    "glow": "jat_nb.glow:Glow", "projected": "jat_nb.generators:_room",
+    "vae_gan": "jat_nb.augmenting:VaeGan"})  # networks that are no classifiers: "module:call", call((C, H, W), ...)
 
 
 def _build(name: str, in_chans: int, size: int | None, options: Mapping[str, Any]) -> nn.Module:
@@ -276,7 +277,7 @@ def read_tensors(
 _FORM = ("num_classes", "in_chans", "mean", "std")
 _OPTIONS = {"norm", "drop_rate", "drop_path_rate", "drop_block_rate", "proj_drop_rate",
             "attn_drop_rate", "global_pool", "img_size", "patch_size", "zero_init_last",
-            "levels", "steps", "width"}
+            "levels", "steps", "width", "code", "count", "classes"}
 _WORD_OR_NUMBER = re.compile(r"\w*|[-+.\de]+")
 
 

@@ -12,7 +12,6 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from types import MappingProxyType
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -211,8 +210,7 @@ def judge_flow(
     return found
 
 
-JUDGES: Mapping[str, Callable[..., dict[str, Any]]] = MappingProxyType({
-    "likelihood": judge_flow})  # by objective: judge(model, validation, few); the others train classifiers
+JUDGES = Named({"likelihood": judge_flow, "vae_gan": "jat_nb.augmenting:judge_vae_gan"})  # by objective: judge(model, validation, few); the others train classifiers
 
 # %% ../nbs/21_objectives.ipynb #3ce37994
 OBJECTIVES = Named({"natural": natural, "adversarial": adversarial, "jat": jat, "average": average,
@@ -221,7 +219,7 @@ OBJECTIVES = Named({"natural": natural, "adversarial": adversarial, "jat": jat, 
                       for name in ("srt", "klr", "trades", "rst", "uat")}
                    | {name: f"jat_nb.mixing:{name}"
                       for name in ("mixup", "robust_mixup", "attack_then_mix", "iat", "mart")}
-                   | {name: f"jat_nb.augmenting:{name}" for name in ("randomized_la", "adversarial_la", "advprop")}
+                   | {name: f"jat_nb.augmenting:{name}" for name in ("randomized_la", "adversarial_la", "advprop", "vae_gan", "by_class")}
                    | {name: f"jat_nb.perceptual:{name}" for name in ("fast_pat", "rlat")}
                    | {"robust_mixup_codes": "jat_nb.generators:robust_mixup_codes"})  # by name, for recipes
 OWN_LOSS = ("trades", "rst", "uat", "robust_mixup", "robust_mixup_codes")  # their attacks climb a loss of the batch's own

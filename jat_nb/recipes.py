@@ -37,7 +37,7 @@ class Recipe:
     objective: str = "natural"  # Key of OBJECTIVES
     objective_options: Mapping[str, Any] = field(default_factory=dict)  # Keywords of the objective
     attacks: Mapping[str, Sequence] = field(default_factory=dict)  # {role: [[name, keywords], ...]}
-    needs: Mapping[str, str] = field(default_factory=dict)  # {keyword: recipe of a trained network}
+    needs: Mapping[str, str] = field(default_factory=dict)  # {keyword: recipe of a trained network, or its "module:function"}
     data: str = "cifar10"  # Home: the data set, as for `load`, that the budgets are meant for
     labelled: float = 1.0  # Share of the training images whose labels may be read, the first ones
     unlabelled: float = 0.0  # Share of them, the next ones, that are used without their labels
@@ -400,6 +400,15 @@ class Bound(NamedTuple):
     probes: dict[str, Callable[..., Tensor]]  # By name, called as `probe` is
 
 # %% ../nbs/29_recipes.ipynb #f56ab06b
+def _made_by(
+    name: str,  # Value of `Recipe.needs`: a recipe, or a function as "module:function"
+) -> str:  # Command or call
+    "How a network that a recipe stands on is made."
+    if ":" in name:
+        return f"{name.replace(':', '.')}(FOLDER, ...)"
+    return f"jat_train --recipe {name} --out FOLDER"
+
+
 def bind(
     recipe: Recipe,  # Names of functions, and their options
     needs: Mapping[str, nn.Module] | None = None,  # Trained networks, by the keywords of `Recipe.needs`
@@ -409,8 +418,8 @@ def bind(
     for keyword in sorted(set(recipe.needs) ^ set(given)):
         name = recipe.needs.get(keyword)
         raise ValueError(f"the recipe has no use for a network {keyword!r}" if name is None else
-                         f"the recipe needs a trained network {keyword!r}: train it with jat_train "
-                         f"--recipe {name} --out FOLDER and pass --needs {keyword}=FOLDER")
+                         f"the recipe needs a trained network {keyword!r}: train it with {_made_by(name)} "
+                         f"and pass --needs {keyword}=FOLDER")
     objective, attacks = _objective(recipe), {}
     for role, links in recipe.attacks.items():
         attacks[role] = chain([standing_on(ATTACKS[name], given, **options) for name, options in links])

@@ -7,14 +7,18 @@ import torch
 import torch.nn.functional as F
 from jat_nb.ascent import ascend
 from jat_nb.attacks import pgd
-from jat_nb.augmenting import AuxiliaryNorms, LatentBall, advprop, adversarial_la, randomized_la
+from jat_nb.augmenting import AuxiliaryNorms, LatentBall, VaeGan, advprop, adversarial_la, by_class, randomized_la
 from jat_nb.batches import Batch
+from jat_nb.cli import jat_train
 from jat_nb.data import ImageSet
 from jat_nb.glow import Glow
+from jat_nb.joint_space import om_pgd
+from jat_nb.judging import open_run
 from jat_nb.models import check_rebuildable, create, load_weights, plain_state, save_weights, unwrap
 from jat_nb.objectives import OBJECTIVES, adversarial, in_form, natural, networks, roles
 from jat_nb.randomness import image_generators
 from jat_nb.recipes import Recipe
+from jat_nb.records import read_jsonl
 from jat_nb.training import fit
 from torch import nn
 from torch.testing import assert_close
@@ -264,3 +268,84 @@ def test_l2_steps_written_out(case):
     assert 0 < x.min() and x.max() < 1
     found = pgd(model, batch.x, batch.y, norm="l2", eps=eps, step=eps / 4, steps=10, random_start=False)
     assert_close(found, x.detach(), rtol=1e-6, atol=1e-7)
+
+
+# An autoencoder that knows the class
+
+SIZED = {"width": 4, "code": 6, "classes": 10}
+
+
+def coder(seed=0):
+    torch.manual_seed(seed)
+    return create("vae_gan", in_chans=1, size=16, **SIZED)
+
+
+def tiny(n=12):
+    torch.manual_seed(1)
+    return torch.rand(n, 1, 16, 16), torch.arange(n) % 10
+
+
+def test_the_loss_of_an_autoencoder_term_by_term():
+    own, (x, y), noise = coder(), tiny(), torch.randn(12, 6)
+    mean, log_s = own.law(x, y)
+    law, prior = torch.distributions.Normal(mean, log_s.exp()), torch.distributions.Normal(0.0, 1.0)
+    images = own.drawn(mean + log_s.exp() * noise, y)
+    pixels = torch.distributions.Normal(images, 0.1)
+    nats = -pixels.log_prob(x).flatten(1).sum(1) - 256 * (torch.log(torch.tensor(0.1)) + 0.5 * torch.log(torch.tensor(2 * torch.pi)))
+    nats = nats + torch.distributions.kl_divergence(law, prior).sum(1)
+    own.eval()  # the spectral norm stands still
+    found, game = own(x, y, noise)
+    assert_close(found, nats, rtol=1e-4, atol=1e-3)
+    hinge = F.relu(1 - own.critic(x)) + F.relu(1 + own.critic(images))
+    assert_close(game, (hinge - own.critic(images))[:, 0], rtol=1e-5, atol=1e-5)
+
+
+def test_no_part_of_the_game_is_pulled_both_ways():
+    own, (x, y) = coder().eval(), tiny()
+    mean, _ = own.law(x, y)
+    game = own(x, y, torch.zeros(12, 6))[1].sum()
+    critics, drawers = list(own.critic.parameters()), list(own.draw.parameters())
+    found = torch.autograd.grad(game, critics + drawers)
+    images = own.drawn(mean, y)
+    hinge = (F.relu(1 - own.critic(x)) + F.relu(1 + own.critic(images.detach()))).sum()
+    alone = torch.autograd.grad(hinge, critics) + torch.autograd.grad(-own.critic(images).sum(), drawers)
+    for one, other in zip(found, alone, strict=True):
+        assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3])
+def test_a_moved_code_stays_in_its_box_and_with_its_class(eta):
+    own, (x, y) = coder().eval(), tiny()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
+    before = {k: v.clone() for k, v in own.state_dict().items()}
+    attack = partial(om_pgd, eta=eta, step_latent=0.06, steps=10)
+    info = attack(model, x, y, flow=own.given(y), return_info=True, generator=torch.Generator().manual_seed(0))
+    assert info.within.all() and info.params[0].abs().max() <= eta * (1 + 1e-6)
+    assert_close(info.x_adv, own.drawn(own.law(x, y)[0] + info.params[0], y), rtol=1e-5, atol=1e-5)
+    batch = Batch(x, y, torch.Generator().manual_seed(0))
+    assert_close(by_class(model, batch, attack, flow=own), F.cross_entropy(model(info.x_adv), y), rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(v, before[k]) for k, v in own.state_dict().items()) and all(p.grad is None for p in own.parameters())
+
+
+def test_an_autoencoder_is_trained_by_fit_and_stood_on_from_the_shell(tmp_path, capsys):
+    common = dict(data="digits", tier="smoke", images=64, device="cpu")
+    small = 'model_options={"width": 4, "code": 8, "classes": 10}'
+    assert jat_train(recipe=["ijsat/vae-gan"], out=str(tmp_path / "vae"), set_=[small], **common) == 0
+    rows = read_jsonl(tmp_path / "vae" / "log.jsonl")
+    assert rows[1]["val_bits_per_dim"] < rows[0]["val_bits_per_dim"] and 0 < rows[1]["round_trip"] < 1
+    facts, own = open_run(tmp_path / "vae")
+    assert isinstance(own, VaeGan) and own.latent_shapes == [(8,)]
+    with pytest.raises(ValueError, match="jat_train --recipe ijsat/vae-gan --out FOLDER"):
+        jat_train(recipe=["ijsat/long-vae-gan"], out=str(tmp_path / "on"), **common)
+    assert jat_train(recipe=["ijsat/long-vae-gan"], out=str(tmp_path / "on"), needs=[f"flow={tmp_path / 'vae'}"],
+                     set_=["epochs=1"], **common) == 0
+    assert "bits/dim" in capsys.readouterr().out
+
+
+def test_an_autoencoder_resumes_to_the_bit(tmp_path):
+    (x, y), recipe = tiny(32), Recipe(objective="vae_gan", model="vae_gan", model_options=SIZED, epochs=2, batch_size=16, lr=1e-3,
+                                      optimizer="adamw", schedule="constant", augment=())
+    data = ImageSet("tiny", (255 * x).byte(), y, tuple("0123456789"))
+    fit(whole := coder(), data, recipe, out=tmp_path / "whole")
+    for seed in range(4): fit(cut := coder(seed), data, recipe, out=tmp_path / "cut", seconds=0)
+    assert all(torch.equal(v, cut.state_dict()[k]) for k, v in whole.state_dict().items())

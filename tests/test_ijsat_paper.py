@@ -5,17 +5,27 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from jat_nb.catalogue import TIER, adapt, papers
+from torch.testing import assert_close
+
+from jat_nb.catalogue import TIER, adapt, papers, setting
 from jat_nb.claims import Claim, Evidence, verdict
+from jat_nb.cli import jat_train
 from jat_nb.data import default_budget, load
+from jat_nb.generators import Generator
 from jat_nb.glow import Glow
-from jat_nb.models import pretrained
-from jat_nb.papers.ijsat import FLOW, OWN_SUITES, RECIPES, ROWS, SEVEN, SINGLE, SIX
+from jat_nb.judging import classifies, open_run, unfinished
+from jat_nb.models import pretrained, read_tensors, write_tensors
+from jat_nb.papers import ijsat as module
+from jat_nb.papers.ijsat import DRAWN, FLOW, GAN, OWN_SUITES, RECIPES, ROWS, SEVEN, SINGLE, SIX, VAE, make_drawn, make_gan
 from jat_nb.papers.ijsat_claims import CLAIMS, PAPER, centroid, mixing_excess
 from jat_nb.recipes import bind
+from jat_nb.records import Record, read_jsonl
 from jat_nb.results import Run, published, row_labels
-from jat_nb.suites import Job, check_answer, networks_of, run_suite
+from jat_nb.suites import Job, Suite, attack_from, check_answer, networks_of, run_suite
 from jat_nb.unseen import unseen_attacks
+
+def flat(x): return x.flatten(1)
+
 
 ROBUST = ("at", "trades", "mart", "iat", "at-jsa", "ijsat", "dmat-jsa", "latent-at")
 
@@ -34,7 +44,7 @@ def test_every_recipe_fits_every_tier_and_binds(tier):
     for name, r in RECIPES.items():
         small = adapt(r, tier=tier)
         bind(small, dict.fromkeys(small.needs, torch.nn.Identity()))
-        assert set(small.needs.values()) <= {"ijsat/glow", "ijsat/small-normal"} and small.objective == r.objective, name
+        assert set(small.needs.values()) <= {"ijsat/glow", VAE, "ijsat/small-normal", GAN, DRAWN} and small.objective == r.objective, name
 
 
 @pytest.mark.parametrize("name", ROBUST)
@@ -142,3 +152,98 @@ def test_overfitting_is_judged_with_the_error_of_its_probe():
 def test_a_blend_of_one_image_counts_as_equal():
     [natural, _] = next(c for c in CLAIMS if c.id == "IC7").checks
     assert -1e-3 < natural.options["above"] < 0
+
+
+# What no recipe trains: a generator with codes, and the data drawn from them
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    "A folder with the run of a classifier that looks, of a generator, and of data drawn by it."
+    place = tmp_path_factory.mktemp("made")
+    common = dict(data="digits", tier="smoke", images=60)
+    assert jat_train(recipe=["ijsat/small-normal"], out=str(place / "small"), set_=["epochs=1"], device="cpu", **common) == 0
+    make_gan(place / "gan", features=place / "small", steps=1, width=4, search=2, restarts=1, **common)
+    make_drawn(place / "drawn", gan=place / "gan")
+    return place
+
+
+def test_a_generator_is_a_run_that_knows_the_images_of_a_recipe(made):
+    facts, flow = open_run(made / "gan")
+    assert facts["about"]["name"] == GAN and not unfinished(made / "gan") and not classifies(made / "gan")
+    x = setting("ijsat/at-jsa-gan", data="digits", images=60).train.x
+    assert flow.encode(x)[0].shape == (60, 128) and len(flow.codes) == 60
+    row = read_jsonl(made / "gan" / "log.jsonl")[-1]
+    with torch.no_grad():
+        assert_close((flow.decode(flow.encode(x)) - x).abs().mean().item(), row["projection_l1"], rtol=1e-4, atol=0)
+
+
+def test_an_interrupted_search_goes_on_and_a_changed_one_begins_again(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    generator, images = Generator((1, 8, 8), width=2, code=4).eval(), (torch.rand(600, 1, 8, 8) * 255).byte()
+    searched, own = [], module.project
+    monkeypatch.setattr(module, "project", lambda g, x, *rest, **o: (searched.append(len(x)), own(g, x, *rest, **o))[1])
+    call = lambda path, steps=2: module._codes(generator, images, flat, tmp_path / path,
+                                               steps=steps, restarts=1)
+    whole = call("a")
+    kept, run = read_tensors(tmp_path / "a")
+    write_tensors(tmp_path / "b", {k: v for k, v in kept.items() if k == "00000000"}, run)
+    searched.clear()
+    assert torch.equal(call("b")[0], whole[0]) and searched == [256, 88]
+    searched.clear()
+    call("b", steps=1)
+    assert searched == [256, 256, 88]
+
+
+def test_drawn_pictures_lie_within_half_a_grey_level_of_the_drawn_images(made):
+    facts, flow = open_run(made / "drawn")
+    assert facts["about"]["name"] == DRAWN and facts["about"]["data"] == "drawn"
+    for part, n in (("train", 50), ("test", 10)):
+        found = load(f"folder:{made / 'drawn'}", part)
+        assert len(found) == n and (flow.decode(flow.encode(found.x)) - found.x).abs().max() <= 0.5 / 255 + 1e-5
+
+
+def test_the_shell_trains_and_judges_on_drawn_data(made, monkeypatch, capsys):
+    monkeypatch.setenv("JAT_DATA", str(made))
+    common = dict(recipe=["ijsat/drawn-ijsat"], tier="smoke", device="cpu", set_=["epochs=1"])
+    with pytest.raises(ValueError, match=r"make_drawn\(FOLDER, ...\) and pass --needs flow=FOLDER"):
+        jat_train(out=str(made / "refused"), **common)
+    with pytest.raises(ValueError, match="is a run of .*make_gan', .*make_drawn.FOLDER, .... makes one"):
+        jat_train(out=str(made / "refused"), needs=[f"flow={made / 'gan'}"], **common)
+    assert jat_train(out=str(made / "run"), needs=[f"flow={made / 'drawn'}"], **common) == 0
+    facts, model = open_run(made / "run")
+    test, networks = load("drawn", "test"), {"flow": open_run(made / "drawn")[1]}
+    short = {name: (attack, o | {"steps": 1} if "steps" in o else o) for name, (attack, o) in OWN_SUITES["ijsat-drawn"].columns.items()}
+    answer = run_suite(Suite(short), Job(model, test.x[:4], test.labels[:4], default_budget("drawn"), networks=networks))
+    assert [name for name in short if name not in answer["rows"]] == []
+    eps = attack_from(OWN_SUITES["ijsat-drawn"].columns["drawn FGSM"], Job(model, test.x, test.labels, default_budget("drawn")).quantities)
+    assert ((eps(model, test.x, test.labels) - test.x).abs().max() <= 4 / 255 + 1e-6)
+
+
+def test_every_printed_row_and_column_has_its_recipe_and_suite():
+    for number in range(1, 8):
+        table = published("ijsat", number)
+        mine = {row.label for row in ROWS if row.table == number}
+        assert not {label for label in set(row_labels(table)) - mine if "difference" not in label}, number
+        columns = {PAPER.synonyms.get(f"{number}:{c}", PAPER.synonyms.get(c, c)) for c in set(table["metric"])}
+        assert columns - {"Corrupted"} <= {*PAPER.columns, *PAPER.scores}, (number, columns)
+
+
+def drawn_run(name, om, n=200):
+    "A run on drawn data whose suite of ten attacks answers alike, but under OM-PGD."
+    columns = [*OWN_SUITES["ijsat-drawn"].columns]
+    bits = {c: "1" * (om if c == "drawn OM-PGD-50" else n // 2) for c in columns}
+    bits = {c: b + "0" * (n - len(b)) for c, b in bits.items()}
+    rows = {c: {"accuracy (%)": 100 * b.count("1") / n} for c, b in bits.items()}
+    record = Record("jat_eval", {"steps": 20}, "gpu", "drawn", metrics={"n": n, "rows": rows, "correct": bits})
+    return Run(name, {"name": f"ijsat/drawn-{name}", "tier": "gpu", "data": "drawn"}, {}, {}, [], {"ijsat-drawn": record})
+
+
+@pytest.mark.parametrize("best, answer", [(120, "reproduced"), (30, "not reproduced")])
+def test_more_than_twice_is_judged_with_both_errors(best, answer):
+    oms = {"normal": 2, "at": 40, "dmat": best, "iat": 40, "trades": 40, "mart": 40, "ijsat": best}
+    e = Evidence(tuple(drawn_run(name, om) for name, om in oms.items()), "gpu", PAPER)
+    claim = next(c for c in CLAIMS if c.id == "IC14")
+    assert verdict(e.findings(claim))[0].startswith(answer)
+    first = next(f for f in e.findings(claim) if f.what.startswith("drawn-dmat less twice drawn-at"))
+    assert_close(first.value, 100 * (best - 80) / 200)
+    assert first.low < first.value < first.high and first.high - first.low > 10

@@ -38,7 +38,7 @@ PROMISED = {
     "rigid": "Rigid SEARCHES search rigid_grid rand_adv grid_adv worst_of_k rigid pgd_plus grid_plus",
     "objectives": "natural adversarial jat attacked_losses average maximum WithMemory roles networks standing_on in_form OBJECTIVES OWN_LOSS likelihood judge_flow JUDGES",
     "mixing": "draw_share Partners partners mix mixed_loss mixup robust_mixup attack_then_mix iat mart",
-    "augmenting": "LatentBall randomized_la adversarial_la AuxiliaryNorms advprop",
+    "augmenting": "LatentBall randomized_la adversarial_la AuxiliaryNorms advprop VaeGan OfClass vae_gan judge_vae_gan by_class",
     "perceptual": "stages perceptual perceptual_distance fast_lpa fast_pat layer_moves rlat",
     "semi_supervised": "srt klr trades guessed rst uat",
     "papers.srt_claims": "CLAIMS PAPER SURFACE",
