@@ -10,7 +10,7 @@ __all__ = ['TIER', 'Row', 'Paper', 'papers', 'register', 'recipes', 'recipe', 'T
 import importlib
 import math
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +21,7 @@ from torch import nn
 
 from .attacks import ATTACKS
 from .batches import num_batches
+from .checkpoints import names_its_network, open_weights
 from .data import Budget, ImageSet, Unlabelled, default_budget, few_labels, load
 from .models import create, start_from
 from .recipes import Recipe
@@ -262,9 +263,23 @@ def _fresh(plan: Recipe, data: ImageSet) -> nn.Module:
                   std=data.std, size=data.images.shape[-1], **plan.model_options)
 
 
-def _continued(init: Path, data: ImageSet) -> nn.Module:
+def _with_classes(old: nn.Module, num_classes: int) -> nn.Module:
+    "The same network to be trained on, with a last layer of its own where the number of classes is another."
+    form = {k: v for k, v in old.metadata.items() if k in ("in_chans", "mean", "std")}
+    network, known = create(old.metadata["name"], num_classes=num_classes, **form), old.state_dict()
+    network.load_state_dict({k: known[k] if known[k].shape == v.shape else v for k, v in network.state_dict().items()})
+    network.metadata["start"] = old.metadata["start"]
+    return network
+
+
+def _continued(init: Path, data: ImageSet, name: str | None, **moments: Any) -> nn.Module:
     "The network of a file, for the classes of a data set."
-    network = start_from(init, data.num_classes)
+    if names_its_network(init):
+        if name or any(moments.values()):
+            raise ValueError(f"{init} brings its own network: leave out model, mean and std")
+        network = start_from(init, data.num_classes)
+    else:
+        network = _with_classes(open_weights(init, name, **moments), data.num_classes)
     if (channels := network.metadata["in_chans"]) != data.channels:
         raise ValueError(f"{init} takes images of {channels} channels, {data.name} has {data.channels}: "
                          "choose weights that were trained on such images")
@@ -325,21 +340,24 @@ def setting(
     model: str | None = None,  # Network, any name that `create` takes; None: the tier's
     images: int | None = None,  # Training images; None: the tier's
     seed: int = 0,  # Of initial weights, batches and attacks; images and split do not depend on it
-    init: str | Path | None = None,  # Weights to start from, which bring their network (`start_from`)
+    init: str | Path | None = None,  # Weights to start from: a run's, which bring their network, or a state_dict of `model`
+    mean: Sequence[float] | None = None,  # Of a state_dict in `init`, as for `open_weights`
+    std: Sequence[float] | None = None,  # Of a state_dict in `init`, as for `open_weights`
+    size: int | Sequence[int] | None = None,  # Side, or height and width, of pictures in folders, as for `load`
     **changes: Any,  # Fields of the recipe, such as epochs=3
 ) -> Setting:  # Ready for `fit`
     "Everything to train one published model at a tier."
-    if init is not None and model:
-        raise ValueError(f"{init} brings its own network: leave out model={model!r}")
+    if init is None and (mean or std):
+        raise ValueError("mean and std belong to weights from elsewhere: pass them with init (in the shell --init FILE)")
     changes |= {"seed": seed} | ({"model": model} if model else {})
-    whole = load(replace(adapt(recipe(name), data, tier), **changes).data)
+    whole = load(replace(adapt(recipe(name), data, tier), **changes).data, size=size)
     rest, validation = whole.split(min(TIER[tier].held_out, len(whole) // 5))
     if images is not None and not 1 <= images <= len(rest):
         raise ValueError(f"expected 1 to {len(rest)} training images, got {images}")
     plan, train, unlabelled = _planned(name, data, tier, rest, len(whole), images, changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = _fresh(plan, whole) if init is None else _continued(Path(init), whole)
+        network = _fresh(plan, whole) if init is None else _continued(Path(init).expanduser(), whole, model, mean=mean, std=std)
     form = network.metadata
     if init is not None: plan = replace(plan, model=form["name"], model_options=form["options"])
     return Setting(network, train, plan, validation, unlabelled)
