@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['find_runs', 'run_facts', 'unfinished', 'open_run', 'classifies', 'open_classifier', 'check_same_data', 'sources_for',
-           'judge']
+           'by_class', 'judge', 'open_own', 'adopt']
 
 # %% ../nbs/43_judging.ipynb #d2eed838
 import hashlib
@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoints import shortfall
-from .data import ImageSet, default_budget, load
+from .checkpoints import open_weights, shortfall
+from .data import Budget, ImageSet, default_budget, load
 from .evaluation import counted
-from .models import BUILDERS, load_weights
+from .models import BUILDERS, load_weights, save_weights
 from .processes import on_first, processes, total
-from .records import Record, check_writable, read_jsonl
-from .suites import Job, networks_of, run_suite, suites
+from .records import Record, check_writable, environment, read_jsonl, write_atomic, write_json
+from .suites import Job, check_answer, networks_of, run_suite, suites
 
 # %% ../nbs/43_judging.ipynb #6b3264b5
 def find_runs(
@@ -33,7 +33,7 @@ def find_runs(
 ) -> list[Path]:  # Folders of runs
     "The runs in and below some folders."
     found = []
-    for path in map(Path, paths):
+    for path in (Path(p).expanduser() for p in paths):
         below = sorted(p.parent for p in path.glob("**/run.json"))
         if not below:
             raise FileNotFoundError(f"no run.json in or below {path}: jat_train --out {path} makes one")
@@ -49,8 +49,8 @@ def run_facts(
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         missing = {"data", "variant", "tier"} - set(facts.get("about", ()))
-        missing |= {"epochs"} - set(facts.get("recipe", ()))
-    except (ValueError, TypeError, AttributeError) as error:
+        missing |= {"epochs"} - set(facts.get("recipe", ())) if "weights" not in facts.get("about", ()) else set()
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error}): restore it, or train again with jat_train") from error
     if missing:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: train the network with jat_train")
@@ -61,7 +61,13 @@ def unfinished(
     run: str | Path,  # Folder of a run
 ) -> str:  # "3 of 8 epochs"; "" if the run has reached its end
     "How far a run has come, if it has not come to its end."
-    return shortfall(run_facts(run)["recipe"], read_jsonl(Path(run) / "log.jsonl"))
+    facts, log = run_facts(run), Path(run) / "log.jsonl"
+    if "weights" in facts["about"]:
+        return ""  # trained elsewhere
+    try:
+        return shortfall(facts["recipe"], read_jsonl(log))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{log} is damaged ({error}): restore it, or train again with jat_train") from error
 
 # %% ../nbs/43_judging.ipynb #d9442447
 def open_run(
@@ -132,7 +138,7 @@ def sources_for(
 # %% ../nbs/43_judging.ipynb #67f9b346
 def _test_set(about: dict[str, Any]) -> tuple[ImageSet, dict[str, Any]]:
     "The test images by the classes of a run, and what tells them from others."
-    whole = load(about["data"], "test", classes=about.get("classes"))
+    whole = load(about["data"], "test", classes=about.get("classes"), size=about.get("resized"))
     digest = hashlib.sha256()
     for part in (whole.images, whole.labels):
         digest.update(str((part.dtype, tuple(part.shape))).encode())
@@ -147,11 +153,27 @@ def _answered(path: Path, config: dict[str, Any], seed: int) -> Record | None:
     "The record on disk, if it answers this question."
     try:
         old = Record.load(path)
-    except (FileNotFoundError, ValueError):
+        fixed = [{k: v for k, v in c.items() if k not in _FREE} for c in (old.config, config)]
+        same = fixed[0] == fixed[1] and old.seed == seed and old.config["n"] >= config["n"]
+        check_answer(config["suite"], old.metrics)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return None
-    fixed = [{k: v for k, v in c.items() if k not in _FREE} for c in (old.config, config)]
-    same = fixed[0] == fixed[1] and old.seed == seed
-    return old if same and old.config["n"] >= config["n"] else None
+    return old if same else None
+
+# %% ../nbs/43_judging.ipynb #4130c539
+def by_class(
+    verdicts: Mapping[str, str],  # By attack: for each image "1" if the answer was right, else "0"
+    labels: torch.Tensor,  # The classes of the images, int64, in the same order; there may be more
+    classes: Sequence[str],  # Their names
+) -> dict[str, dict[str, float]]:  # By class: "n", and the accuracy under each attack in percent
+    "How each class fares under each attack."
+    rows: dict[str, dict[str, float]] = {name: {"n": 0} for name in classes}
+    for i in range(min(map(len, verdicts.values()), default=0)):
+        row = rows[classes[int(labels[i])]]
+        row["n"] += 1
+        for attack, right in verdicts.items():
+            row[attack] = row.get(attack, 0) + int(right[i])
+    return {name: {k: v if k == "n" else 100 * v / row["n"] for k, v in row.items()} for name, row in rows.items()}
 
 # %% ../nbs/43_judging.ipynb #2191f6ec
 def judge(
@@ -160,6 +182,7 @@ def judge(
     *,
     n: int = 1000,  # Test images; fewer are the first of more
     weights: str = "last",  # "last" or "best": which epoch
+    budget: Budget | None = None,  # How far the attacks may go; None: the data set's
     steps: int = 20,  # Steps of the iterated attacks
     sources: Sequence[Path] = (),  # Runs on which transferred images are made
     needs: Mapping[str, Path] = MappingProxyType({}),  # Runs of networks that attacks stand on, by keyword
@@ -173,8 +196,9 @@ def judge(
     "The answers of a suite for a run; those already there are kept."
     run, (facts, model) = check_writable(run), open_classifier(run, weights, device)
     about, out = facts["about"], run / f"eval-{suite}.json"
+    if out.is_dir(): raise ValueError(f"{out} is a folder, where the answer is to go: remove it")
     whole, identity = _test_set(about)
-    test, budget = whole.subset(min(n, len(whole))), default_budget(about["data"])
+    test, budget = whole.subset(min(n, len(whole))), budget or default_budget(about["data"])
     fast = about["tier"] == "cpu" if fast is None else fast
     config = {"suite": suite, "weights": weights, "sha256": _hash(run, weights), "test": identity, "n": len(test),
               "epoch": model.metadata.get("record", {}).get("epoch"), "budget": asdict(budget), "steps": steps,
@@ -195,8 +219,73 @@ def judge(
     start = time.perf_counter()
     with counted(model) as count, torch.autocast(device.split(":")[0], torch.bfloat16, enabled=amp):
         record.metrics = run_suite(suite, job)
+    if isinstance(record.metrics.get("correct"), dict):
+        record.metrics["by_class"] = by_class(record.metrics["correct"], test.labels, test.classes)
     record.seconds = time.perf_counter() - start
     record.forwards, record.backwards = total(torch.tensor(count)).tolist()  # of all processes
     if processes().rank == 0:
         record.save(out)
     return record, True
+
+# %% ../nbs/43_judging.ipynb #90a23eb8
+def _told(weights: Path, network: nn.Module, names: Sequence[str], shape: Sequence[int], **more: Any) -> dict[str, Any]:
+    "What is known of weights from elsewhere, in the form of a run.json."
+    about = {"name": f"own/{weights.stem}", "tier": "paper", "seed": 0, "model": network.metadata["name"],
+             "weights": weights.name, "start": network.metadata["start"], "classes": list(names), "shape": list(shape)}
+    return {"recipe": {}, "about": about | more, "model": network.metadata}
+
+
+def _recorded_size(network: nn.Module) -> tuple[int, int] | None:
+    "Height and width that timm records for a network."
+    known = getattr(getattr(network, "model", network), "pretrained_cfg", None) or {}
+    return tuple(known["input_size"][1:]) if known.get("input_size") else None
+
+# %% ../nbs/43_judging.ipynb #6f84d8ee
+def open_own(
+    weights: str | Path,  # File of weights, as for `open_weights`
+    name: str | None = None,  # The network they belong to, as for `create`; None: the file says it
+    *,
+    data: str = "",  # Data set whose classes it knows, as for `load`; "": none is at hand
+    classes: Sequence[str] | int | None = None,  # Names of its classes in order, or their number; None: the data's
+    size: int | Sequence[int] | None = None,  # Side, or height and width, of its images; None: the data's
+    mean: Sequence[float] | None = None,  # As for `open_weights`
+    std: Sequence[float] | None = None,  # As for `open_weights`
+) -> tuple[dict[str, Any], nn.Module]:  # As of `open_run`
+    "What is known of weights from elsewhere, and their network."
+    names = None if classes is None or isinstance(classes, int) else list(classes)
+    network = open_weights(weights, name, num_classes=classes if names is None else len(names), mean=mean, std=std)
+    form, sides = network.metadata, [size] * 2 if isinstance(size, int) else size or _recorded_size(network)
+    if form["name"] in BUILDERS:
+        raise ValueError(f"{weights} is a {form['name']}, which names no classes: judge a classifier that stands on it")
+    more: dict[str, Any] = {"data": data, "variant": ""} | ({"resized": size} if size else {})
+    if data:
+        images = load(data, "test", size=size, classes=names)
+        names, sides, more["variant"] = images.classes, images.images.shape[2:], images.variant
+        if (images.num_classes, images.channels) != (form["num_classes"], form["in_chans"]):
+            raise ValueError(f"{weights} is for {form['num_classes']} classes and {form['in_chans']} channels, {data!r} has "
+                             f"{images.num_classes} and {images.channels}: choose the data set it was trained on")
+    if sides is None:
+        raise ValueError(f"nothing says on which images {weights} was trained: pass size= (in the shell --size SIDE)")
+    names = names or [str(k) for k in range(form["num_classes"])]
+    return _told(Path(weights), network, names, [form["in_chans"], *sides], **more), network
+
+# %% ../nbs/43_judging.ipynb #99cc92c9
+def adopt(
+    weights: str | Path,  # File of weights, as for `open_weights`
+    out: str | Path,  # Folder to make
+    name: str | None = None,  # The network they belong to, as for `create`; None: the file says it
+    *,
+    data: str,  # Data set on which it shall be judged, as for `load`
+    **said: Any,  # classes, size, mean, std, as for `open_own`
+) -> Path:  # The folder; the same one if it is already there
+    "A run's folder for weights that were trained elsewhere."
+    folder, (facts, network) = check_writable(Path(out).expanduser()), open_own(weights, name, data=data, **said)
+    facts = json.loads(json.dumps(facts))
+    if (folder / "run.json").exists():
+        if run_facts(folder)["about"] != facts["about"]:
+            raise ValueError(f"{folder} holds another run: choose another folder (in the shell --out)")
+        return folder
+    save_weights(network, folder / "last.safetensors", metadata={"record": {"epoch": 0}})
+    write_atomic(folder / "log.jsonl", Path.touch)  # no epoch was seen here
+    write_json(folder / "run.json", facts | {"stretches": [environment()]})
+    return folder
