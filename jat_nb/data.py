@@ -8,14 +8,16 @@ __all__ = ['DATASETS', 'ImageSet', 'Unlabelled', 'few_labels', 'picture_files', 
 
 # %% ../nbs/07_data.ipynb #d3debd61
 import os
-from collections.abc import Sequence
+import struct
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 # %% ../nbs/07_data.ipynb #c2f26054
@@ -90,6 +92,10 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.images)
 
+    def __repr__(self) -> str:
+        form = f"{len(self)} images {tuple(self.images.shape[1:])}, {self.num_classes} classes"
+        return f"ImageSet({self.name!r}, {form}, {self.variant}, {self.images.device})"
+
     @property
     def x(self) -> Tensor:
         "All images in [0, 1], float32 (N, C, H, W): four times the memory of the bytes."
@@ -153,6 +159,9 @@ class Unlabelled:
     def __len__(self) -> int:
         return len(self.images)
 
+    def __repr__(self) -> str:
+        return f"Unlabelled({self.name!r}, {len(self)} images {tuple(self.images.shape[1:])})"
+
     def to(
         self,
         device: torch.device | str,  # Where the bytes shall live
@@ -193,38 +202,110 @@ def _digits(split: str) -> ImageSet:
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 
 
+def _meant(path: Path) -> bool:
+    "Whether somebody put a file there to be seen: a dot hides it, __MACOSX is left by an archive."
+    return not path.name.startswith(".") and path.name != "__MACOSX"
+
+
+def _files_below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
+    "Files at any depth, through links to folders too, but never round in a circle."
+    for path in filter(_meant, folder.iterdir()):
+        if path.is_file():
+            yield path
+        elif path.is_dir() and path.resolve() not in above:
+            yield from _files_below(path, above | {path.resolve()})
+
+
 def picture_files(
     path: str | Path,  # A picture, or a folder at any depth below which pictures lie
-) -> list[Path]:  # Sorted; empty if there are none
+) -> list[Path]:  # Sorted, without hidden files; empty if there are none
     "The picture files of a folder."
-    path = Path(path)
-    found = [path] if path.is_file() else path.rglob("*")
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file or folder {path}")
+    found = [path] if path.is_file() else _files_below(path, frozenset({path.resolve()}))
     return sorted(p for p in found if p.suffix.lower() in _SUFFIXES)
+
+# %% ../nbs/07_data.ipynb #9a4d607f
+def _opened(path: str | Path) -> Image.Image:
+    "A picture, decoded and turned as its camera was held."
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as picture:
+            picture.load()
+            return ImageOps.exif_transpose(_in_bytes(picture))
+
+
+def _in_bytes(picture: Image.Image) -> Image.Image:
+    "A picture of wider numbers in bytes: 16 bits by 1/257, fractions of one by 255."
+    if picture.mode[0] not in "IF":
+        return picture
+    values = np.asarray(picture).astype(np.float64)
+    if picture.mode.startswith("I;16") or picture.mode == "I" and picture.format in ("PNG", "PPM"):
+        levels = values / 257
+    elif picture.mode == "F" and 0 <= values.min() and values.max() <= 1:
+        levels = 255 * values
+    else:
+        raise ValueError(f"numbers from {values.min():g} to {values.max():g} where bytes, 16 bits or floats in "
+                         "[0, 1] are read")
+    eight = Image.fromarray(np.rint(levels).astype(np.uint8))
+    eight.info = picture.info
+    return eight
+
+# %% ../nbs/07_data.ipynb #09d1dd63
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # grey or colour, without and with alpha
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError,
+               Image.DecompressionBombWarning)  # what decoders raise at damaged or exploding files
+
+
+def _with_channels(picture: Image.Image, channels: int) -> Image.Image:
+    "A picture in so many channels; what is transparent lies on white where alpha is not asked for."
+    if channels in (1, 3) and ("A" in picture.getbands() or "transparency" in picture.info):
+        seen = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
+    return picture.convert(_MODES[channels])
+
+# %% ../nbs/07_data.ipynb #53366e7f
+_Size = int | Sequence[int]  # side of a square, or height and width
+
+
+def _size_of(size: _Size) -> tuple[int, int]:
+    "Height and width; one number stands for a square."
+    height, width = (size, size) if isinstance(size, int) else size
+    if height < 1 or width < 1:
+        raise ValueError(f"expected a size of at least 1 pixel, got {size}")
+    return height, width
+
+
+def _cut_out(picture: Image.Image, height: int, width: int) -> Image.Image:
+    "The centre of a picture, scaled until it covers height and width."
+    w, h = picture.size
+    scale = max(height / h, width / w)
+    whole = round(w * scale), round(h * scale)  # width and height of the scaled picture, of which a part is drawn
+    left, top = (whole[0] - width) // 2, (whole[1] - height) // 2
+    box = (left * w / whole[0], top * h / whole[1], (left + width) * w / whole[0], (top + height) * h / whole[1])
+    return picture.resize((width, height), Image.Resampling.BILINEAR, box=box)
 
 # %% ../nbs/07_data.ipynb #cbce323e
 def read_picture(
     path: str | Path,  # Picture file
-    size: int | None = None,  # Bring the short side to this many pixels and cut out the centre
-) -> np.ndarray:  # Bytes (H, W, 3)
-    "The pixels of one picture."
+    size: int | Sequence[int] | None = None,  # Side, or height and width, to cover and cut out the centre of
+    *,
+    channels: int = 3,  # 1 grey, 3 colour; 2 and 4 the same with alpha
+) -> np.ndarray:  # Bytes (H, W, channels)
+    "The pixels of one picture, as it is to be seen."
+    if channels not in _MODES:
+        raise ValueError(f"a picture file has 1 to 4 channels, got channels={channels}")
     try:
-        with Image.open(path) as picture:
-            picture.load()
-            if picture.mode.startswith("I"):  # 16 bits a value, which convert() would clip
-                picture = Image.fromarray((np.asarray(picture) // 257).clip(0, 255).astype(np.uint8))
-            picture = picture.convert("RGB")
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"cannot read {path} as a picture ({error}): remove it or save it again") from error
-    if size:
-        width, height = picture.size
-        scale = size / min(width, height)
-        picture = picture.resize((round(width * scale), round(height * scale)), Image.Resampling.BILINEAR)
-        left, top = (picture.width - size) // 2, (picture.height - size) // 2
-        picture = picture.crop((left, top, left + size, top + size))
-    return np.asarray(picture)
+        picture = _with_channels(_opened(path), channels)
+    except _UNREADABLE as error:
+        raise ValueError(f"cannot read {path} as a picture ({error}): remove it or save it as PNG of 8 bits") from error
+    if size is not None:
+        picture = _cut_out(picture, *_size_of(size))
+    return np.asarray(picture).reshape(picture.height, picture.width, channels)
 
 # %% ../nbs/07_data.ipynb #8fa756a6
-def _read(name: str, files: list[tuple[Path, int]], classes: list[str], size: int | None) -> ImageSet:
+def _read(name: str, files: list[tuple[Path, int]], classes: list[str], size: _Size | None) -> ImageSet:
     images: np.ndarray | None = None
     for i, (path, _) in enumerate(files):
         one = read_picture(path, size).transpose(2, 0, 1)  # (3, H, W)
@@ -232,13 +313,15 @@ def _read(name: str, files: list[tuple[Path, int]], classes: list[str], size: in
             images = np.empty((len(files), *one.shape), np.uint8)
         if one.shape != images.shape[1:]:
             (h, w), (h0, w0) = one.shape[1:], images.shape[2:]
-            raise ValueError(f"{name!r} holds images of {w0} x {h0} and of {w} x {h} ({path.name}); pass size=")
+            raise ValueError(f"{name!r} holds images of {w0} x {h0} and of {w} x {h} ({path.name}); "
+                             "make them one size by size=SIDE (in the shell --size SIDE)")
         images[i] = one
     if images is None:
         raise FileNotFoundError(f"{name!r} holds no pictures; expected files such as CLASS/NAME.png")
     kind = "jpeg" if {p.suffix.lower() for p, _ in files} <= {".jpg", ".jpeg"} else "folder"
+    side = size if size is None or isinstance(size, int) else " x ".join(map(str, size))
     return ImageSet(name, torch.from_numpy(images), torch.tensor([label for _, label in files]),
-                    tuple(classes), f"{kind}, {size} px" if size else kind)
+                    tuple(classes), f"{kind}, {side} px" if side else kind)
 
 # %% ../nbs/07_data.ipynb #661bd868
 def _split_folder(root: Path, split: str) -> Path | None:
@@ -247,10 +330,10 @@ def _split_folder(root: Path, split: str) -> Path | None:
 
 
 def _classes(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and _meant(p))
 
 # %% ../nbs/07_data.ipynb #b3f8a8f1
-def _folder(name: str, root: Path, split: str, size: int | None) -> ImageSet:
+def _folder(name: str, root: Path, split: str, size: _Size | None) -> ImageSet:
     here = _split_folder(root, split)
     if here is None:
         raise FileNotFoundError(f"no folder {root / split}; expected {root}/train/CLASS and {root}/test/CLASS")
@@ -258,7 +341,10 @@ def _folder(name: str, root: Path, split: str, size: int | None) -> ImageSet:
     strange = set(_classes(here)) - set(classes)
     if strange:
         raise ValueError(f"{here} holds classes that the training set lacks: {sorted(strange)}")
-    files = [(p, label) for label, c in enumerate(classes) for p in picture_files(here / c)]
+    found = {c: picture_files(here / c) for c in classes if (here / c).exists()}
+    files = [(p, label) for label, c in enumerate(classes) for p in found.get(c, ())]
+    if files and (empty := [c for c, own in found.items() if not own]):
+        raise ValueError(f"{here} holds no pictures of {', '.join(empty)}: fill the folder or remove it")
     return _read(name, files, classes, size)
 
 # %% ../nbs/07_data.ipynb #e4e089a1
@@ -271,9 +357,10 @@ _OFFICIAL = {  # name: class in torchvision, what is on disk once it has been fe
     "caltech256": ("Caltech256", "caltech256/256_ObjectCategories"),
 }
 DATASETS = ("digits", *_OFFICIAL, "tiny-imagenet-10")
+_FETCH = "fetch it by download=True (in the shell jat_train --download)"
 
 # %% ../nbs/07_data.ipynb #7bb5beb1
-def _caltech(root: Path, split: str, size: int | None) -> ImageSet:
+def _caltech(root: Path, split: str, size: _Size | None) -> ImageSet:
     "Of each class, 60 pictures drawn once with seed 0 are for training, the rest for testing."
     files, draw, classes = [], np.random.RandomState(0), _classes(root / _OFFICIAL["caltech256"][1])
     for label, name in enumerate(classes):
@@ -285,19 +372,19 @@ def _caltech(root: Path, split: str, size: int | None) -> ImageSet:
     return _read("caltech256", files, [c.split(".", 1)[-1] for c in classes], size or 224)
 
 # %% ../nbs/07_data.ipynb #21ff7de0
-def _check_one_size(name: str, size: int | None) -> None:
+def _check_one_size(name: str, size: _Size | None) -> None:
     if size:
-        raise ValueError(f"size= is for folders of pictures; {name!r} comes in one size")
+        raise ValueError(f"size= is for folders of pictures; {name!r} comes in one size: leave it out")
 
 
-def _official(name: str, split: str, root: Path, download: bool, size: int | None) -> ImageSet:
+def _official(name: str, split: str, root: Path, download: bool, size: _Size | None) -> ImageSet:
     from torchvision import datasets
 
     which = {"svhn": {"split": split}, "caltech256": {}}.get(name, {"train": split == "train"})
     try:
         found = getattr(datasets, _OFFICIAL[name][0])(str(root), **which, download=download)
     except (RuntimeError, OSError) as error:
-        mend = f"put {_OFFICIAL[name][1]} there by other means" if download else "pass download=True"
+        mend = f"put {_OFFICIAL[name][1]} there by other means" if download else _FETCH
         raise FileNotFoundError(f"{name!r} in {root} is incomplete ({error}); {mend}") from error
     if name == "caltech256":
         return _caltech(root, split, size)
@@ -325,7 +412,7 @@ def _as_trained(data: ImageSet, classes: tuple[str, ...]) -> ImageSet:
 # %% ../nbs/07_data.ipynb #4a7cda95
 def _roots(root: str | Path | None) -> list[Path]:
     if root is not None:
-        return [Path(root)]
+        return [Path(root).expanduser()]
     given = [os.environ["JAT_DATA"]] if os.environ.get("JAT_DATA") else []
     return [Path(p).expanduser() for p in (*given, "~/.cache/jat_nb")]
 
@@ -348,9 +435,7 @@ def available(
     return name == "digits" or _find(name, "train", root) is not None
 
 # %% ../nbs/07_data.ipynb #2c95aa31
-def _read_split(
-    name: str, split: str, root: str | Path | None, download: bool, size: int | None
-) -> ImageSet:
+def _read_split(name: str, split: str, root: str | Path | None, download: bool, size: _Size | None) -> ImageSet:
     if name == "digits":
         _check_one_size(name, size)
         return _digits(split)
@@ -358,7 +443,7 @@ def _read_split(
     if name in _OFFICIAL and download and (found is None or found[0] == "folder"):
         found = "official", _roots(root)[0]
     if found is None and name in DATASETS:
-        last = "pass download=True" if name in _OFFICIAL else f"put {name}/train/CLASS there"
+        last = _FETCH if name in _OFFICIAL else f"put {name}/train/CLASS there"
         raise FileNotFoundError(f"{name!r} is not in {looked}; set JAT_DATA to the folder that "
                                 f"holds it, pass root=, or {last}")
     if found is None:
@@ -376,7 +461,7 @@ def load(
     *,
     root: str | Path | None = None,  # Where sets lie; None: JAT_DATA, then ~/.cache/jat_nb
     download: bool = False,  # Fetch a missing set through torchvision
-    size: int | None = None,  # Folders, Caltech-256: scale the short side to it, cut the centre out
+    size: int | Sequence[int] | None = None,  # Folders, Caltech-256: side, or height and width, see `read_picture`
     classes: Sequence[str] | None = None,  # Names that number the labels, of a run; None: the set's
 ) -> ImageSet:  # The whole split, as bytes on the CPU
     "Load a data set by name."

@@ -1,4 +1,5 @@
 "Data sets from disk in every layout, against what was put there; subsets as laws."
+import math
 import os
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from torch.testing import assert_close
 from torchvision import datasets
 from torchvision.transforms import functional as TF
 
-from jat_nb.data import DATASETS, Budget, ImageSet, available, default_budget, load
+from jat_nb.data import (DATASETS, Budget, ImageSet, _cut_out, available, default_budget, few_labels, load, picture_files,
+                         read_picture)
 
 
 def toy(n: int = 40, classes: int = 4, channels: int = 3, side: int = 8, name: str = "toy", seed: int = 0) -> ImageSet:
@@ -327,3 +329,142 @@ def test_budgets():
         budget = default_budget(name)
         assert budget.eps_pixel == 8 / 255 and budget.eps_flow / side == pytest.approx(0.3 / 32)
     assert default_budget("cifar10").step_pixel == 2 / 255 and default_budget("cifar10").step_flow == 0.15
+
+
+def saved(path: Path, values: np.ndarray, mode: str | None = None, **options) -> Path:
+    Image.fromarray(values, mode).save(path, **options) if mode else Image.fromarray(values).save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("tag, expected", [(1, [[1, 2, 3], [4, 5, 6]]), (3, [[6, 5, 4], [3, 2, 1]]),
+                                           (6, [[4, 1], [5, 2], [6, 3]]), (8, [[3, 6], [2, 5], [1, 4]])])
+def test_pictures_are_turned_as_the_camera_was_held(tmp_path, tag, expected):
+    picture = Image.fromarray(10 * np.arange(1, 7, dtype=np.uint8).reshape(2, 3))
+    exif = picture.getexif()
+    exif[0x0112] = tag
+    picture.save(tmp_path / "turned.png", exif=exif)
+    assert (read_picture(tmp_path / "turned.png")[..., 0] // 10).tolist() == expected
+
+
+@pytest.mark.parametrize("name, values, seen", [
+    ("rgba", [[0, 0, 255, 128], [9, 9, 9, 0]], [[127, 127, 255], [255, 255, 255]]), ("la", [[200, 0], [200, 255]], [[255] * 3, [200] * 3])])
+def test_what_is_transparent_lies_on_white(tmp_path, name, values, seen):
+    path = saved(tmp_path / f"{name}.png", np.array([values], np.uint8))
+    assert read_picture(path)[0].tolist() == seen
+    assert read_picture(path, channels=len(values[0]))[0].tolist() == values  # alpha as it is, if asked for
+
+
+def test_a_transparent_colour_of_a_palette_lies_on_white(tmp_path):
+    picture = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
+    picture.putpalette([10, 20, 30, 40, 50, 60])
+    picture.save(tmp_path / "palette.png", transparency=1)
+    assert read_picture(tmp_path / "palette.png").tolist() == [[[10, 20, 30], [255, 255, 255]]]
+
+
+@pytest.mark.parametrize("file, values, seen", [
+    ("deep.png", np.array([[0, 1000, 65535]], np.uint16), [0, 4, 255]), ("deep.tif", np.array([[257, 514, 2570]], np.uint16), [1, 2, 10]),
+    ("part.tif", np.array([[0, 0.25, 1]], np.float32), [0, 64, 255]), ("part.tif", np.array([[0, 0.5, 1.5]], np.float32), "from 0 to 1.5"),
+    ("part.tif", np.array([[0, math.nan]], np.float32), "nan"), ("wide.tif", np.array([[-1, 90_000]], np.int32), "from -1 to 90000")])
+def test_wider_numbers_are_converted_by_rule_or_refused(tmp_path, file, values, seen):
+    path = saved(tmp_path / file, values)
+    if isinstance(seen, list):
+        assert read_picture(path, channels=1).ravel().tolist() == seen
+    else:
+        with pytest.raises(ValueError, match=f"{file}.*{seen}.*save it as PNG"):
+            read_picture(path)
+
+
+def test_pictures_that_exhaust_are_refused_or_cut_first(tmp_path):
+    Image.new("1", (16_000, 12_000)).save(tmp_path / "bomb.png")  # 24 kB, 192 million pixels
+    Image.new("1", (9_500, 9_500)).save(tmp_path / "large.png")  # Pillow warns
+    for name in ("bomb", "large"):
+        with pytest.raises(ValueError, match=rf"{name}.png as a picture \(Image size"):
+            read_picture(tmp_path / f"{name}.png", 8)
+    line = np.full((1, 3_000_000), 7, np.uint8)
+    assert (read_picture(saved(tmp_path / "line.png", line), 64) == 7).all()
+
+
+def test_the_part_that_stays_is_that_of_the_scaled_picture():
+    rng = np.random.default_rng(0)
+    for w, h, size in ((90, 60, 32), (31, 200, 48), (64, 64, 16), (50, 20, 20)):
+        picture = Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8))
+        scale = size / min(w, h)
+        whole = np.asarray(picture.resize((round(w * scale), round(h * scale)), Image.Resampling.BILINEAR)).astype(int)
+        top, left = (whole.shape[0] - size) // 2, (whole.shape[1] - size) // 2
+        part = whole[top:top + size, left:left + size]
+        assert np.abs(np.asarray(_cut_out(picture, size, size)).astype(int) - part).max() <= 1
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"no picture", b"II*\0\xff\xff\xff\xff", b"BM" + bytes(60)])
+def test_what_is_no_picture_is_named(tmp_path, content):
+    (tmp_path / "odd.png").write_bytes(content)
+    with pytest.raises(ValueError, match="odd.png"):
+        read_picture(tmp_path / "odd.png")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_pictures_are_one_error_or_a_picture(tmp_path):
+    rng = np.random.default_rng(1)
+    for suffix in (".png", ".jpg", ".bmp", ".webp", ".tif", ".ppm"):
+        whole = saved(tmp_path / f"whole{suffix}", pictures[0]).read_bytes()
+        for _ in range(25):
+            content = bytearray(whole[:rng.integers(1, len(whole) + 1)])
+            for place in rng.integers(0, len(content), 3):
+                content[place] = rng.integers(256)
+            (tmp_path / f"odd{suffix}").write_bytes(content)
+            try:
+                assert read_picture(tmp_path / f"odd{suffix}", 8).shape == (8, 8, 3)
+            except ValueError as error:
+                assert f"odd{suffix}" in str(error)
+
+
+def test_files_that_nobody_meant_are_left_out(tmp_path):
+    put(tmp_path / "set", "train", "cow", pictures[:2])
+    put(tmp_path / "far", "x", "pig", pictures[2:4])
+    (tmp_path / "set" / "train" / "pig").symlink_to(tmp_path / "far" / "x" / "pig")  # a class elsewhere
+    for odd in ("train/cow/._000.png", "train/cow/.trash/a.png", "train/__MACOSX/cow/a.png", "train/cow/__MACOSX/b.png"):
+        (tmp_path / "set" / odd).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / odd).write_bytes(b"rubbish")
+    (tmp_path / "set" / "train" / "cow" / "folder.png").mkdir()
+    (tmp_path / "set" / "train" / "cow" / "all").symlink_to(tmp_path / "set")  # round in a circle
+    (tmp_path / "set" / "train" / "cow" / "gone.png").symlink_to(tmp_path / "nowhere")
+    found = load("set", root=tmp_path)
+    assert found.classes == ("cow", "pig") and found.labels.bincount().tolist()[1] == 2
+    assert len(picture_files(tmp_path / "set" / "train" / "pig")) == 2
+    names = [f.relative_to(tmp_path / "set").as_posix() for f in picture_files(tmp_path / "set")]
+    assert not any("/." in name or "__MACOSX" in name or "gone" in name for name in names)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_empty_classes_are_named(tmp_path, split):
+    for part in ("train", "test"):
+        put(tmp_path / "set", part, "cow", pictures[:2])
+        put(tmp_path / "set", part, "pig", pictures[:1])
+    for file in (tmp_path / "set" / split / "pig").iterdir():
+        file.rename(file.with_suffix(".txt"))
+    with pytest.raises(ValueError, match=f"{split} holds no pictures of pig: fill the folder or remove it"):
+        load("set", split, root=tmp_path)
+
+
+def test_pictures_of_any_size_become_one_rectangle(tmp_path):
+    put(tmp_path / "set", "train", "cow", pictures[:2, :5])
+    put(tmp_path / "set", "train", "pig", pictures[2:4, :, :3])
+    found = load("set", root=tmp_path, size=(6, 4))
+    assert found.images.shape == (4, 3, 6, 4) and found.variant == "folder, 6 x 4 px"
+    for bad in (0, (4, 0), -3):
+        with pytest.raises(ValueError, match="at least 1 pixel"):
+            load("set", root=tmp_path, size=bad)
+
+
+def test_sets_are_shown_in_a_line():
+    shown = repr(toy())
+    assert shown == "ImageSet('toy', 40 images (3, 8, 8), 4 classes, official, cpu)"
+    assert repr(few_labels(load("digits"), 100, 30)[1]) == "Unlabelled('digits', 30 images (1, 32, 32))"
+
+
+def test_home_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    put(tmp_path / "sets" / "toy", "train", "a", pictures[:1])
+    for found in (load("toy", root="~/sets"), load("folder:~/sets/toy")):
+        assert len(found) == 1
+    assert picture_files("~/sets/toy") and available("toy", "~/sets")

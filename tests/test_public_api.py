@@ -51,7 +51,7 @@ PROMISED = {
     "catalogue": "Row Paper Tier TIER Setting papers register recipe recipes adapt setting",
     "papers.jat": "PAPER RECIPES ROWS COLUMNS SYNONYMS OWN_SUITES CLAIMS jat_suite",
     "checkpoints": "save_state load_state state_tensors restore claim add_stretch run_identity function_names publish shortfall best_row collapsed "
-                   "probe_curve overfitting_gap",
+                   "probe_curve overfitting_gap names_its_network open_weights",
     "contract": "Check check_attack",
     "autoattack": "autoattack",
     "masking": "random_pixels random_flow transfer steps_curve budget_surface local_linearity masking_report",

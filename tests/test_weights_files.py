@@ -8,7 +8,10 @@ import timm
 import torch
 from safetensors.torch import save, save_file
 from torch import nn
+from torch.testing import assert_close
 
+from jat_nb.catalogue import setting
+from jat_nb.checkpoints import names_its_network, open_weights
 from jat_nb.models import (NormalizedModel, check_rebuildable, create, load_weights, plain_state, pretrained,
                            read_tensors, save_weights, tensor_hash, unwrap, write_tensors, zoo)
 
@@ -242,3 +245,102 @@ def test_means_of_bytes_are_refused(mean):
         NormalizedModel(nn.Flatten(), mean, [58.4] * 3)
     with pytest.raises(ValueError, match="divide .* by 255"):
         create("resnet18", mean=mean, std=[58.4] * 3)
+
+
+def plain(folder, state, suffix=".pth"):
+    file = folder / f"theirs{suffix}"
+    save_file({k: v.contiguous() for k, v in state.items()}, file) if suffix == ".safetensors" else torch.save(state, file)
+    return file
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.", "module._orig_mod.", "model.module."])
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
+@pytest.mark.parametrize("name, classes, channels", [("preact_resnet18_cifar", 7, 1), ("mobilenetv3_small_050", 3, 3)])
+def test_weights_from_elsewhere_compute_the_same(tmp_path, prefix, suffix, name, classes, channels):
+    torch.manual_seed(3)
+    theirs = create(name, num_classes=classes, in_chans=channels, mean=[0.4] * channels, std=[0.3] * channels).eval()
+    file = plain(tmp_path, {prefix + k: v for k, v in theirs.model.state_dict().items()}, suffix)
+    ours = open_weights(file, name, mean=[0.4] * channels, std=[0.3] * channels)
+    x = torch.rand(2, channels, 32, 32)
+    assert torch.equal(ours(x), theirs(x)) and not ours.training
+    assert ours.metadata["num_classes"] == classes and load_weights(save_weights(ours, tmp_path / "ours.safetensors"))
+
+
+@pytest.mark.parametrize("around", [lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s, "optimizer": {"lr": 0.1}},
+                                    lambda s: {"net": {"model_state_dict": s}}])
+def test_weights_within_a_dictionary_are_found(tmp_path, around):
+    theirs = small().eval()
+    ours = open_weights(plain(tmp_path, around(theirs.model.state_dict())), "wrn_10_1_cifar")
+    assert same(ours.model, theirs.model) and ours.metadata["in_chans"] == 1
+
+
+def test_normalisation_in_the_file_is_used_unless_said_otherwise(tmp_path):
+    theirs = create("small_cnn_mnist", in_chans=1, mean=[0.2], std=[0.6])
+    file = plain(tmp_path, theirs.state_dict())  # as of the wrapped network: mean, std, model.…
+    assert same(open_weights(file, "small_cnn_mnist"), theirs)
+    assert_close(open_weights(file, "small_cnn_mnist", mean=[0.5]).mean.item(), 0.5)
+    known = open_weights(plain(tmp_path, create("resnet18").model.state_dict()), "resnet18")
+    assert_close(known.mean.flatten().tolist(), [0.485, 0.456, 0.406], atol=1e-6, rtol=0)  # as timm records
+
+
+def test_old_files_lack_counters_and_half_files_are_read(tmp_path):
+    theirs = small()
+    state = {k: v.half() for k, v in theirs.model.state_dict().items() if not k.endswith("num_batches_tracked")}
+    ours = open_weights(plain(tmp_path, state), "wrn_10_1_cifar")
+    assert all(p.dtype == torch.float32 for p in ours.parameters())
+    for p, q in zip(ours.model.parameters(), theirs.model.parameters()): assert_close(p, q, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda s: {k: v for k, v in s.items() if "conv1" not in k}, "tensors of .* lack|lack, such as"),
+    (lambda s: s | {"extra.weight": torch.ones(2)}, "1 are unknown to it, such as extra.weight"),
+    (lambda s: s | {next(iter(s)): torch.ones(3)}, "1 have another shape, such as"),
+    (lambda s: {"epoch": 3}, "no tensors by name"), (lambda s: [1, 2], "no tensors by name"), (lambda s: small(), "no file of tensors alone")])
+def test_what_does_not_fit_is_said_in_a_line(tmp_path, change, words):
+    file = plain(tmp_path, change(small().model.state_dict()))
+    with pytest.raises(ValueError, match=words) as error: open_weights(file, "wrn_10_1_cifar")
+    assert "\n" not in str(error.value) and "theirs.pth" in str(error.value)
+
+
+def test_files_that_are_no_weights_are_refused(tmp_path):
+    for suffix, content in ((".pth", b""), (".pth", b"PK\x03\x04rubbish"), (".safetensors", b"\0" * 9), (".pt", b"\x80\x04K\x01.")):
+        (tmp_path / f"x{suffix}").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"x\{suffix} is no file of tensors|holds no tensors"): open_weights(tmp_path / f"x{suffix}", "resnet18")
+    with pytest.raises(FileNotFoundError, match="no weights at"): open_weights(tmp_path / "nowhere.pth", "resnet18")
+    file = plain(tmp_path, small().model.state_dict())
+    with pytest.raises(ValueError, match="--model NAME"): open_weights(file)
+    with pytest.raises(ValueError, match="no classifier"): open_weights(file, "glow")
+    with pytest.raises(ValueError, match="unknown model"): open_weights(file, "wrn_10_l_cifar")
+    with pytest.raises(ValueError, match="has 3 classes, not 4"): open_weights(file, "wrn_10_1_cifar", num_classes=4)
+
+
+def test_a_file_of_ours_names_its_network(tmp_path):
+    ours = save_weights(small(), tmp_path / "ours.safetensors")
+    assert names_its_network(ours) and not names_its_network(plain(tmp_path, small().model.state_dict(), ".safetensors"))
+    assert same(open_weights(ours), load_weights(ours))
+    with pytest.raises(ValueError, match="brings its own network"): open_weights(ours, "wrn_10_1_cifar")
+
+
+def test_a_pickle_is_never_executed(tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "harmed",)
+
+    torch.save({"state_dict": {"a": torch.ones(1)}, "harm": Harm()}, tmp_path / "harm.pth")
+    with pytest.raises(ValueError, match="no file of tensors alone"): open_weights(tmp_path / "harm.pth", "resnet18")
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_training_starts_from_a_plain_file(tmp_path):
+    theirs = create("small_cnn_mnist", in_chans=1, num_classes=4)
+    file = plain(tmp_path, theirs.model.state_dict())
+    s = setting("jat/natural", data="digits", init=file, model="small_cnn_mnist", mean=[0.1], std=[0.3])
+    before, after = theirs.model.state_dict(), s.model.model.state_dict()
+    fresh = [k for k in after if after[k].shape != before[k].shape]
+    assert len(fresh) == 2 and all(torch.equal(after[k], before[k]) for k in after if k not in fresh)
+    assert s.recipe.model == "small_cnn_mnist" and "start" in s.model.metadata and s.model.training
+    assert_close(s.model.mean.item(), 0.1)
+    with pytest.raises(ValueError, match="--init FILE"): setting("jat/natural", data="digits", mean=[0.1])
+    colour = plain(tmp_path, create("small_cnn_mnist", in_chans=3).model.state_dict())
+    with pytest.raises(ValueError, match="3 channels, digits has 1"):
+        setting("jat/natural", data="digits", init=colour, model="small_cnn_mnist")
