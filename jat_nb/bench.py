@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLANS', 'MODES', 'MEASUREMENTS', 'floor_passes', 'step_cost', 'Plan', 'clock', 'bare_passes', 'measure_floor',
            'measure_memory', 'measure_training', 'in_mode', 'paired_difference', 'measure_peers', 'measure_modes',
-           'half_budget', 'measure_active', 'measure_scaling', 'measure_fast']
+           'half_budget', 'measure_active', 'measure_scaling', 'measure_fast', 'measure_flow']
 
 # %% ../nbs/58_bench.ipynb #119e0a9d
 import copy
@@ -30,6 +30,8 @@ from .batches import Batch
 from .data import available, default_budget, load
 from .differences import Share, difference
 from .evaluation import Attack, evaluate, pgd_at
+from .glow import Glow
+from .joint_space import jsa
 from .losses import correct, cross_entropy, dlr_loss, margin_loss
 from .models import create, frozen, half_precision, pretrained
 from .catalogue import recipes
@@ -399,10 +401,27 @@ def measure_fast(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, accuracie
         every["findings"][f"accuracy fast - fp32, {name}"] = paired_difference(right["fast"], right["fp32"])
     return every
 
+# %% ../nbs/58_bench.ipynb #1e879760
+def measure_flow(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, images per second, findings
+    "The joint attack through a flow beside PGD of as many steps, and the flow both ways."
+    model, x, y = _stage(p, p.mode_models[0])
+    flow = Glow(tuple(x.shape[1:]), levels=3, steps=4, width=64).to(p.device)
+    flow.initialise(x)
+    flow.eval()
+    with torch.no_grad():  # the attacks turn gradients on for themselves
+        codes = flow.encode(x)
+        cases = {"jsa": lambda i: jsa(model, x, y, flow=flow, steps=p.steps), "encode": lambda i: flow.encode(x),
+                 "pgd": lambda i: pgd(model, x, y, steps=p.steps), "decode": lambda i: flow.decode(codes)}
+        interleave(cases, 1)
+        timed = _timed(p, cases, p.rounds, "flow")
+    rates = {way: p.batch / timed.median(way) for way in ("encode", "decode")}
+    return {"seconds": timed.values, "images_per_second": rates, "findings": {"pgd / jsa": timed.ratio("pgd", "jsa")}}
+
 # %% ../nbs/58_bench.ipynb #d9a21dd0
 MEASUREMENTS: Mapping[str, Callable[[Plan], dict[str, Any]]] = {
     "floor": measure_floor, "memory": measure_memory, "training": measure_training, "peers": measure_peers,
     "modes": measure_modes, "active": measure_active, "scaling": measure_scaling, "fast": measure_fast,
+    "flow": measure_flow,
 }  # in this order
 
 

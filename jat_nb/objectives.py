@@ -210,7 +210,8 @@ def judge_flow(
     return found
 
 
-JUDGES = Named({"likelihood": judge_flow, "vae_gan": "jat_nb.augmenting:judge_vae_gan"})  # by objective: judge(model, validation, few); the others train classifiers
+JUDGES = Named({"likelihood": judge_flow, "vae_gan": "jat_nb.augmenting:judge_vae_gan"})
+# by objective: judge(model, validation, few); the others train classifiers
 
 # %% ../nbs/21_objectives.ipynb #3ce37994
 OBJECTIVES = Named({"natural": natural, "adversarial": adversarial, "jat": jat, "average": average,
@@ -219,7 +220,8 @@ OBJECTIVES = Named({"natural": natural, "adversarial": adversarial, "jat": jat, 
                       for name in ("srt", "klr", "trades", "rst", "uat")}
                    | {name: f"jat_nb.mixing:{name}"
                       for name in ("mixup", "robust_mixup", "attack_then_mix", "iat", "mart")}
-                   | {name: f"jat_nb.augmenting:{name}" for name in ("randomized_la", "adversarial_la", "advprop", "vae_gan", "by_class")}
+                   | {name: f"jat_nb.augmenting:{name}"
+                      for name in ("randomized_la", "adversarial_la", "advprop", "vae_gan", "by_class")}
                    | {name: f"jat_nb.perceptual:{name}" for name in ("fast_pat", "rlat")}
                    | {"robust_mixup_codes": "jat_nb.generators:robust_mixup_codes"})  # by name, for recipes
 OWN_LOSS = ("trades", "rst", "uat", "robust_mixup", "robust_mixup_codes")  # their attacks climb a loss of the batch's own

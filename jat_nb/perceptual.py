@@ -180,7 +180,7 @@ def layer_moves(
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
     y: Tensor,  # True classes (B,), int64
     *,
-    eps: float = 0.08,  # Euclidean length of each move (IJSAT section 6.2)
+    eps: float = 0.08,  # Euclidean length of the move of the image (IJSAT section 6.2)
     layers: Sequence[str] | None = None,  # As for `stages`
 ) -> dict[str, Tensor]:  # "input" and every layer: what to add there, batch first
     "One step uphill at the input and after every stage, all at once (RLAT, Kireev et al. 2022)."
@@ -196,14 +196,16 @@ def layer_moves(
         loss = cross_entropy(inside(x + zeros["input"]), y).sum()
     _ran(modules, zeros)
     slopes = torch.autograd.grad(loss, list(zeros.values()))
-    return {name: eps * generalized_sign(_wide(g).flatten(1)).view(g.shape) for name, g in zip(zeros, slopes)}
+    lengths = [eps * g[0].numel() / x[0].numel() / (place + 1) for place, g in enumerate(slopes)]
+    return {name: length * generalized_sign(_wide(g).flatten(1)).view(g.shape)
+            for name, length, g in zip(zeros, lengths, slopes)}
 
 # %% ../nbs/26_perceptual.ipynb #38bbb13e
 def rlat(
     model: nn.Module,  # Classifier in train mode, images in [0, 1] to logits
     batch: Batch,  # Images and labels
     *,
-    eps: float = 0.08,  # Euclidean length of each move (IJSAT section 6.2)
+    eps: float = 0.08,  # Euclidean length of the move of the image (IJSAT section 6.2)
     layers: Sequence[str] | None = None,  # As for `stages`
 ) -> Tensor:  # Scalar, nats
     "Relaxed LPIPS adversarial training (Kireev et al. 2022): loss with every layer moved."
@@ -213,4 +215,4 @@ def rlat(
         return output + moves[name].to(output.dtype)
 
     with _after(stages(model, layers), add):
-        return cross_entropy(model(batch.x + moves["input"]), batch.y).mean()
+        return cross_entropy(model((batch.x + moves["input"]).clamp(0, 1)), batch.y).mean()

@@ -2,9 +2,12 @@
 import json
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from test_processes import launch, well
 from torch import nn
 from torch.testing import assert_close
 
@@ -17,6 +20,7 @@ from jat_nb.glow import ActNorm, Glow, round_trip_error
 from jat_nb.judging import classifies, judge, open_classifier, open_run, sources_for
 from jat_nb.models import check_rebuildable, create, load_weights, save_weights, start_from, write_tensors
 from jat_nb.objectives import JUDGES, OBJECTIVES, judge_flow, likelihood, roles
+from jat_nb.processes import from_first, processes
 from jat_nb.randomness import image_generators
 from jat_nb.recipes import Recipe
 from jat_nb.records import read_jsonl
@@ -252,3 +256,39 @@ def test_weights_for_another_size_are_refused(toy, tmp_path):
     file = save_weights(flow, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="takes images of 8 x 8, digits has others"):
         setting("toy/glow", init=file)
+
+
+# Two processes
+
+def own_noise(model, batch):
+    "Bits per value with noise that depends on the image alone, whatever process it lies in."
+    numbers = [int(v) for v in (255 * batch.x).round().flatten(1).double() @ torch.arange(64.0, dtype=torch.float64)]
+    return model(batch.x, image_generators(0, numbers)).mean()
+
+
+def descents():
+    plain = replace(FLOW, epochs=2, batch_size=16, optimizer="sgd", momentum=0.0, schedule="constant", lr=1e-2)
+    return {"own": (plain, own_noise), "likelihood": (plain, None)}
+
+
+def both(folder):
+    "What two processes make of a flow, beside what one made of it."
+    train, held = small_digits(96)
+    for name, (recipe, objective) in descents().items():
+        alone = load_file(Path(folder) / f"{name}.safetensors")
+        history = fit(flow := new_flow(seed=processes().rank), train, recipe, objective=objective, validation=held)
+        for key, value in flow.state_dict().items():
+            assert torch.equal(value, from_first(value)), key  # the same bits in both
+        tolerance = {"own": 1e-5, "likelihood": 1e-3}[name]  # the noise of `likelihood` is drawn by each process
+        assert_close(dict(flow.state_dict()), alone, rtol=tolerance, atol=tolerance)
+        bits = [row["val_bits_per_dim"] for row in history]
+        assert bits[1] < bits[0] and from_first(bits) == bits
+
+
+def test_two_processes_train_a_flow_as_one_does(tmp_path):
+    "ActNorm starts from the whole first batch in every process, before the batch is shared out."
+    train, held = small_digits(96)
+    for name, (recipe, objective) in descents().items():
+        fit(flow := new_flow(), train, recipe, objective=objective, validation=held)
+        save_file({k: v.contiguous() for k, v in flow.state_dict().items()}, tmp_path / f"{name}.safetensors")
+    well(launch(both, tmp_path))

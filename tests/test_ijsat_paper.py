@@ -20,7 +20,7 @@ from jat_nb.papers.ijsat import DRAWN, FLOW, GAN, OWN_SUITES, RECIPES, ROWS, SEV
 from jat_nb.papers.ijsat_claims import CLAIMS, PAPER, centroid, mixing_excess
 from jat_nb.recipes import bind
 from jat_nb.records import Record, read_jsonl
-from jat_nb.results import Run, published, row_labels
+from jat_nb.results import Run, published, read_runs, row_labels
 from jat_nb.suites import Job, Suite, attack_from, check_answer, networks_of, run_suite
 from jat_nb.unseen import unseen_attacks
 
@@ -175,6 +175,7 @@ def test_a_generator_is_a_run_that_knows_the_images_of_a_recipe(made):
     row = read_jsonl(made / "gan" / "log.jsonl")[-1]
     with torch.no_grad():
         assert_close((flow.decode(flow.encode(x)) - x).abs().mean().item(), row["projection_l1"], rtol=1e-4, atol=0)
+    assert all(run.usable for run in read_runs(made / "gan"))  # a report reads it like any other
 
 
 def test_an_interrupted_search_goes_on_and_a_changed_one_begins_again(tmp_path, monkeypatch):

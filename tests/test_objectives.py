@@ -142,7 +142,7 @@ def test_passes(options, passes):
 @pytest.mark.parametrize("num_classes, channels", [(2, 1), (7, 3), (100, 2)])
 def test_any_shape(num_classes, channels):
     model, batch = small_model(num_classes, channels), batch_of(6, num_classes, channels)
-    elsewhere = {"pareto", "robust_mixup_codes", *JUDGES}  # test_memory.py, test_generators.py, test_glow_training.py
+    elsewhere = {"pareto", "robust_mixup_codes", "by_class", *JUDGES}  # tests of memory, generators, augmenting, flows
     for name in set(OBJECTIVES) - elsewhere:
         asked = roles(OBJECTIVES[name])
         given = dict.fromkeys(("near", "far") if asked is None else asked, ONE_STEP)

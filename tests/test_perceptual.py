@@ -184,8 +184,9 @@ def test_moves_have_the_length_asked_for(case, eps):
     model, _, (x, y, *_) = case
     moves = layer_moves(model, x, y, eps=eps, layers=LAYERS)
     assert list(moves) == ["input", *LAYERS]
-    for move in moves.values():
-        assert_close(move.flatten(1).norm(dim=1), torch.full((6,), eps), rtol=1e-6, atol=1e-7)
+    for place, move in enumerate(moves.values(), start=1):
+        length = eps * move[0].numel() / x[0].numel() / place
+        assert_close(move.flatten(1).norm(dim=1), torch.full((6,), length), rtol=1e-6, atol=1e-7)
 
 
 def test_rlat_written_out(case):
@@ -193,8 +194,9 @@ def test_rlat_written_out(case):
     live = batch.x.clone().requires_grad_()
     first, second, logits = cut(model, live)
     slopes = torch.autograd.grad(F.cross_entropy(logits, batch.y, reduction="sum"), [live, first, second])
-    a, b, c = (0.3 * g / g.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for g in slopes)
-    second = F.relu(model[3](model[2](model[1](model[0](batch.x + a)) + b))) + c
+    a, b, c = (0.3 * g[0].numel() / batch.x[0].numel() / place * g / g.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+               for place, g in enumerate(slopes, start=1))
+    second = F.relu(model[3](model[2](model[1](model[0]((batch.x + a).clamp(0, 1))) + b))) + c
     expected = F.cross_entropy(model[7](model[6](model[5](second))), batch.y)
     assert_close(rlat(model, batch, eps=0.3, layers=LAYERS), expected, rtol=1e-5, atol=1e-6)
     assert expected > F.cross_entropy(model(batch.x), batch.y)

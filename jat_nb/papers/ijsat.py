@@ -206,7 +206,7 @@ def make_gan(
     z, loss = _codes(players[0], photographs.images, look, out / "codes.safetensors", steps=search, restarts=restarts)
     off = [(render(players[0], part.to(device)).mul(255) - own).abs().mean() / 255
            for part, own in zip(z.split(256), photographs.images.split(256))]
-    row = {"projection": loss.mean().item(), "projection_l1": torch.stack(off).mean().item(), "steps": steps}
+    row = {"loss": loss.mean().item(), "projection_l1": torch.stack(off).mean().item(), "steps": steps}
     return _keep(out, GAN, about, Projected(players[0], photographs.images, z.to(device)), row)
 
 # %% ../../nbs/52_ijsat.ipynb #d254dd33
@@ -242,7 +242,7 @@ def make_drawn(
     parts = dict(zip(("train", "test"), drawn.split(len(drawn) // 6)))
     images = torch.cat([_write_pictures(own, out / part) for part, own in parts.items()])
     known = Projected(drawn.generator, images, torch.cat([own.z for own in parts.values()]))
-    return _keep(out, DRAWN, {**about, "data": out.name, "variant": "folder"}, known, {"images": len(images)})
+    return _keep(out, DRAWN, {**about, "data": out.name, "variant": "folder"}, known, {"loss": 0.0, "images": len(images)})
 
 # %% ../../nbs/52_ijsat.ipynb #2d4d5e80
 _ONE = {"Normal Training": "normal", "AT [PGD-5]": "at", "IAT": "iat", "TRADES": "trades", "MART": "mart",

@@ -155,10 +155,13 @@ _ATTACK = (
         *_above("at-jsa", "at", *_ATTACKS), *_above("at-jsa", "at", "Clean", by=-2.0)),
         "+3.30, +2.76, +1.39, +14.51, +2.03, +3.94; clean -1.40"),
     Claim("IC4", "JSA through a flow beats JSA through a generator, but under L2", (
-        *_above("at-jsa", "at-jsa-gan", "Clean", *_ATTACKS[:-1]), *_above("at-jsa-gan", "at-jsa", "L2")), "clean +6.32, PGD20 +6.11, L2 -3.40"),
+        *_above("at-jsa", "at-jsa-gan", "Clean", *_ATTACKS[:-1]), *_above("at-jsa-gan", "at-jsa", "L2")),
+          "clean +6.32, PGD20 +6.11, L2 -3.40"),
     Claim("IC5", "The gain is not a wider budget: 16/255 costs 10 clean points and is within one point under PGD20; "
           "32/255 collapses", (*_above("at-jsa", "at-16", "Clean", by=10.0),
-                               _within(("at-16", "PGD20"), ("at-jsa", "PGD20"), 1.0), Check("level", (("at-32", "Clean"),), at_most=40.0)), "68.91 and 82.75; 52.78 and 53.15; 37.11"),
+                               _within(("at-16", "PGD20"), ("at-jsa", "PGD20"), 1.0),
+                               Check("level", (("at-32", "Clean"),), at_most=40.0)),
+          "68.91 and 82.75; 52.78 and 53.15; 37.11"),
     Claim("IC6", "Mixing after the attack does not raise accuracy under PGD20, Robust Mixup does", (
         *_above("at-jsa", "at-jsa-mixup", "PGD20"), *_above("ijsat", "at-jsa", "PGD20")), "53.15, 53.12, 53.68"),
     Claim("IC7", "Attacking the blend finds a higher loss than blending the attacked, in 95 of 100 batches", tuple(
