@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .losses import LOSSES, correct, cross_entropy
-from .models import bare, frozen
+from .models import _check_slope, bare, frozen, logits_of
 from .randomness import Randomness
 from .threats import (Threat, apply_chain, check_images, check_labels, contains_chain,
                             grid_start)
@@ -87,6 +87,9 @@ def _scaled(grad: Tensor) -> Tensor:
     return grad / torch.where(size > 0, size, 1)
 
 # %% ../nbs/09_ascent.ipynb #23e8f3ce
+_STAND_IN = "attack another network and transfer the images (jat_nb.masking.transfer), or give the model a smooth stand-in"
+
+
 class _Objective:
     "The function that is climbed, with a count of the model passes it took."
 
@@ -98,11 +101,8 @@ class _Objective:
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         "Objective (B,) and success (B,) of images."
-        logits = self.model(x)
+        logits = logits_of(self.model, x)
         self.n_forward += 1
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
-            seen = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"expected the model to return logits ({len(x)}, K), got {seen}: wrap the model")
         label, sign = (self.y, 1) if self.target is None else (self.target, -1)
         if self.n_forward == 1:
             for given in (self.y, label):
@@ -122,7 +122,10 @@ class _Objective:
         with torch.enable_grad():
             value, success = self(apply_chain(threats, x, live))
             self.n_backward += 1
-            grads = torch.autograd.grad(value.sum(), [live[i] for i in active])
+            _check_slope(value, "images", _STAND_IN)
+            grads = torch.autograd.grad(value.sum(), [live[i] for i in active], allow_unused=True)
+            if any(g is None for g in grads):
+                _check_slope(value.detach(), "images", _STAND_IN)
             return tuple(g.nan_to_num(0.0, 0.0, 0.0) for g in grads), value.detach(), success  # blind: stay
 
 # %% ../nbs/09_ascent.ipynb #3c2ffdd6
@@ -196,7 +199,7 @@ def _report(
     if not return_info:
         return x_adv
     with torch.autocast(x.device.type, enabled=False):
-        loss, success = objective(x_adv.clone())  # a model may work in place
+        loss, success = objective(x_adv)
     return Adversarial(x_adv, tuple(params), tuple(threats), loss, success, contains_chain(threats, x, params),
                        objective.n_forward, objective.n_backward)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .attacks import Loss
 from .batches import Batch
 from .losses import cross_entropy, kl_divergence
+from .models import logits_of
 
 # %% ../nbs/22_mixing.ipynb #f7dbabf4
 def draw_share(
@@ -169,6 +170,6 @@ def mart(
 ) -> Tensor:  # Scalar, nats
     "Misclassification-aware adversarial training (Wang et al. 2020)."
     x_adv = attack(model, batch.x, batch.y, target=None, generator=batch.generator)
-    logits, found = model(batch.x), model(x_adv)
+    logits, found = logits_of(model, batch.x), model(x_adv)
     doubt = 1 - cross_entropy(logits, batch.y).neg().exp()
     return (_boosted(found, batch.y) + beta * doubt * kl_divergence(logits, found)).mean()

@@ -92,7 +92,7 @@ def test_the_parts_of_a_stream_make_the_whole(augment):
         assert torch.equal(torch.cat([b.y for b in mine]), batch.y)
         assert all(torch.equal(b.whole().x, torch.cat([m.x for m in mine])) for b in mine)
         if not augment: assert torch.equal(torch.cat([b.x for b in mine]), batch.x)
-    with pytest.raises(ValueError, match="30 processes cannot share batch 0 of 21 images"):
+    with pytest.raises(ValueError, match="30 processes cannot share a batch of 21 images"):
         next(stream.epoch((0, 0), part=1, parts=30))
 
 
