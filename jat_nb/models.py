@@ -108,15 +108,20 @@ def _all_modules(model: Any) -> list[nn.Module]:
     return [*found.values()]
 
 # %% ../nbs/08_models.ipynb #e6653bd6
-_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # one for each model that was ever held still
+_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # by the first layer of each model that was ever held still
 _GATE = Lock()
+
+
+def _first_layer(root: nn.Module) -> nn.Module:
+    "The first module with weights of its own: the same for a network and whatever is wrapped around it."
+    return next((m for m in root.modules() if next(m.parameters(recurse=False), None) is not None), root)
 
 
 @contextmanager
 def _alone(roots: Sequence[nn.Module]) -> Iterator[None]:
     "Inside, no other thread holds one of these models still."
     with _GATE:
-        locks = [_LOCKS.setdefault(root, RLock()) for root in sorted(map(unwrap, roots), key=id)]
+        locks = [_LOCKS.setdefault(m, RLock()) for m in sorted(map(_first_layer, roots), key=id)]
     with ExitStack() as stack:
         for lock in locks:
             stack.enter_context(lock)
