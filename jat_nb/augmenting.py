@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .ascent import ascend
+from .ascent import ascend, logits_of
 from .batches import Batch
 from .joint_space import Latent, _mask
 from .losses import cross_entropy
-from .models import bare, logits_of
+from .models import bare
 from .randomness import Randomness
 from .threats import _normal, _project_ball
 from .warp import generalized_sign, per_image

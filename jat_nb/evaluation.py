@@ -23,10 +23,11 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
+from .ascent import logits_of
 from .attacks import double_pass, ggsm, pgd
 from .batches import pairs
 from .losses import correct
-from .models import bare, computes_bfloat16, frozen, logits_of, plain_state, tensor_hash, unwrap
+from .models import bare, computes_bfloat16, frozen, plain_state, tensor_hash, unwrap
 from .processes import agree, own_device, processes, total
 from .randomness import image_generators
 from .records import progress as show_progress

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .ascent import logits_of
 from .attacks import Loss
 from .batches import Batch
 from .losses import cross_entropy, kl_divergence
-from .models import logits_of
 
 # %% ../nbs/22_mixing.ipynb #f7dbabf4
 def draw_share(

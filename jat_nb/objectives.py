@@ -18,13 +18,14 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from .ascent import logits_of
 from .attacks import Named
 from .batches import Batch, batches
 from .data import ImageSet
 from .glow import Glow, round_trip_error
 from .losses import (bilateral_labels, cross_entropy, most_confusing_target, random_target, smooth_labels,
                            soft_cross_entropy, uniform_labels)
-from .models import frozen, logits_of, unwrap
+from .models import frozen, unwrap
 from .randomness import Randomness, image_generators
 
 # %% ../nbs/21_objectives.ipynb #6c583b92

@@ -12,9 +12,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from .ascent import logits_of
 from .batches import Batch
 from .losses import cross_entropy, kl_divergence
-from .models import logits_of
 from .objectives import clean_logits
 
 # %% ../nbs/23_semi_supervised.ipynb #715ed676

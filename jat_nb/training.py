@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from .ascent import _check_slope
 from .batches import Batch, Stream, _check_beside, _pieces, batches, num_batches, shares
 from .checkpoints import (RESUME, _TRACED, _in_row, _since_best, _tally, add_stretch, claim, collapsed, function_names,
                                 load_state, publish, restore, run_identity, save_state, state_tensors)
 from .data import ImageSet, Unlabelled
 from .glow import Glow
 from .losses import correct
-from .models import _check_slope, bare, check_rebuildable, frozen, half_precision, unwrap
+from .models import bare, check_rebuildable, frozen, half_precision, unwrap
 from .objectives import JUDGES, State, WithMemory, in_form
 from .processes import (Processes, agree, copy_buffers, distribute, from_first, on_first,
                               own_device, processes, report_lost, timer, total)
@@ -342,8 +343,7 @@ def _check_unlabelled(recipe: Recipe, unlabelled: Unlabelled | None) -> None:
 def _check_fit(model: nn.Module, recipe: Recipe, train: ImageSet | Stream, validation: ImageSet | None,
                kept: bool) -> None:
     "What would be noticed only after hours otherwise."
-    sets = (validation,) if isinstance(train, Stream) else (train, validation)
-    counts = [len(data) for data in sets if data is not None]
+    counts = [len(d) for d in (train, validation) if d is not None and not isinstance(d, Stream)]
     if not isinstance(model, nn.Module) or not list(model.parameters()) or 0 in counts:
         raise ValueError("expected an nn.Module with weights and at least one image in each set, "
                          f"got {type(model).__name__} and {counts}")

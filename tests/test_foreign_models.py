@@ -11,11 +11,12 @@ from test_training import images
 from torch import nn
 from torch.testing import assert_close
 
+from jat_nb.ascent import logits_of
 from jat_nb.attacks import double_pass, ggsm, pgd
 from jat_nb.batches import Batch
 from jat_nb.evaluation import clean, evaluate, pgd_at
 from jat_nb.losses import check_logits, cross_entropy, kl_divergence, soft_cross_entropy
-from jat_nb.models import Logits, NormalizedModel, create, frozen, logits_of
+from jat_nb.models import Logits, NormalizedModel, create, frozen
 from jat_nb.objectives import OBJECTIVES, adversarial, average, jat, maximum, natural
 from jat_nb.recipes import Recipe
 from jat_nb.training import fit
