@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.parametrizations import spectral_norm
 
-from .ascent import ascend
+from .ascent import ascend, logits_of
 from .batches import Batch, batches
 from .data import ImageSet
 from .joint_space import Latent, _mask
@@ -58,7 +58,7 @@ class LatentBall(Latent):
 # %% ../nbs/25_augmenting.ipynb #410c21af
 def _halves(model: nn.Module | Callable[[Tensor], Tensor], batch: Batch, moved: Tensor) -> Tensor:
     "The mean of the losses on the images as they are and on the moved ones."
-    clean = cross_entropy(model(batch.x), batch.y).mean()
+    clean = cross_entropy(logits_of(model, batch.x), batch.y).mean()
     return (clean + cross_entropy(model(moved), batch.y).mean()) / 2
 
 # %% ../nbs/25_augmenting.ipynb #90472802
@@ -137,7 +137,7 @@ def advprop(
     inside = bare(model)
     if not isinstance(inside, AuxiliaryNorms):
         raise ValueError(f"expected AuxiliaryNorms(model), got {type(inside).__name__}: fit wraps a network itself")
-    clean = cross_entropy(model(batch.x), batch.y).mean()
+    clean = cross_entropy(logits_of(model, batch.x), batch.y).mean()
     with inside.attacked():
         x_adv = attack(inside, batch.x, batch.y, target=None, generator=batch.generator)
         return (clean + cross_entropy(model(x_adv), batch.y).mean()) / 2

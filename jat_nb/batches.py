@@ -340,6 +340,29 @@ class _Held(NamedTuple):
     name: str
 
 
+def _part_of(data: _Held, augment: Sequence[str], name: tuple[int, ...], part: int, parts: int) -> Batch:
+    "A part of a batch that came from a stream, as `batches` cuts it out of a set."
+    n, where = len(data.labels), data.images.device
+    if n < parts:
+        raise ValueError(f"{parts} processes cannot share a batch of {n} images: leave small batches out "
+                         "(drop_last=True of a DataLoader)")
+    cut = torch.arange(n, device=where).tensor_split(parts)
+    whole = partial(_uncut, data, cut, augment, name) if parts > 1 else None
+    own = torch.Generator(where).manual_seed(seed_from(*name, part))
+    x, start = _augmented(data.images[cut[part]], augment, data.name, own), sum(map(len, cut[:part]))
+    return Batch(x, data.labels[cut[part]], own, len(x) / n, start=start, whole=whole)
+
+# %% ../nbs/17_batches.ipynb #430779d5
+def _check_source(source: Any) -> None:
+    "Refuse what cannot be walked through once per epoch."
+    if isinstance(source, Iterator):
+        raise ValueError(f"a {type(source).__name__} is used up after one epoch: pass the DataLoader itself, or "
+                         "the function that makes the iterator")
+    if not isinstance(source, Iterable) and not callable(source):
+        raise ValueError("expected a DataLoader, a list of batches, or a function that makes an iterator, got "
+                         f"{type(source).__name__}")
+
+
 @dataclass(frozen=True)
 class Stream:
     "Training data read batch by batch, never held as a whole."
@@ -350,12 +373,7 @@ class Stream:
     device: torch.device | str = "cpu"  # where the batches go
 
     def __post_init__(self) -> None:
-        if isinstance(self.source, Iterator):
-            raise ValueError(f"a {type(self.source).__name__} is used up after one epoch: pass the DataLoader "
-                             "itself, or the function that makes the iterator")
-        if not isinstance(self.source, Iterable) and not callable(self.source):
-            raise ValueError(f"expected a DataLoader, a list of batches, or a function that makes an iterator, "
-                             f"got {type(self.source).__name__}")
+        _check_source(self.source)
         if not len(self):
             raise ValueError("how many batches an epoch has decides the learning rate, and this stream does not "
                              "say: Stream(source, length=...)")
@@ -371,23 +389,26 @@ class Stream:
         "Walk once through the stream, as `batches` does through a set."
         _check_batches(augment, part, parts)
         torch.manual_seed(seed_from(*seed, "stream"))
-        done = 0
-        for x, y in islice(pairs(self.source if isinstance(self.source, Iterable) else self.source()), len(self)):
-            if len(y) < parts: raise ValueError(f"{parts} processes cannot share batch {done} of {len(y)} images: "
-                                                "leave small batches out (drop_last=True of a DataLoader)")
-            if x.dtype != torch.uint8: check_images(x)
+        source, done = self.source if isinstance(self.source, Iterable) else self.source(), 0
+        for x, y in islice(pairs(source), len(self)):
+            if x.dtype != torch.uint8:
+                check_images(x)
             check_labels(y, x)
-            data, cut = _Held(x.to(self.device), y.to(self.device), self.name), torch.arange(len(y)).tensor_split(parts)
-            whole = partial(_uncut, data, [rows.to(self.device) for rows in cut], augment, (*seed, done))
-            own = torch.Generator(self.device).manual_seed(seed_from(*seed, done, part))
-            rows = slice(int(cut[part][0]), int(cut[part][-1]) + 1)
-            images = _augmented(data.images[rows], augment, self.name, own)
-            yield Batch(images, data.labels[rows], own, len(cut[part]) / len(y), start=rows.start,
-                        whole=whole if parts > 1 else None)
+            data = _Held(x.to(self.device), y.to(self.device), self.name)
+            yield _part_of(data, augment, (*seed, done), part, parts)
             done += 1
         if done < len(self):
             raise ValueError(f"the stream ended after {done} of {len(self)} batches: state its true length, and let a "
                              "function return a new iterator at every call, not one that is used up")
+
+# %% ../nbs/17_batches.ipynb #7c09f824
+def _check_beside(train: Any, validation: Any, unlabelled: Any) -> None:
+    "Refuse beside a stream what it cannot serve."
+    if isinstance(train, Stream) and validation is not None and not hasattr(validation, "images"):
+        raise ValueError("validation is judged after every epoch and must be at hand, got "
+                         f"{type(validation).__name__}: pass an ImageSet of some thousand images")
+    if isinstance(train, Stream) and unlabelled:
+        raise ValueError("a stream has no unlabelled images beside it: pass an ImageSet as training data")
 
 # %% ../nbs/17_batches.ipynb #ee7bda9e
 def _whole(batch: Batch, state: Tensor) -> Batch:

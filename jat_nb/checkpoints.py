@@ -306,6 +306,14 @@ def best_row(
     "The epoch to keep: chosen on images held out, classifiers under attack, never on the test set."
     return max(history, key=lambda row: (_merit(row), row["epoch"]))
 
+
+def _since_best(history: Sequence[Mapping[str, Any]]) -> int:
+    "Epochs since the first of the best ones."
+    merits = [_merit(row) for row in history]
+    if None in merits:
+        raise ValueError(f"patience needs val_robust in every row, got {[*history[-1]]}: return it from the judge")
+    return len(merits) - 1 - merits.index(max(merits))
+
 # %% ../nbs/30_checkpoints.ipynb #5a928fa4
 def shortfall(
     recipe: Mapping[str, Any],  # What was asked, as run.json holds it

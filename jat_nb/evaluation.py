@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
+from .ascent import logits_of
 from .attacks import double_pass, ggsm, pgd
 from .batches import pairs
 from .losses import correct
@@ -142,10 +143,7 @@ class Evaluation:
 def _verdict(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     "Which images are classified as y (B,): eval mode, no autocast, logits without NaN."
     with torch.no_grad(), frozen(model), torch.autocast(x.device.type, enabled=False):
-        logits = model(x)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
-        seen = getattr(logits, "shape", type(logits).__name__)
-        raise ValueError(f"expected the model to return logits ({len(x)}, K), got {seen}: wrap the model")
+        logits = logits_of(model, x)
     check_labels(y, x, logits.shape[1])
     return correct(logits, y)
 
@@ -186,7 +184,7 @@ def _watched(model: nn.Module) -> Iterator[list[Tensor]]:
     def forward(module: nn.Module, inputs: tuple, logits: Any) -> None:
         x = inputs[0] if inputs else None
         if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
-            x.register_hook(lambda grad: moved.append(grad.detach().flatten(1).ne(0).any(dim=1)))
+            x.register_hook(lambda grad: None if grad is None else moved.append(grad.flatten(1).ne(0).any(dim=1)))
     handle = model.register_forward_hook(forward)
     try: yield moved
     finally: handle.remove()

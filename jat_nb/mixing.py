@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .ascent import logits_of
 from .attacks import Loss
 from .batches import Batch
 from .losses import cross_entropy, kl_divergence
@@ -169,6 +170,6 @@ def mart(
 ) -> Tensor:  # Scalar, nats
     "Misclassification-aware adversarial training (Wang et al. 2020)."
     x_adv = attack(model, batch.x, batch.y, target=None, generator=batch.generator)
-    logits, found = model(batch.x), model(x_adv)
+    logits, found = logits_of(model, batch.x), model(x_adv)
     doubt = 1 - cross_entropy(logits, batch.y).neg().exp()
     return (_boosted(found, batch.y) + beta * doubt * kl_divergence(logits, found)).mean()

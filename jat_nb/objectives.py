@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from .ascent import logits_of
 from .attacks import Named
 from .batches import Batch, batches
 from .data import ImageSet
@@ -32,7 +33,7 @@ def natural(
     batch: Batch,  # Images, labels and the source of randomness
 ) -> Tensor:  # Scalar, nats
     "Mean cross-entropy on clean images."
-    return cross_entropy(model(batch.x), batch.y).mean()
+    return cross_entropy(logits_of(model, batch.x), batch.y).mean()
 
 # %% ../nbs/21_objectives.ipynb #0206b7bd
 def adversarial(
@@ -42,7 +43,7 @@ def adversarial(
 ) -> Tensor:  # Scalar, nats
     "Mean cross-entropy on images attacked away from the true class (Madry et al. 2018)."
     x_adv = attack(model, batch.x, batch.y, target=None, generator=batch.generator)
-    return cross_entropy(model(x_adv), batch.y).mean()
+    return cross_entropy(logits_of(model, x_adv), batch.y).mean()
 
 # %% ../nbs/21_objectives.ipynb #797b9432
 Target = Literal["random", "most_confusing"]  # kinds of target class
@@ -70,7 +71,7 @@ def clean_logits(
 ) -> Tensor:  # (B, K) logits in eval mode, without gradient
     "What the model says about clean images, leaving no trace in it (JAT Algorithm 3)."
     with frozen(model), torch.no_grad():
-        return model(x)
+        return logits_of(model, x)
 
 # %% ../nbs/21_objectives.ipynb #e47e9eb2
 Labels = Literal["bilateral", "uniform", "smooth", "hard"]  # kinds of label
@@ -116,7 +117,7 @@ def jat(
     x_adv = attack(model, x, y, target=choose_target(target, logits, y, generator), generator=generator)
     given = {"ratio": ratio, "floor": floor, "eps_y": eps_y}
     options = {name: value for name, value in given.items() if value is not None}
-    return soft_cross_entropy(model(x_adv), training_labels(labels, logits, y, **options)).mean()
+    return soft_cross_entropy(logits_of(model, x_adv), training_labels(labels, logits, y, **options)).mean()
 
 # %% ../nbs/21_objectives.ipynb #5e731d30
 def attacked_losses(
@@ -134,7 +135,7 @@ def attacked_losses(
               for attack in attacks.values()]
     if include_natural:
         images = [batch.x, *images]
-    return torch.stack([cross_entropy(model(x), batch.y) for x in images])
+    return torch.stack([cross_entropy(logits_of(model, x), batch.y) for x in images])
 
 # %% ../nbs/21_objectives.ipynb #01a8ee61
 def average(

@@ -50,7 +50,7 @@ def write_atomic(
     part = check_writable(path.parent) / f".{path.name}.{uuid.uuid4().hex[:8]}.part"
     try:
         write(part)
-        with open(part, "rb") as done:
+        with open(part, "r+b") as done:  # Windows syncs only what is open for writing
             os.fsync(done.fileno())  # on the disk before it takes the name
         os.replace(part, path)
     finally:

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from .ascent import logits_of
 from .batches import Batch
 from .losses import cross_entropy, kl_divergence
 from .objectives import clean_logits
@@ -33,7 +34,7 @@ def _answers(model: nn.Module, x: Tensor, x_adv: Tensor,
              reduction: Reduction) -> tuple[Tensor, Tensor]:
     "Logits on labelled and on attacked images; under \"concat\" all of them in one pass (D-S10)."
     if reduction == "separate":
-        return model(x), model(x_adv)
+        return logits_of(model, x), logits_of(model, x_adv)
     logits = model(torch.cat([x, x_adv]))
     return logits[:len(x)], logits[len(x):]
 
@@ -89,7 +90,7 @@ def trades(
 ) -> Tensor:  # Scalar, nats
     "TRADES (Zhang et al. 2019, Eq. 5)."
     x_adv = _from_own(model, batch.x, batch.y, attack, batch)
-    logits = model(batch.x)
+    logits = logits_of(model, batch.x)
     return (cross_entropy(logits, batch.y) + beta * kl_divergence(logits, model(x_adv))).mean()
 
 
@@ -103,7 +104,7 @@ def klr(
 ) -> Tensor:  # Scalar, nats
     "Divergence between the answers before and after the worst movement (KLR, SRT section 5.1)."
     x_adv = attack(model, batch.x, batch.y, target=None, generator=batch.generator)
-    logits = model(batch.x)
+    logits = logits_of(model, batch.x)
     return (cross_entropy(logits, batch.y) + weight * kl_divergence(logits, model(x_adv))).mean()
 
 # %% ../nbs/23_semi_supervised.ipynb #42db99b5

@@ -40,7 +40,7 @@ _ROUNDING = 1e-6
 def _check_budget(**budgets: float | Tensor) -> None:
     for name, value in budgets.items():
         number = isinstance(value, (int, float, Tensor))
-        v = torch.as_tensor(value, dtype=torch.float64) if number else torch.tensor(torch.nan)
+        v = torch.as_tensor(value).detach().cpu().double() if number else torch.tensor(torch.nan)
         if v.ndim > 1 or not bool(((v >= 0) & v.isfinite()).all()):
             raise ValueError(f"{name} must be finite and >= 0, one number or one per image (B,), got {value!r}")
 

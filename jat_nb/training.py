@@ -20,15 +20,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .batches import Batch, Stream, _pieces, batches, num_batches, shares
-from .checkpoints import (RESUME, _TRACED, _in_row, _merit, _tally, add_stretch, claim, collapsed, function_names,
+from .ascent import _check_slope
+from .batches import Batch, Stream, _check_beside, _pieces, batches, num_batches, shares
+from .checkpoints import (RESUME, _TRACED, _in_row, _since_best, _tally, add_stretch, claim, collapsed, function_names,
                                 load_state, publish, restore, run_identity, save_state, state_tensors)
 from .data import ImageSet, Unlabelled
 from .glow import Glow
 from .losses import correct
 from .models import bare, check_rebuildable, frozen, half_precision, unwrap
 from .objectives import JUDGES, State, WithMemory, in_form
-from .processes import (agree, copy_buffers, distribute, from_first, on_first,
+from .processes import (Processes, agree, copy_buffers, distribute, from_first, on_first,
                               own_device, processes, report_lost, timer, total)
 from .randomness import seed_from
 from .recipes import Bound, Recipe, bind, learning_rate, make_optimizer
@@ -82,6 +83,7 @@ def train_step(
         with nullcontext() if count == 1 or i == len(pieces) else model.no_sync():
             with half_precision(batch.x.device, amp):
                 loss, said = _loss_and_terms(objective, model, piece, memory, given)
+            _check_slope(loss, "weights", "take detach() and no_grad out of its forward")
             loss = loss * fraction * (1 if count == 1 else batch.share * count)
             loss.backward()
         value, terms = value + loss.detach(), terms + said * fraction
@@ -265,19 +267,13 @@ def _batch(run: _Run, shared: nn.Module, batch: Batch) -> None:
     run.iteration, run.loss = i + 1, run.loss + round(len(batch.y) / batch.share) * loss
 
 # %% ../nbs/32_training.ipynb #365efa44
-def _walk(run: _Run, train: ImageSet | Stream) -> Iterator[Batch]:
-    "The batches of the next epoch, in this process."
-    r, seed, (rank, count) = run.recipe, (run.recipe.seed, len(run.history)), processes()
+def _walk(run: _Run, train: ImageSet | Stream, place: Processes) -> Iterator[Batch]:
+    "The batches of the next epoch, in a process at this place."
+    r, seed, (rank, count) = run.recipe, (run.recipe.seed, len(run.history)), place
     if isinstance(train, Stream):
         return train.epoch(seed, augment=r.augment, part=rank, parts=count)
     return batches(train, r.batch_size, unlabelled=run.unlabelled, shuffle=True, augment=r.augment, seed=seed,
                    part=rank, parts=count)
-
-
-def _images(run: _Run, train: ImageSet, here: int) -> int:
-    "Images in so many batches of a set."
-    in_batch = shares(run.recipe.batch_size, len(train), len(run.unlabelled or ()))[0]
-    return len(train) if here == run.per_epoch else here * in_batch
 
 
 def _train_epoch(run: _Run, shared: nn.Module, train: ImageSet | Stream, ticks: Iterator[int],
@@ -286,14 +282,15 @@ def _train_epoch(run: _Run, shared: nn.Module, train: ImageSet | Stream, ticks: 
     start, streamed, images = time.perf_counter() - run.seconds, isinstance(train, Stream), 0
     here = min(run.per_epoch, run.left + run.iteration)  # a run by iterations may end in mid-epoch
     run.model.train()
-    for batch in islice(_walk(run, train), run.iteration, here):
+    for batch in islice(_walk(run, train, processes()), run.iteration, here):
         _batch(run, shared, batch)
         next(ticks, None)
         run.seconds, images = time.perf_counter() - start, images + round(len(batch.y) / batch.share)
         if run.iteration < here and not streamed and time_is_up():
             return None
-    if not streamed:
-        images = _images(run, train, here)  # also those before a kill
+    if not streamed:  # count also those before a kill
+        in_batch = shares(run.recipe.batch_size, len(train), len(run.unlabelled or ()))[0]
+        images = len(train) if here == run.per_epoch else here * in_batch
     lr = run.optimizer.param_groups[0]["lr"]
     row = {"epoch": len(run.history) + 1, "iterations": here, "lr": lr, "loss": run.loss / images,
            "seconds": round(run.seconds, 3)}
@@ -323,10 +320,7 @@ def _stop(run: _Run) -> None:
             return run.on_epoch(dict(row), network) is True
     if run.on_epoch is not None and on_first(tell):
         row["stopped"] = "on_epoch"
-    merits = [_merit(r) for r in run.history] if run.patience else []
-    if None in merits:
-        raise ValueError(f"patience needs val_robust in every row, the judge gave {[*row]}: return it from the judge")
-    if merits and len(merits) - 1 - merits.index(max(merits)) >= run.patience:
+    if run.patience is not None and _since_best(run.history) >= run.patience:
         row["stopped"] = f"patience {run.patience}"
 
 # %% ../nbs/32_training.ipynb #c000a50f
@@ -338,10 +332,8 @@ def _averaging(ema: float) -> Callable[..., None]:
     return update
 
 # %% ../nbs/32_training.ipynb #77039482
-def _check_unlabelled(recipe: Recipe, unlabelled: Unlabelled | None, train: ImageSet | Stream) -> None:
+def _check_unlabelled(recipe: Recipe, unlabelled: Unlabelled | None) -> None:
     "Refuse to leave out, in silence, images that a recipe counts on."
-    if unlabelled and isinstance(train, Stream):
-        raise ValueError("a stream has no unlabelled images beside it: pass an ImageSet as training data")
     if recipe.unlabelled and unlabelled is None:
         raise ValueError(f"the recipe uses a share of {recipe.unlabelled:.3g} of the images without their labels, "
                          "fit was given none: pass unlabelled=, as `setting` or `few_labels` hands them out; to "
@@ -351,13 +343,9 @@ def _check_unlabelled(recipe: Recipe, unlabelled: Unlabelled | None, train: Imag
 def _check_fit(model: nn.Module, recipe: Recipe, train: ImageSet | Stream, validation: ImageSet | None,
                kept: bool) -> None:
     "What would be noticed only after hours otherwise."
-    streamed = isinstance(train, Stream)
-    if streamed and not (validation is None or hasattr(validation, "images")):
-        raise ValueError(f"validation is judged after every epoch and must be at hand, got {type(validation).__name__}: "
-                         "pass an ImageSet of some thousand images")
-    counts = [len(data) for data in (None if streamed else train, validation) if data is not None]
-    if not isinstance(model, nn.Module) or 0 in counts:
-        raise ValueError("expected an nn.Module and at least one image in each set, "
+    counts = [len(d) for d in (train, validation) if d is not None and not isinstance(d, Stream)]
+    if not isinstance(model, nn.Module) or not list(model.parameters()) or 0 in counts:
+        raise ValueError("expected an nn.Module with weights and at least one image in each set, "
                          f"got {type(model).__name__} and {counts}")
     probed = [] if validation is None else [recipe.probe_images]
     if (smallest := min([recipe.batch_size, *counts, *probed])) < processes().count:
@@ -390,10 +378,9 @@ def _start(model: nn.Module, recipe: Recipe, bound: Bound, judge: Judge, per_epo
 
 def _initialise(run: _Run, train: ImageSet | Stream) -> None:
     "A new flow sees the whole first batch, in every process, before it is shared."
-    flow, r = unwrap(run.model).train(), run.recipe
+    flow = unwrap(run.model).train()
     if run.left == run.length and isinstance(flow, Glow):
-        first = next(train.epoch((r.seed, 0), augment=r.augment) if isinstance(train, Stream) else
-                     batches(train, r.batch_size, shuffle=True, augment=r.augment, seed=(r.seed, 0)))
+        first = next(_walk(run, train, Processes(0, 1)))
         flow.initialise(first.x, first.generator)
 
 # %% ../nbs/32_training.ipynb #953085f8
@@ -453,8 +440,9 @@ def fit(
     if patience is not None and (patience < 1 or validation is None):
         raise ValueError(f"patience counts epochs by what validation= says: pass it, and at least 1, got {patience}")
     with report_lost():
+        _check_beside(train, validation, unlabelled)
         _check_fit(model, recipe, train, validation, out is not None)
-        _check_unlabelled(recipe, unlabelled, train)
+        _check_unlabelled(recipe, unlabelled)
         needs, folder = dict(needs or {}), None if out is None else Path(out)
         bound = _functions(recipe, needs, given)
         model = in_form(bound.objective, model)

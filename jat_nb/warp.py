@@ -27,9 +27,14 @@ def _check_field(x: Tensor, flow: Tensor, padding: str) -> None:
         raise ValueError(f"unknown padding {padding!r}: choose one of {', '.join(_PADDINGS)}")
 
 # %% ../nbs/03_warp.ipynb #ae354837
+def _wide(device: torch.device) -> torch.dtype:
+    "The precision in which positions are computed; Apple's graphics processors know no float64."
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _pixel_grid(height: int, width: int, device: torch.device) -> Tensor:
-    v, u = torch.meshgrid(torch.arange(height, dtype=torch.float64, device=device),
-                          torch.arange(width, dtype=torch.float64, device=device), indexing="ij")
+    v, u = torch.meshgrid(torch.arange(height, dtype=_wide(device), device=device),
+                          torch.arange(width, dtype=_wide(device), device=device), indexing="ij")
     return torch.stack([u, v])  # (2, H, W): column, row
 
 
@@ -42,10 +47,10 @@ def warp(
     "Backward bilinear warp: output pixel p reads the input at p + flow(p) (JAT section 3.1)."
     _check_field(x, flow, padding)
     height, width = x.shape[2:]
-    away = flow.double().nan_to_num(0.0).clamp(-1e6, 1e6)  # the kernel's backward pass crashes on NaN and infinity
+    away = flow.to(_wide(x.device)).nan_to_num(0.0).clamp(-1e6, 1e6)  # the kernel's backward pass crashes on NaN and infinity
     position = _pixel_grid(height, width, x.device) + away  # (B, 2, H, W)
     grid = torch.stack([(2 * position[:, i] + 1) / n - 1 for i, n in enumerate((width, height))], dim=3)  # edges at -1, 1
-    out = F.grid_sample(x.double(), grid, padding_mode=padding, align_corners=False)
+    out = F.grid_sample(x.to(grid.dtype), grid, padding_mode=padding, align_corners=False)
     still = (away == 0).all(dim=1, keepdim=True)
     return (out + ((x - out) * still).detach()).to(x.dtype)  # what does not move is not even rounded
 
@@ -107,9 +112,10 @@ def affine_flow(
     "The flow of an affine map on coordinates that span [-1, 1] (Pareto section 2.2, Eq. 5)."
     if matrix.ndim != 3 or matrix.shape[1:] != (2, 3):
         raise ValueError(f"expected affine maps (B, 2, 3), got {tuple(matrix.shape)}")
-    size = torch.tensor([width, height], dtype=torch.float64, device=matrix.device).view(2, 1, 1)
+    wide = _wide(matrix.device)
+    size = torch.tensor([width, height], dtype=wide, device=matrix.device).view(2, 1, 1)
     p = (2 * _pixel_grid(height, width, matrix.device) + 1) / size - 1  # (2, H, W)
-    move = matrix.double() - torch.eye(2, 3, dtype=torch.float64, device=matrix.device)
+    move = matrix.to(wide) - torch.eye(2, 3, dtype=wide, device=matrix.device)
     field = torch.einsum("bij,jhw->bihw", move[:, :, :2], p) + move[:, :, 2, None, None]
     return (field * size / 2).to(matrix.dtype)
 
@@ -124,8 +130,8 @@ def rigid_flow(
     "The flow that rotates the picture and then shifts it (SRT section 4.1)."
     centre = torch.tensor([width - 1, height - 1], device=angle_deg.device).view(2, 1, 1) / 2
     p = _pixel_grid(height, width, angle_deg.device) - centre  # (2, H, W)
-    theta = torch.deg2rad(angle_deg.double())
+    theta = torch.deg2rad(angle_deg.to(p.dtype))
     c, s = torch.cos(theta), torch.sin(theta)
     back = torch.stack([torch.stack([c, s], -1), torch.stack([-s, c], -1)], dim=1)  # R(-theta), (B, 2, 2)
-    moved = p - torch.stack([right_px, down_px], dim=1).double()[:, :, None, None]
+    moved = p - torch.stack([right_px, down_px], dim=1).to(p.dtype)[:, :, None, None]
     return (torch.einsum("bij,bjhw->bihw", back, moved) - p).to(angle_deg.dtype)

@@ -14,19 +14,19 @@ MODULES = sorted(".".join(p.relative_to(ROOT / "jat_nb").with_suffix("").parts)
                  for p in (ROOT / "jat_nb").rglob("*.py") if not p.stem.startswith("_"))
 PROMISED = {
     "warp": "warp affine_flow rigid_flow l2inf_norm generalized_sign project_disc random_disc",
-    "losses": "correct cross_entropy soft_cross_entropy kl_divergence margin_loss dlr_loss targeted_dlr_loss random_target "
+    "losses": "check_logits correct cross_entropy soft_cross_entropy kl_divergence margin_loss dlr_loss targeted_dlr_loss random_target "
               "most_confusing_target bilateral_labels uniform_labels smooth_labels",
     "randomness": "seed_from image_generators uniform",
     "threats": "Pixel Flow Affine apply_chain contains_chain check_images check_labels",
     "data": "ImageSet Unlabelled few_labels load available picture_files read_picture DATASETS default_budget",
     "batches": "Batch Stream batches pairs num_batches shares crop_flip random_crop_flip resized_crop_flip random_resized_crop_flip "
                "random_cutout cutout AUGMENTATIONS",
-    "models": "NormalizedModel BUILDERS create start_from frozen unwrap bare plain_state check_rebuildable tensor_hash write_tensors read_tensors "
+    "models": "Logits NormalizedModel BUILDERS create start_from frozen unwrap bare plain_state check_rebuildable tensor_hash write_tensors read_tensors "
               "save_weights load_weights pretrained zoo",
     "backbones": "SmallCNN PreActBlock PreActResNet PaddedBlock PaddedResNet resnet32_cifar wide_resnet resnet18_cifar",
     "records": "Record write_json append_jsonl write_atomic environment progress",
     "pictures": "show_images show_attack flow_to_rgb quiver budget_strip ssim similarity",
-    "ascent": "Adversarial ascend assemble plan",
+    "ascent": "logits_of Adversarial ascend assemble plan",
     "attacks": "Adversarial ascend chain fgsm pgd mi_fgsm ggsm one_pass cascade double_pass Named",
     "risks": "Risks risks",
     "minimum_norm": "THRESHOLDS distance at_threshold Nearest nearest ddn cw_l2 jsma pointwise",

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_processes import launch, well
 from test_training import JOINT, NATURAL, dies, equal, images, net
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 from jat_nb.batches import Stream, batches
 from jat_nb.data import Unlabelled
 from jat_nb.models import create
+from jat_nb.processes import processes
 from jat_nb.recipes import Recipe
 from jat_nb.records import read_jsonl
 from jat_nb.training import fit
@@ -92,7 +94,7 @@ def test_the_parts_of_a_stream_make_the_whole(augment):
         assert torch.equal(torch.cat([b.y for b in mine]), batch.y)
         assert all(torch.equal(b.whole().x, torch.cat([m.x for m in mine])) for b in mine)
         if not augment: assert torch.equal(torch.cat([b.x for b in mine]), batch.x)
-    with pytest.raises(ValueError, match="30 processes cannot share batch 0 of 21 images"):
+    with pytest.raises(ValueError, match="30 processes cannot share a batch of 21 images"):
         next(stream.epoch((0, 0), part=1, parts=30))
 
 
@@ -219,3 +221,29 @@ def test_patience_needs_something_to_count(options, message):
 def test_patience_needs_a_judge_that_can_compare():
     with pytest.raises(ValueError, match="val_robust"):
         fit(net(), images(), NATURAL, validation=images(12), judge=lambda *_: {"grey": 1.0}, patience=1)
+
+
+# -- several processes
+
+def smooth_net():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+
+
+def shared_stream(path):
+    "Both processes read the stream, each trains on its part of every batch."
+    data, heard = images(), []
+    model = smooth_net()
+    stream = [(b.x, b.y) for b in batches(data, 13)]
+    rows = fit(model, stream, replace(PLAIN, epochs=2), on_epoch=lambda row, network: heard.append(row["epoch"]))
+    expected, losses = torch.load(path)
+    assert_close(dict(model.state_dict()), expected, rtol=1e-4, atol=1e-5)
+    assert_close([row["loss"] for row in rows], losses, rtol=1e-4, atol=1e-5)
+    assert heard == ([1, 2] if processes().rank == 0 else [])
+
+
+def test_two_processes_share_a_stream(tmp_path):
+    model = smooth_net()
+    rows = fit(model, [(b.x, b.y) for b in batches(images(), 13)], replace(PLAIN, epochs=2))
+    torch.save((dict(model.state_dict()), [row["loss"] for row in rows]), tmp_path / "alone")
+    well(launch(shared_stream, tmp_path / "alone", timeout=100))

@@ -1,0 +1,263 @@
+"""Models that others wrote: outputs in other forms, other number formats, in-place work, hidden parts, threads."""
+import copy
+import functools
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_training import images
+from torch import nn
+from torch.testing import assert_close
+
+from jat_nb.ascent import logits_of
+from jat_nb.attacks import double_pass, ggsm, pgd
+from jat_nb.batches import Batch
+from jat_nb.evaluation import clean, evaluate, pgd_at
+from jat_nb.losses import check_logits, cross_entropy, kl_divergence, soft_cross_entropy
+from jat_nb.models import Logits, NormalizedModel, create, frozen
+from jat_nb.objectives import OBJECTIVES, adversarial, average, jat, maximum, natural
+from jat_nb.recipes import Recipe
+from jat_nb.training import fit
+
+X, Y = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3
+SHORT = dict(epochs=1, batch_size=16, probe="pgd", probe_options={"steps": 1}, probe_images=10)
+ATTACK = {"attack": [["pgd", {"steps": 1}]]}
+RECIPES = [Recipe(**SHORT), Recipe(objective="adversarial", attacks=ATTACK, **SHORT),
+           Recipe(objective="jat", attacks=ATTACK, **SHORT), Recipe(objective="average", attacks=ATTACK, **SHORT)]
+
+
+class Around(nn.Module):
+    "A small network whose forward is given."
+
+    def __init__(self, forward, classes=3):
+        super().__init__()
+        torch.manual_seed(1)
+        self.net, self.how = nn.Sequential(nn.Flatten(), nn.Linear(64, classes)), forward
+
+    def forward(self, x):
+        return self.how(self.net, x)
+
+
+plain = lambda net, x: net(x)
+FORMS = {"tuple": lambda net, x: (net(x), x.mean()), "list": lambda net, x: [net(x)], "dict": lambda net, x: {"logits": net(x)},
+         "object": lambda net, x: SimpleNamespace(logits=net(x), attentions=None),
+         "one logit": lambda net, x: net(x)[:, :1], "flat": lambda net, x: net(x)[:, 0]}
+
+
+# -- F12: outputs are checked wherever a model is asked
+
+@pytest.mark.parametrize("form", FORMS)
+def test_other_outputs_are_refused_by_name_everywhere(form):
+    model, y, data = Around(FORMS[form]), Y % 2, images()
+    for work in (lambda: pgd(model, X, y, steps=1), lambda: evaluate(model, X, y, {"clean": clean}),
+                 *(functools.partial(fit, model, data, recipe) for recipe in RECIPES),
+                 lambda: logits_of(model, X), lambda: cross_entropy(model(X), y),
+                 lambda: soft_cross_entropy(model(X), torch.eye(3)[y]), lambda: kl_divergence(model(X), model(X))):
+        with pytest.raises(ValueError, match=r"got .*wrap the model; jat_nb.models.Logits\(model\)"):
+            work()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_adapter_mends_every_form(form):
+    model, y = Logits(Around(FORMS[form])), Y % 2
+    logits = logits_of(model, X)
+    inner = model.model.net(X)
+    assert_close(logits, inner if "logit" not in form and form != "flat" else torch.stack([0 * inner[:, 0], inner[:, 0]], 1))
+    assert evaluate(model, X, y, {"PGD": pgd_at(0.1, 2)}).n == 6
+    data = images()
+    before = copy.deepcopy(model.state_dict())
+    fit(model, data, RECIPES[0] if logits.shape[1] == 3 else RECIPES[0]) if logits.shape[1] == 3 else None
+    assert logits.shape[1] == 2 or not torch.equal(before["model.net.1.weight"], model.state_dict()["model.net.1.weight"])
+
+
+def test_one_logit_is_the_logistic_loss_with_the_same_gradient():
+    one = Around(plain, 1)
+    two, y = Logits(one), Y % 2
+    x = X.clone().requires_grad_()
+    ours, theirs = cross_entropy(two(x), y), F.binary_cross_entropy_with_logits(one(x)[:, 0], y.float(), reduction="none")
+    assert_close(ours, theirs)
+    assert_close(*(torch.autograd.grad(loss.sum(), x)[0] for loss in (ours, theirs)))
+    assert_close(two(x).softmax(1)[:, 1], one(x)[:, 0].sigmoid())
+    # the attack that maximises the logistic loss of a linear model, in closed form
+    w, inside = one.net[1].weight.view(1, 8, 8), 0.3 + 0.4 * X
+    expected = inside + 0.1 * (1 - 2 * y).view(-1, 1, 1, 1) * w.sign()
+    assert_close(pgd(two, inside, y, eps=0.1, step=0.05, steps=5), expected.detach())
+
+
+def test_the_adapter_refuses_what_holds_no_logits():
+    for form in (lambda net, x: {"scores": net(x)}, lambda net, x: None, lambda net, x: ("a",)):
+        with pytest.raises(ValueError, match="found no logits in"): Logits(Around(form))(X)
+    assert logits_of(NormalizedModel(Logits(Around(FORMS["object"])), [0.5], [0.2]), X).shape == (6, 3)
+    model = Around(plain)
+    assert torch.equal(Logits(model)(X), model(X))
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(6), torch.zeros(5, 3), torch.zeros(6, 3, 1, 1), torch.zeros(6, 3).long(),
+                                 torch.zeros(6, 1), None, "logits", {"a": 1}], ids=str)
+def test_check_logits_lets_only_scores_through(bad):
+    check_logits(torch.zeros(6, 2), 6)
+    with pytest.raises(ValueError, match=r"logits \(6, K\)"): check_logits(bad, 6)
+
+
+def rude(net, x):
+    "Standardises in place, as some published models do."
+    return net(x.sub_(0.5).mul_(2))
+
+
+@pytest.mark.parametrize("name", ["natural", "adversarial", "jat", "average", "maximum", "srt", "trades", "klr", "mart",
+                                  "randomized_la", "mixup", "robust_mixup", "attack_then_mix", "iat", "uat"])
+def test_no_objective_lets_a_model_spoil_the_batch(name):
+    polite, spoiling, seen = Around(lambda net, x: rude(net, x.clone())), Around(rude), X.clone()
+    found = []
+    for model in (polite, spoiling):
+        attack = lambda model, x, y, **o: pgd(model, x, y, steps=1, **{k: v for k, v in o.items() if k in ("generator", "target")})
+        batch = Batch(X.clone(), Y, torch.Generator().manual_seed(0))
+        try:
+            roles = {"attack": attack} if name not in ("natural", "mixup", "randomized_la") else {}
+            loss = OBJECTIVES[name](model, batch, **roles)
+        except TypeError:
+            pytest.skip("needs more than an attack")
+        assert torch.equal(batch.x, seen)
+        found.append(loss.detach())
+    assert_close(*found, rtol=0, atol=0)
+
+
+def test_a_model_that_works_in_place_is_judged_as_its_polite_twin():
+    polite, spoiling = Around(lambda net, x: rude(net, x.clone())), Around(rude)
+    suite = {"clean": clean, "PGD": pgd_at(0.1, 3)}
+    for options in ({}, {"fast": True}):
+        assert torch.equal(*(evaluate(m, X, Y, suite, **options).correct for m in (polite, spoiling)))
+
+
+# -- F13: causes and mends instead of foreign errors
+
+@pytest.mark.parametrize("forward", [lambda net, x: net(x).detach(), lambda net, x: torch.no_grad()(net)(x),
+                                     lambda net, x: torch.from_numpy(net(x).detach().numpy()), lambda net, x: net(x.detach())],
+                         ids=["detach", "no_grad", "numpy", "input"])
+def test_no_gradient_is_named_with_a_mend(forward):
+    model = Around(forward)
+    for attack in (pgd, ggsm, double_pass):
+        with pytest.raises(ValueError, match="no gradient in the images: .* transfer .* smooth stand-in"):
+            attack(model, X, Y, steps=1)
+    with pytest.raises(ValueError, match="no gradient in the images"): evaluate(model, X, Y, {"PGD": pgd_at(0.1, 1)})
+    assert evaluate(model, X, Y, {"clean": clean}).n == 6, "without an attack no gradient is needed"
+
+
+def test_no_gradient_in_the_weights_is_named():
+    with pytest.raises(ValueError, match="no gradient in the weights: .* no_grad"):
+        fit(Around(lambda net, x: net(x).detach()), images(), RECIPES[0])
+    with pytest.raises(ValueError, match="nn.Module with weights"): fit(nn.Flatten(), images(), RECIPES[0])
+
+
+def test_parameters_that_no_image_reaches_are_named():
+    model = Around(lambda net, x: net.learnt.expand(len(x), 3) * 1)
+    model.net.learnt = torch.zeros(1, 3, requires_grad=True)  # no parameter: it keeps asking for a gradient
+    with pytest.raises(ValueError, match="no gradient in the images"): pgd(model, X, Y, steps=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_number_formats_that_do_not_go_together_are_named(dtype):
+    model = Around(plain).to(dtype)
+    for work in (lambda: pgd(model, X, Y, steps=1), lambda: evaluate(model, X, Y, {"clean": clean}),
+                 lambda: fit(model, images(), RECIPES[0])):
+        with pytest.raises(ValueError, match=rf"weights are {dtype} and the images torch.float32: .*model.float\(\)"): work()
+    with pytest.raises(ValueError, match="weights are torch.float32 and the images torch.float64"):
+        pgd(Around(plain), X.double(), Y, steps=1)
+    assert pgd(Around(plain).double(), X.double(), Y, steps=1).dtype == torch.float64
+
+
+def test_a_model_that_converts_by_itself_is_left_alone():
+    model = Around(lambda net, x: net(x.double()).float()).double()
+    assert evaluate(model, X, Y, {"PGD": pgd_at(0.1, 1)}).n == 6
+    with pytest.raises(RuntimeError, match="planted"): logits_of(Around(lambda net, x: (_ for _ in ()).throw(RuntimeError("planted"))), X)
+
+
+@pytest.mark.parametrize("x, y, message", [
+    (X.numpy(), Y, "images as a tensor, got ndarray: use torch.as_tensor"), (X.tolist(), Y, "got list"),
+    (X, Y.numpy(), "labels as a tensor, got ndarray"), (X, Y.tolist(), "got list"), (X, None, "labels as a tensor, got NoneType")])
+def test_arrays_and_lists_are_refused_with_the_mend(x, y, message):
+    for work in (lambda: pgd(Around(plain), x, y, steps=1),
+                 lambda: evaluate(Around(plain), x, y, {"clean": clean}) if y is not None or isinstance(x, torch.Tensor) else 1):
+        with pytest.raises(ValueError, match=message): work()
+
+
+# -- F14 and G15: everything that a call reaches is held still
+
+def norm():
+    return nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 3))
+
+
+def facts(net):
+    return ([m.training for m in net.modules()], [p.requires_grad for p in net.parameters()],
+            [b.clone() for b in net.buffers()], [p.grad for p in net.parameters()])
+
+
+@pytest.mark.parametrize("how", ["list", "dict", "method", "partial", "closure", "global", "nested"])
+def test_hidden_networks_are_left_as_found(how):
+    net = norm()
+    keeper = Around(lambda own, x: net(x))
+    if how == "list": keeper.others, model = [net], keeper
+    if how == "dict": keeper.others, model = {"a": net}, keeper
+    if how == "nested":
+        keeper.others = (net,)
+        model = nn.Sequential(keeper)
+    if how == "method": model = net.forward
+    if how == "partial": model = functools.partial(lambda network, x: network(x), net)
+    if how == "closure": model = lambda x: net(x)
+    if how == "global":
+        globals()["GLOBAL"] = net
+        def model(x): return GLOBAL(x)  # noqa: F821
+    before = facts(net)
+    first, second = (pgd(model, X, Y, steps=2, random_start=False) for _ in range(2))
+    assert torch.equal(first, second), "dropout is silent"
+    for a, b in zip(before, facts(net)):
+        assert all(torch.equal(u, v) if isinstance(u, torch.Tensor) else u == v for u, v in zip(a, b))
+
+
+def test_weights_of_inference_mode_are_refused_before_anything_is_touched():
+    with torch.inference_mode():
+        head = nn.Linear(64, 3)
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), head)
+    stats = model[0].running_mean
+    with pytest.raises(ValueError, match="inference_mode .*: build or load the model outside"): pgd(model, X, Y, steps=1)
+    assert all(m.training for m in model.modules()) and model[0].running_mean is stats
+    assert model[0].weight.requires_grad
+
+
+def test_threads_on_one_model_take_turns():
+    model = norm()
+    before, found, errors = facts(model), {}, []
+    alone = pgd(model, X, Y, steps=3, generator=torch.Generator().manual_seed(0))
+
+    def work(i):
+        try:
+            for _ in range(6):
+                found[i] = pgd(model, X, Y, steps=3, generator=torch.Generator().manual_seed(0))
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads: t.start()
+    for t in threads: t.join(timeout=60)
+    assert not errors and len(found) == 4 and all(torch.equal(f, alone) for f in found.values())
+    for a, b in zip(before, facts(model)):
+        assert all(torch.equal(u, v) if isinstance(u, torch.Tensor) else u == v for u, v in zip(a, b))
+
+
+def test_threads_do_not_meet_inside_and_nesting_is_free():
+    model, inside, most = norm(), [], []
+
+    def work():
+        for _ in range(50):
+            with frozen(model), frozen(model):
+                inside.append(1)
+                most.append(len(inside))
+                inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for t in threads: t.start()
+    for t in threads: t.join(timeout=60)
+    assert max(most) == 1 and len(most) == 200 and model.training
+    with frozen(model), frozen(copy.deepcopy(model)), frozen(create("wrn_10_1_cifar")): pass
