@@ -235,7 +235,7 @@ def shared_stream(path):
     data, heard = images(), []
     model = smooth_net()
     stream = [(b.x, b.y) for b in batches(data, 13)]
-    rows = fit(model, stream, replace(PLAIN, epochs=2), on_epoch=lambda row, network: heard.append(row["epoch"]))
+    rows = fit(model, stream, replace(PLAIN, epochs=2, milestones=(1,)), on_epoch=lambda row, network: heard.append(row["epoch"]))
     expected, losses = torch.load(path)
     assert_close(dict(model.state_dict()), expected, rtol=1e-4, atol=1e-5)
     assert_close([row["loss"] for row in rows], losses, rtol=1e-4, atol=1e-5)
@@ -244,6 +244,6 @@ def shared_stream(path):
 
 def test_two_processes_share_a_stream(tmp_path):
     model = smooth_net()
-    rows = fit(model, [(b.x, b.y) for b in batches(images(), 13)], replace(PLAIN, epochs=2))
+    rows = fit(model, [(b.x, b.y) for b in batches(images(), 13)], replace(PLAIN, epochs=2, milestones=(1,)))
     torch.save((dict(model.state_dict()), [row["loss"] for row in rows]), tmp_path / "alone")
     well(launch(shared_stream, tmp_path / "alone", timeout=100))
