@@ -180,7 +180,7 @@ def _read_run(path: Path, folder: str) -> Run:
     if missing := {"name", "tier", "data", "seed"} - set(about):
         problems.append(f"about lacks {', '.join(sorted(missing))}")
     log = _attempt(problems, _log, path / "log.jsonl", [])
-    if length := shortfall(recipe, log): problems.append(length)
+    if "weights" not in about and (length := shortfall(recipe, log)): problems.append(length)  # else trained elsewhere
     if about.get("tier", "") not in ("", *TIERS): problems.append(f"unknown tier {about['tier']!r}")
     _attempt(problems, lambda p: Run(folder, about, recipe, machine, log, {}).plan, path / "run.json", None)
     usable, read = not problems, partial(_evaluation, facts=kept, log=log)
