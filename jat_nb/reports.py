@@ -122,7 +122,8 @@ def _asked(run: Run, suite: str) -> list[str]:
     c, fast = record.config, bool(record.config.get("fast"))
     words = ["--suite", suite, "--n", c.get("n", 1000), "--steps", c.get("steps", 20), "--seed", record.seed]
     for key, scale in (("eps_pixel", 255), ("eps_flow", 1)):
-        if (eps := (c.get("budget") or {}).get(key, usual[key])) != usual[key]: words += [f"--{key.replace('_', '-')}", f"{scale * eps:.6g}"]
+        eps = (c.get("budget") or {}).get(key, usual[key])
+        words += [f"--{key.replace('_', '-')}", f"{scale * eps:.6g}"] if eps != usual[key] else []
     words += ["--source", *(f"runs/{s}" for s in c["sources"])] if c.get("sources") else []
     words += ["--amp"] if c.get("amp") else []
     words += [] if fast == (run.about["tier"] == "cpu") else ["--fast" if fast else "--no-fast"]
@@ -272,11 +273,13 @@ def _paper(run: Run) -> str:
 # %% ../nbs/42_reports.ipynb #8e8a89fe
 def _classes(run: Run) -> list[str]:
     "How each class fares, folded, for the suites whose verdicts tell."
-    known = {suite: record.metrics["by_class"] for suite, record in run.evaluations.items() if record.metrics.get("by_class")}
-    tables = {suite: pd.DataFrame.from_dict(rows, orient="index").rename(columns={"n": "images"}) for suite, rows in known.items()}
-    shown = {suite: _table(table.map("{:.1f}".format).assign(images=table["images"].astype(int))) for suite, table in tables.items()}
-    return [f"<details><summary>{html.escape(_title(run))}: every class, {html.escape(suite)}</summary>{text}</details>"
-            for suite, text in shown.items()]
+    shown = []
+    for suite, record in run.evaluations.items():
+        if rows := record.metrics.get("by_class"):
+            table = pd.DataFrame.from_dict(rows, orient="index").rename(columns={"n": "images"})
+            title = html.escape(f"{_title(run)}: every class, {suite}")
+            shown.append(f"<details><summary>{title}</summary>{_table(table.round(1).astype(str))}</details>")
+    return shown
 
 # %% ../nbs/42_reports.ipynb #9be24097
 def _group(runs: Sequence[Run], key: str, tier: str, data: str) -> str:

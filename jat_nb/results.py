@@ -89,7 +89,9 @@ class Run:
     @property
     def plan(self) -> Recipe:
         "The recipe; 0.2 wrote network and data set beside it alone."
-        return Recipe.from_dict(self.recipe, **{k: self.about[k] for k in ("model", "data") if k in self.about})
+        known = {k: self.about[k] for k in ("model", "data") if k in self.about}
+        known |= {"epochs": 1} if "weights" in self.about else {}  # trained elsewhere: a recipe needs some length
+        return Recipe.from_dict(self.recipe, **known)
 
     @property
     def group(self) -> tuple[str, str]: return self.about.get("tier", ""), self.about.get("data", "")  # what compares
