@@ -34,7 +34,7 @@ from .glow import Glow
 from .judging import (adopt, classifies, ending, find_runs, judge, needed_runs, networks_for, open_classifier,
                             open_own, run_facts, sources_for, unfinished)
 from .own_pictures import attack_files, attack_options, check_apart
-from .processes import on_first, processes
+from .processes import on_first, processes, until_interrupted
 from .recipes import Recipe, bind, make_optimizer
 from .records import check_writable, progress
 from .reports import html_report
@@ -204,8 +204,9 @@ def _train_one(s: Setting, needs: dict[str, nn.Module], about: dict[str, Any], o
     title = f"{about['name']}, seed {about['seed']}"
     if not (check_writable(out) / "resume.safetensors").exists():
         _say(f"{title}: {_measure(s, needs, device)}")
-    history = fit(s.model, s.train, s.recipe, validation=s.validation, unlabelled=s.unlabelled, needs=needs,
-                  out=out, about=about, device=device, seconds=deadline - time.perf_counter())
+    with until_interrupted(deadline - time.perf_counter()) as seconds:
+        history = fit(s.model, s.train, s.recipe, validation=s.validation, unlabelled=s.unlabelled, needs=needs,
+                      out=out, about=about, device=device, seconds=seconds)
     left = on_first(lambda: unfinished(out))  # the first process writes the log
     _say(f"{title}: {ending(history, s.recipe, left)}, in {out}")
     return not left

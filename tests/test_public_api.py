@@ -46,7 +46,7 @@ PROMISED = {
     "pareto": "Pareto Weights solve_weights active_set moments disagreement effective_r feasible_r pareto_front dominates "
               "hypervolume knee universal_score",
     "recipes": "Recipe Bound bind learning_rate make_optimizer",
-    "processes": "Processes processes own_device total from_first on_first agree distribute copy_buffers timer report_lost",
+    "processes": "Processes processes own_device total from_first on_first agree distribute copy_buffers timer until_interrupted report_lost",
     "training": "fit train_step accuracy judge_classifier Judge Memory",
     "catalogue": "Row Paper Tier TIER Setting papers register recipe recipes adapt setting listing other_lengths",
     "papers.jat": "PAPER RECIPES ROWS COLUMNS SYNONYMS OWN_SUITES CLAIMS jat_suite",

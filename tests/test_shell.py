@@ -18,7 +18,7 @@ from jat_nb.catalogue import recipes
 from jat_nb.cli import jat_attack, jat_eval, jat_report, jat_train
 from jat_nb.data import load
 from jat_nb.judging import by_class
-from jat_nb.models import create, load_weights, pretrained
+from jat_nb.models import create, load_weights, pretrained, read_tensors
 from jat_nb.records import Record
 from jat_nb.results import read_runs
 
@@ -251,3 +251,19 @@ def test_a_plain_state_dict_leaves_and_comes_back(own, tmp_path):
     torch.save(network.model.state_dict(), tmp_path / "plain.pth")
     twin = create(network.metadata["name"], num_classes=2).model
     twin.load_state_dict(torch.load(tmp_path / "plain.pth", weights_only=True))
+
+
+def test_ctrl_c_saves_as_the_end_of_the_time_does(tmp_path):
+    words = f"--recipe jat/natural --data digits --tier smoke --threads 1 --out {tmp_path}/run --set".split()
+    code = ("import signal, sys, jat_nb.training as t\nfrom jat_nb.cli import jat_train\nplain, seen = t.train_step, []\n"
+            "def step(*a, **o):\n    seen.append(1)\n    if len(seen) == 10: signal.raise_signal(signal.SIGINT)\n    return plain(*a, **o)\n"
+            "t.train_step = step\nsys.exit(jat_train(sys.argv[1:]))")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code, *words, "epochs=4"], capture_output=True, text=True, env=env, timeout=200)
+    assert done.returncode == 130 and "goes on from here" in done.stderr and "Traceback" not in done.stderr
+    assert read_tensors(tmp_path / "run" / "resume.safetensors")[1]["iteration"] == 2  # of the third epoch of four steps
+    assert jat_train([*words, "epochs=4"]) == 0
+    words[words.index("--out") + 1] = str(tmp_path / "whole")
+    assert jat_train([*words, "epochs=4"]) == 0
+    a, b = (load_weights(tmp_path / name / "last.safetensors").state_dict() for name in ("run", "whole"))
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
