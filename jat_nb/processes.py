@@ -118,6 +118,12 @@ def timer(
     return time_is_up
 
 # %% ../nbs/31_processes.ipynb #555759de
+def _can_listen() -> bool:
+    "Whether Ctrl-C reaches this process alone, and is not switched off."
+    told = signal.getsignal(signal.SIGINT) not in (None, signal.SIG_IGN)
+    return told and current_thread() is main_thread() and processes().count == 1
+
+# %% ../nbs/31_processes.ipynb #70e59cac
 @contextmanager
 def until_interrupted(
     seconds: float,  # Time allowed; may be infinite
@@ -127,7 +133,7 @@ def until_interrupted(
     def stop(number: int, _: Any) -> None:
         asked.append(number)
         signal.signal(signal.SIGINT, before)
-    listening = current_thread() is main_thread() and processes().count == 1 and before not in (None, signal.SIG_IGN)
+    listening = _can_listen()
     if listening:
         signal.signal(signal.SIGINT, stop)
     try:
