@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 
 from .pictures import PALETTE, _Figure, plot_curves
 from .catalogue import Paper, adapt, papers, recipe, recipes
+from .data import default_budget
 from .differences import Share
 from .masking import autoattack_agrees
 from .records import TIERS, write_atomic
@@ -114,26 +115,41 @@ def budget_curves(
                        ax=ax, xlabel={"pixel": "pixel budget (1/255)", "flow": "flow budget (px)"}[kind])
 
 # %% ../nbs/42_reports.ipynb #80f16cb2
+def _asked(run: Run, suite: str) -> list[str]:
+    "The options by which a suite was asked."
+    if suite not in run.evaluations: return []
+    record, usual = run.evaluations[suite], asdict(default_budget(run.about["data"]))
+    c, fast = record.config, bool(record.config.get("fast"))
+    words = ["--suite", suite, "--n", c.get("n", 1000), "--steps", c.get("steps", 20), "--seed", record.seed]
+    for key, scale in (("eps_pixel", 255), ("eps_flow", 1)):
+        eps = (c.get("budget") or {}).get(key, usual[key])
+        words += [f"--{key.replace('_', '-')}", f"{scale * eps:.6g}"] if eps != usual[key] else []
+    words += ["--source", *(f"runs/{s}" for s in c["sources"])] if c.get("sources") else []
+    words += ["--amp"] if c.get("amp") else []
+    words += [] if fast == (run.about["tier"] == "cpu") else ["--fast" if fast else "--no-fast"]
+    return [str(word) for word in words]
+
+
 def _commands(run: Run) -> list[str]:
     "The command lines that train and judge this run again."
     about, folder = run.about, f"runs/{run.folder}"
+    if "weights" in about:
+        words = ["jat_eval", "--weights", about["weights"], "--model", about["model"], "--data", about["data"], "--out", folder]
+        return [shlex.join([*words, *_asked(run, suite)]) for suite in run.evaluations or [""]]
     plan = asdict(replace(adapt(recipe(about["name"]), about["data"], about["tier"]), seed=about["seed"]))
     made = asdict(run.plan)
     changed = [f"{k}={json.dumps(v)}" for k, v in made.items() if json.dumps(plan[k]) != json.dumps(v)]
     words = ["jat_train", "--recipe", about["name"]]
     for key in ("data", "tier", "images", "seed"): words += [f"--{key}", about[key]] if key in about else []
+    size = about.get("resized", ())
+    words += ["--size", *(size if isinstance(size, list) else [size])] if size else []
     if "start" in about: words += ["--init", "FILE"]  # which one says its fingerprint in run.json
     elif made["model"] != plan["model"]: words += ["--model", made["model"]]
     told = ("model=", "data=", "seed=", *(["model_options="] if "start" in about else []))
     changed = [text for text in changed if not text.startswith(told)]
     lines = [[*words, *(["--set", *changed] if changed else []), "--out", folder]]
     for suite, record in run.evaluations.items():
-        c, fast = record.config, bool(record.config.get("fast"))
-        sources = [f"runs/{s}" for s in c.get("sources") or ()]
-        lines.append(["jat_eval", folder, "--suite", suite, "--n", c.get("n", 1000), "--steps", c.get("steps", 20),
-                      "--weights", c.get("weights", "last"), "--seed", record.seed,
-                      *(["--source", *sources] if sources else []), *(["--amp"] if c.get("amp") else []),
-                      *([] if fast == (about["tier"] == "cpu") else ["--fast" if fast else "--no-fast"])])
+        lines.append(["jat_eval", folder, "--weights", record.config.get("weights", "last"), *_asked(run, suite)])
     return [shlex.join(map(str, line)) for line in lines]
 
 # %% ../nbs/42_reports.ipynb #992e4ded
@@ -246,7 +262,7 @@ def _drawings(runs: Sequence[Run], **group: str) -> str:
     words = "Accuracy as the {} budget grows; dashed: the budget of the tables"
     if "curves" in suites:
         drawn += [_drawing(budget_curves(runs, kind, **group), words.format(kind)) for kind in ("pixel", "flow")]
-    trained = "".join(_drawing(training_curve(run), _title(run)) for run in runs)
+    trained = "".join(_drawing(training_curve(run), _title(run)) for run in runs if run.log)
     return f"<div class=pair>{''.join(drawn)}</div><h3>Training</h3><div class=grid>{trained}</div>"
 
 # %% ../nbs/42_reports.ipynb #0ad9370b
@@ -255,10 +271,21 @@ def _paper(run: Run) -> str:
     return run.paper if run.paper in papers() else ""
 
 # %% ../nbs/42_reports.ipynb #8e8a89fe
+def _classes(run: Run) -> list[str]:
+    "How each class fares, folded, for the suites whose verdicts tell."
+    shown = []
+    for suite, record in run.evaluations.items():
+        if rows := record.metrics.get("by_class"):
+            table = pd.DataFrame.from_dict(rows, orient="index").rename(columns={"n": "images"})
+            title = html.escape(f"{_title(run)}: every class, {suite}")
+            shown.append(f"<details><summary>{title}</summary>{_table(table.round(1).astype(str))}</details>")
+    return shown
+
+# %% ../nbs/42_reports.ipynb #9be24097
 def _group(runs: Sequence[Run], key: str, tier: str, data: str) -> str:
     "What is known of the runs of one paper at one tier on one data set."
     order = {name: i for i, name in enumerate(recipes())}
-    mine = sorted((run for run in runs if (_paper(run), *run.group) == (key, tier, data) and run.log),
+    mine = sorted((run for run in runs if (_paper(run), *run.group) == (key, tier, data) and (run.log or run.usable)),
                   key=lambda run: (order.get(run.name, len(order)), run.folder))
     head, link = (f"{papers()[key].title}: " if key else ""), f"{key}-{tier}-{data}"
     names = [run.name for run in mine if run.usable]
@@ -270,7 +297,7 @@ def _group(runs: Sequence[Run], key: str, tier: str, data: str) -> str:
     if checked := [run for run in mine if any(row["held"] is not None for row in masking_checks(run).values())]:
         note = "Six questions; an honest network answers yes to all. What was measured stands below each answer."
         parts += ["<h3>Do the gradients hide anything?</h3>", f"<p class=note>{note}</p>", _masking(checked)]
-    return "".join(parts)
+    return "".join([*parts, *(part for run in mine for part in _classes(run))])
 
 # %% ../nbs/42_reports.ipynb #eca0ce8b
 def _facts(run: Run) -> str:

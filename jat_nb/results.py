@@ -95,8 +95,10 @@ class Run:
     @property
     def plan(self) -> Recipe:
         "The recipe; 0.2 wrote network and data set beside it alone."
-        return Recipe.from_dict(self.recipe,
-                                **{k: self.about[k] for k in ("model", "data") if k in self.about})
+        known = {k: self.about[k] for k in ("model", "data") if k in self.about}
+        # trained elsewhere: a recipe needs some length
+        known |= {"epochs": 1} if "weights" in self.about else {}
+        return Recipe.from_dict(self.recipe, **known)
 
     @property
     def group(self) -> tuple[str, str]:
@@ -200,7 +202,8 @@ def _read_run(path: Path, folder: str) -> Run:
     if missing := {"name", "tier", "data", "seed"} - set(about):
         problems.append(f"about lacks {', '.join(sorted(missing))}")
     log = _attempt(problems, _log, path / "log.jsonl", [])
-    if length := shortfall(recipe, log): problems.append(length)
+    # else trained elsewhere
+    if "weights" not in about and (length := shortfall(recipe, log)): problems.append(length)
     if about.get("tier", "") not in ("", *TIERS): problems.append(f"unknown tier {about['tier']!r}")
     _attempt(problems, lambda p: Run(folder, about, recipe, machine, log, {}).plan,
              path / "run.json", None)

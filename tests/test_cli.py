@@ -274,7 +274,7 @@ def test_a_picture_that_is_answered_with_no_number_fools(value):
     (jat_train, "--recipe jat/natural --data digits --tier smoke --set lr=true --out {x}", "expected lr to be float"),
     (jat_train, "--recipe jat/natural --data digits --tier smoke --model vit_tiny_patch16_224 --out {x}", "doesn't match model"),
     (jat_report, "{empty} --out {empty}", "takes the file to write"),
-    (jat_attack, "{x} --images {x} --out {x}", "run.json"), (jat_report, "{x}", ""),
+    (jat_attack, "{x} --images {x} --out {empty}", "run.json"), (jat_report, "{x}", ""),
 ])
 def test_refusals_are_one_line_and_status_2(tmp_path, capsys, command, words, message):
     (tmp_path / "file").write_text("")

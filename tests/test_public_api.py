@@ -46,9 +46,9 @@ PROMISED = {
     "pareto": "Pareto Weights solve_weights active_set moments disagreement effective_r feasible_r pareto_front dominates "
               "hypervolume knee universal_score",
     "recipes": "Recipe Bound bind learning_rate make_optimizer",
-    "processes": "Processes processes own_device total from_first on_first agree distribute copy_buffers timer report_lost",
+    "processes": "Processes processes own_device total from_first on_first agree distribute copy_buffers timer until_interrupted report_lost",
     "training": "OnEpoch fit train_step accuracy judge_classifier Judge Memory",
-    "catalogue": "Row Paper Tier TIER Setting papers register recipe recipes adapt setting",
+    "catalogue": "Row Paper Tier TIER Setting papers register recipe recipes adapt setting listing other_lengths",
     "papers.jat": "PAPER RECIPES ROWS COLUMNS SYNONYMS OWN_SUITES CLAIMS jat_suite",
     "checkpoints": "save_state load_state state_tensors restore claim add_stretch run_identity function_names publish shortfall best_row collapsed "
                    "probe_curve overfitting_gap names_its_network open_weights",
@@ -63,9 +63,9 @@ PROMISED = {
     "timing": "Rounds spread interleave slope",
     "bench": "MEASUREMENTS PLANS Plan bare_passes floor_passes step_cost in_mode paired_difference half_budget",
     "bench_report": "run_bench targets main",
-    "cli": "jat_train jat_eval jat_attack jat_report command run_folder",
-    "own_pictures": "to_png read_pictures label_pictures attack_options attack_pictures",
-    "judging": "check_same_data find_runs run_facts unfinished open_run open_classifier classifies sources_for judge",
+    "cli": "jat_train jat_eval jat_attack jat_report command run_folder main",
+    "own_pictures": "to_png read_pictures label_pictures check_apart file_stems attack_options attack_pictures outcome attack_files",
+    "judging": "by_class adopt open_own needed_runs networks_for ending check_same_data find_runs run_facts unfinished open_run open_classifier classifies sources_for judge",
     "generators": "Generator Discriminator hinge_loss train_gan Projection project render LatentSet Projected robust_mixup_codes",
     "evaluation": "counted wilson_interval Evaluation evaluate budget_curve clean pgd_at ggsm_at joint_at raw_accuracy",
 }
