@@ -275,7 +275,8 @@ def _classes(run: Run) -> list[str]:
     "How each class fares, folded, for the suites whose verdicts tell."
     shown = []
     for suite, record in run.evaluations.items():
-        if rows := record.metrics.get("by_class"):
+        rows = record.metrics.get("by_class")
+        if isinstance(rows, dict) and rows and all(isinstance(row, dict) for row in rows.values()):
             table = pd.DataFrame.from_dict(rows, orient="index").rename(columns={"n": "images"})
             title = html.escape(f"{_title(run)}: every class, {suite}")
             shown.append(f"<details><summary>{title}</summary>{_table(table.round(1).astype(str))}</details>")
