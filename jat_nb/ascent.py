@@ -19,8 +19,10 @@ from .threats import (Threat, apply_chain, check_images, check_labels, contains_
                             grid_start)
 
 # %% ../nbs/09_ascent.ipynb #1d56c017
-Loss = Callable[[Tensor, Tensor], Tensor]  # (logits (B, K), labels (B,)) -> (B,); larger is worse for the model
-Phase = tuple[tuple[int, ...], list[tuple[int, ...]]]  # threats that start here, then who moves in each pass
+# (logits (B, K), labels (B,)) -> (B,); larger is worse for the model
+Loss = Callable[[Tensor, Tensor], Tensor]
+# threats that start here, then who moves in each pass
+Phase = tuple[tuple[int, ...], list[tuple[int, ...]]]
 
 
 def plan(
@@ -30,7 +32,8 @@ def plan(
 ) -> list[Phase]:  # Phases; in each, some threats start and then a list of passes runs
     "Which threats move in which gradient pass."
     if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"expected at least one step, got steps={steps}; for a random start alone use step=0")
+        raise ValueError(f"expected at least one step, got steps={steps}; for a random start alone "
+                         "use step=0")
     if threats < 1:
         raise ValueError("expected at least one threat, got none")
     everything = tuple(range(threats))
@@ -95,11 +98,13 @@ def logits_of(
     try:
         logits = model(x.clone())
     except RuntimeError as error:
-        kinds = {p.dtype for m in _all_modules(model) for p in m.parameters(recurse=False) if p.is_floating_point()}
+        kinds = {p.dtype for m in _all_modules(model) for p in m.parameters(recurse=False)
+                 if p.is_floating_point()}
         if not kinds or kinds == {x.dtype} or torch.is_autocast_enabled(x.device.type):
             raise
-        raise ValueError(f"the weights are {', '.join(map(str, kinds))} and the images {x.dtype}: bring both to "
-                         "float32, model.float() and x.float(); for half precision use torch.autocast") from error
+        raise ValueError(f"the weights are {', '.join(map(str, kinds))} and the images {x.dtype}: "
+                         "bring both to float32, model.float() and x.float(); for half precision "
+                         "use torch.autocast") from error
     check_logits(logits, len(x))
     return logits
 
@@ -107,11 +112,12 @@ def logits_of(
 def _check_slope(value: Tensor, of: str, mend: str) -> None:
     "Refuse a loss that cannot be differentiated."
     if not value.requires_grad:
-        raise ValueError(f"the loss has no gradient in the {of}: the model detaches it, or works under torch.no_grad, "
-                         f"in whole numbers or outside PyTorch; {mend}")
+        raise ValueError(f"the loss has no gradient in the {of}: the model detaches it, or works "
+                         f"under torch.no_grad, in whole numbers or outside PyTorch; {mend}")
 
 # %% ../nbs/09_ascent.ipynb #23e8f3ce
-_STAND_IN = "attack another network and transfer the images (jat_nb.masking.transfer), or give the model a smooth stand-in"
+_STAND_IN = ("attack another network and transfer the images (jat_nb.masking.transfer), or give "
+             "the model a smooth stand-in")
 
 
 class _Objective:
@@ -136,12 +142,15 @@ class _Objective:
             scores.register_hook(_scaled)
         value = self.loss(scores, label)
         if value.shape != (len(x),):
-            raise ValueError(f"expected one loss per image ({len(x)},), got {tuple(value.shape)}: use reduction='none'")
+            raise ValueError(f"expected one loss per image ({len(x)},), got {tuple(value.shape)}: "
+                             "use reduction='none'")
         return sign * value, correct(scores.detach(), label) != (self.target is None)
 
-    def gradient(self, threats: Sequence[Threat], x: Tensor, params: Sequence[Tensor], active: tuple[int, ...]
+    def gradient(self, threats: Sequence[Threat], x: Tensor, params: Sequence[Tensor],
+                 active: tuple[int, ...]
                  ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-        "Gradients in the active parameters, objective and success; `x` is the base of the first threat given."
+        """Gradients in the active parameters, objective and success; `x` is the base of the
+        first threat given."""
         live = [p.detach().requires_grad_(i in active) for i, p in enumerate(params)]
         with torch.enable_grad():
             value, success = self(apply_chain(threats, x, live))
@@ -150,7 +159,8 @@ class _Objective:
             grads = torch.autograd.grad(value.sum(), [live[i] for i in active], allow_unused=True)
             if any(g is None for g in grads):
                 _check_slope(value.detach(), "images", _STAND_IN)
-            return tuple(g.nan_to_num(0.0, 0.0, 0.0) for g in grads), value.detach(), success  # blind: stay
+            # blind: stay
+            return tuple(g.nan_to_num(0.0, 0.0, 0.0) for g in grads), value.detach(), success
 
 # %% ../nbs/09_ascent.ipynb #3c2ffdd6
 @dataclass(frozen=True)
@@ -165,7 +175,8 @@ class _State:
         "Per image the state that succeeds, and of two equals the larger loss."
         if other is None:
             return self
-        better = (self.success & ~other.success) | ((self.success == other.success) & (self.loss > other.loss))
+        better = (self.success & ~other.success) | ((self.success == other.success)
+                                                    & (self.loss > other.loss))
         pick = lambda a, b: torch.where(better.view(-1, *[1] * (a.ndim - 1)), a, b)
         params = tuple(pick(a, b) for a, b in zip(self.params, other.params))
         return _State(params, pick(self.loss, other.loss), pick(self.success, other.success))
@@ -199,11 +210,13 @@ def _run(
         for i in starting:
             params[i] = threats[i].init(_base(threats, i, x, params), random_start, generator)
         for active in passes:
-            first = grid_start(threats, active[0])  # what comes before it does not change in this pass
+            # what comes before it does not change in this pass
+            first = grid_start(threats, active[0])
             base = apply_chain(threats[:first], x, params[:first])
             moving = tuple(i - first for i in active)
             grads, loss, success = objective.gradient(threats[first:], base, params[first:], moving)
-            if keep_best and active[0] == starting[0]:  # otherwise a later threat has not been projected yet
+            # otherwise a later threat has not been projected yet
+            if keep_best and active[0] == starting[0]:
                 best = _State(tuple(params), loss, success).best(best)
             for i, g in zip(active, grads):
                 start = grid_start(threats, i)
@@ -216,26 +229,31 @@ def _run(
 
 # %% ../nbs/09_ascent.ipynb #9d09c52e
 def _report(
-    objective: _Objective, x: Tensor, threats: Sequence[Threat], params: Sequence[Tensor], return_info: bool
+    objective: _Objective, x: Tensor, threats: Sequence[Threat], params: Sequence[Tensor],
+    return_info: bool
 ) -> Tensor | Adversarial:
     "The images that parameters make; with their loss and success verified in float32 when asked."
-    x_adv = apply_chain(threats, x, params).clamp(0, 1)  # rounding only: the parameters are within the budgets
+    # rounding only: the parameters are within the budgets
+    x_adv = apply_chain(threats, x, params).clamp(0, 1)
     if not return_info:
         return x_adv
     with torch.autocast(x.device.type, enabled=False):
         loss, success = objective(x_adv)
-    return Adversarial(x_adv, tuple(params), tuple(threats), loss, success, contains_chain(threats, x, params),
+    return Adversarial(x_adv, tuple(params), tuple(threats), loss, success,
+                       contains_chain(threats, x, params),
                        objective.n_forward, objective.n_backward)
 
 # %% ../nbs/09_ascent.ipynb #448943cd
-def _check_call(x: Tensor, y: Tensor, threats: Sequence[Threat], target: Tensor | None, restarts: int) -> None:
+def _check_call(x: Tensor, y: Tensor, threats: Sequence[Threat], target: Tensor | None,
+                restarts: int) -> None:
     check_images(x)
     check_labels(y, x)
     if target is not None:
         check_labels(target, x)
     for budget in (v for threat in threats for v in vars(threat).values() if isinstance(v, Tensor)):
         if budget.numel() not in (1, len(x)):
-            raise ValueError(f"expected a budget for each of {len(x)} images, got {budget.numel()}: pass one number or (B,)")
+            raise ValueError(f"expected a budget for each of {len(x)} images, got "
+                             f"{budget.numel()}: pass one number or (B,)")
     if not isinstance(restarts, int) or restarts < 1:
         raise ValueError(f"expected at least one start, got restarts={restarts}")
 
@@ -257,10 +275,12 @@ def ascend(
     generator: Randomness = None,  # One generator, or one per image; None uses the global one
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1], detached
-    """Projected ascent over the parameters of a list of threats: every gradient attack of this book.
+    """Projected ascent over the parameters of a list of threats: every gradient attack of this
+    book.
 
-    `x` holds float images (B, C, H, W) in [0, 1], `y` the true classes (B,). Units and budgets belong to the
-    threats. Returns images like `x`, or an `Adversarial` record. The model is left as found, also after an error.
+    `x` holds float images (B, C, H, W) in [0, 1], `y` the true classes (B,). Units and budgets
+    belong to the threats. Returns images like `x`, or an `Adversarial` record. The model is left as
+    found, also after an error.
     """
     _check_call(x, y, threats, target, restarts)
     phases = plan(len(threats), steps, schedule)
@@ -269,7 +289,8 @@ def ascend(
         x, y, target = (v if v is None else v.detach().clone() for v in (x, y, target))
         threats, objective, kept = _prepared(threats, x), _Objective(model, y, target, loss), None
         for _ in range(restarts):
-            last, best = _run(objective, x, threats, phases, random_start, keep_best, momentum, generator)
+            last, best = _run(objective, x, threats, phases, random_start, keep_best, momentum,
+                              generator)
             if restarts > 1 or keep_best:
                 kept = _State(last, *objective(apply_chain(threats, x, last))).best(best).best(kept)
         return _report(objective, x, threats, last if kept is None else kept.params, return_info)

@@ -27,7 +27,8 @@ def fgsm(
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
     y: Tensor,  # True classes (B,), int64
     *,
-    eps: float | Tensor = 8 / 255,  # Budget and step in image units (JAT section 6); one for all or (B,)
+    # Budget and step in image units (JAT section 6); one for all or (B,)
+    eps: float | Tensor = 8 / 255,
     loss: Loss | str = cross_entropy,  # Per-example loss to climb, or its name in LOSSES
     target: Tensor | None = None,  # Classes (B,) to be mistaken for
     random_start: bool = False,  # Start uniformly within the budget first
@@ -51,14 +52,16 @@ def pgd(
     loss: Loss | str = cross_entropy,  # Per-example loss to climb, or its name in LOSSES
     target: Tensor | None = None,  # Classes (B,) to be mistaken for
     random_start: bool = True,  # Start at random within the budget
-    start_std: float | None = None,  # Gaussian start of this deviation in image units; None: uniform
+    # Gaussian start of this deviation in image units; None: uniform
+    start_std: float | None = None,
     restarts: int = 1,  # Independent starts; per image the best end is kept
     keep_best: bool = False,  # Per image the best iterate instead of the last
     generator: Randomness = None,  # One generator, or one per image
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "Projected gradient ascent on the pixels (Madry et al. 2018; JAT Eq. 3)."
-    return ascend(model, x, y, [Pixel(eps, step, norm, start_std)], steps=steps, loss=loss, target=target,
+    return ascend(model, x, y, [Pixel(eps, step, norm, start_std)], steps=steps, loss=loss,
+                  target=target,
                   random_start=random_start, restarts=restarts, keep_best=keep_best,
                   generator=generator, return_info=return_info)
 
@@ -82,7 +85,8 @@ def mi_fgsm(
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "Momentum iterative gradient sign method (Dong et al. 2018)."
-    return ascend(model, x, y, [Pixel(eps, step, norm)], steps=steps, loss=loss, target=target, momentum=momentum,
+    return ascend(model, x, y, [Pixel(eps, step, norm)], steps=steps, loss=loss, target=target,
+                  momentum=momentum,
                   random_start=random_start, restarts=restarts, keep_best=keep_best,
                   generator=generator, return_info=return_info)
 
@@ -92,7 +96,8 @@ def ggsm(
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
     y: Tensor,  # True classes (B,), int64
     *,
-    eps: float | Tensor = 0.3,  # Longest displacement in pixels (JAT section 6); one for all or (B,)
+    # Longest displacement in pixels (JAT section 6); one for all or (B,)
+    eps: float | Tensor = 0.3,
     step: float | Tensor = 0.15,  # Step in pixels (JAT section 6)
     steps: int = 20,  # Steps, one gradient each (JAT section 6)
     norm: str = "l2inf",  # "l2inf" (a disc at every pixel) or "linf" (a box)
@@ -106,7 +111,8 @@ def ggsm(
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "Generalised gradient sign method: projected ascent on the flow (JAT Algorithm 1)."
-    return ascend(model, x, y, [Flow(eps, step, norm, padding)], steps=steps, loss=loss, target=target,
+    return ascend(model, x, y, [Flow(eps, step, norm, padding)], steps=steps, loss=loss,
+                  target=target,
                   random_start=random_start, restarts=restarts, keep_best=keep_best,
                   generator=generator, return_info=return_info)
 
@@ -117,7 +123,8 @@ def joint_threats(
     eps_flow: float | Tensor = 0.3,  # Longest displacement in pixels (JAT section 6)
     step_pixel: float | Tensor = 2 / 255,  # Pixel step in image units
     step_flow: float | Tensor = 0.15,  # Flow step in pixels
-    order: str = "spatial-pixel",  # "spatial-pixel" (JAT section 4) or "pixel-spatial" (section 6.3)
+    # "spatial-pixel" (JAT section 4) or "pixel-spatial" (section 6.3)
+    order: str = "spatial-pixel",
 ) -> list[Threat]:  # The two threats in order of application
     "The joint threat: a flow and a perturbation, in either order."
     flow, pixel = Flow(eps_flow, step_flow), Pixel(eps_pixel, step_pixel)
@@ -132,12 +139,15 @@ def double_pass(
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
     y: Tensor,  # True classes (B,), int64
     *,
-    eps_pixel: float | Tensor = 8 / 255,  # Pixel budget in image units (JAT section 6); one for all or (B,)
-    eps_flow: float | Tensor = 0.3,  # Longest displacement in pixels (JAT section 6); one for all or (B,)
+    # Pixel budget in image units (JAT section 6); one for all or (B,)
+    eps_pixel: float | Tensor = 8 / 255,
+    # Longest displacement in pixels (JAT section 6); one for all or (B,)
+    eps_flow: float | Tensor = 0.3,
     step_pixel: float | Tensor = 2 / 255,  # Pixel step in image units (JAT section 6)
     step_flow: float | Tensor = 0.15,  # Flow step in pixels (JAT section 6)
     steps: int = 20,  # Steps, two gradients each (JAT section 6)
-    order: str = "spatial-pixel",  # "spatial-pixel" (JAT Algorithm 2) or "pixel-spatial" (section 6.3)
+    # "spatial-pixel" (JAT Algorithm 2) or "pixel-spatial" (section 6.3)
+    order: str = "spatial-pixel",
     loss: Loss | str = cross_entropy,  # Per-example loss to climb, or its name in LOSSES
     target: Tensor | None = None,  # Classes (B,) to be mistaken for
     random_start: bool = True,  # Start uniformly within both budgets
@@ -146,22 +156,28 @@ def double_pass(
     generator: Randomness = None,  # One generator, or one per image
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
-    """Joint attack on geometry and pixels, one fresh gradient for each in every step (JAT Algorithm 2).
+    """Joint attack on geometry and pixels, one fresh gradient for each in every step (JAT Algorithm
+    2).
 
-    A flow fetches every pixel of `x` from at most `eps_flow` pixels away, then a perturbation of at most
-    `eps_pixel` (image units: 8/255 is 8 grey levels) is added. Each step moves the flow along its gradient, then
-    the perturbation along a gradient taken at the new flow. `order="pixel-spatial"` perturbs first, then warps.
+    A flow fetches every pixel of `x` from at most `eps_flow` pixels away, then a perturbation of at
+    most `eps_pixel` (image units: 8/255 is 8 grey levels) is added. Each step moves the flow along
+    its gradient, then the perturbation along a gradient taken at the new flow.
+    `order="pixel-spatial"` perturbs first, then warps.
 
-    `x` holds float images (B, C, H, W) in [0, 1], `y` the true classes (B,) as int64; a class to be mistaken
-    for goes into `target` (B,). With one generator per image, a result does not depend on the rest of the batch.
+    `x` holds float images (B, C, H, W) in [0, 1], `y` the true classes (B,) as int64; a class to be
+    mistaken for goes into `target` (B,). With one generator per image, a result does not depend on
+    the rest of the batch.
 
-    Returns images like `x`, detached and in [0, 1]; with `return_info=True` an `Adversarial` record. The model is
-    left as found, also after an error. Raises ValueError for images that are no floats in [0, 1], labels that do
-    not fit the logits, budgets that are negative or not finite, pixel budgets above 1, and steps < 1.
+    Returns images like `x`, detached and in [0, 1]; with `return_info=True` an `Adversarial`
+    record. The model is left as found, also after an error. Raises ValueError for images that are
+    no floats in [0, 1], labels that do not fit the logits, budgets that are negative or not finite,
+    pixel budgets above 1, and steps < 1.
     """
-    threats = joint_threats(eps_pixel=eps_pixel, eps_flow=eps_flow, step_pixel=step_pixel, step_flow=step_flow,
+    threats = joint_threats(eps_pixel=eps_pixel, eps_flow=eps_flow, step_pixel=step_pixel,
+                            step_flow=step_flow,
                             order=order)
-    return ascend(model, x, y, threats, steps=steps, schedule="alternating", loss=loss, target=target,
+    return ascend(model, x, y, threats, steps=steps, schedule="alternating", loss=loss,
+                  target=target,
                   random_start=random_start, restarts=restarts, keep_best=keep_best,
                   generator=generator, return_info=return_info)
 
@@ -186,9 +202,11 @@ def one_pass(
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "Joint attack that moves flow and pixels with one shared gradient (JAT section 6.2)."
-    threats = joint_threats(eps_pixel=eps_pixel, eps_flow=eps_flow, step_pixel=step_pixel, step_flow=step_flow,
+    threats = joint_threats(eps_pixel=eps_pixel, eps_flow=eps_flow, step_pixel=step_pixel,
+                            step_flow=step_flow,
                             order=order)
-    return ascend(model, x, y, threats, steps=steps, schedule="simultaneous", loss=loss, target=target,
+    return ascend(model, x, y, threats, steps=steps, schedule="simultaneous", loss=loss,
+                  target=target,
                   random_start=random_start, restarts=restarts, keep_best=keep_best,
                   generator=generator, return_info=return_info)
 
@@ -214,12 +232,15 @@ def cascade(
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "First one attack to its end, then the other (JAT section 6.2)."
-    budgets = dict(eps_pixel=eps_pixel, eps_flow=eps_flow, step_pixel=step_pixel, step_flow=step_flow)
+    budgets = dict(eps_pixel=eps_pixel, eps_flow=eps_flow, step_pixel=step_pixel,
+                   step_flow=step_flow)
     threats = joint_threats(**budgets, order=order)
-    options = dict(steps=steps, loss=loss, target=target, random_start=random_start, restarts=restarts,
+    options = dict(steps=steps, loss=loss, target=target, random_start=random_start,
+                   restarts=restarts,
                    keep_best=keep_best, generator=generator)
     if not independent:
-        return ascend(model, x, y, threats, schedule="sequential", return_info=return_info, **options)
+        return ascend(model, x, y, threats, schedule="sequential", return_info=return_info,
+                      **options)
     parts = [ascend(model, x, y, [threat], return_info=True, **options) for threat in threats]
     return assemble(model, x, y, threats, parts, loss=loss, target=target, return_info=return_info)
 
@@ -268,6 +289,8 @@ ATTACKS = Named({f.__name__: f for f in (fgsm, pgd, mi_fgsm, ggsm, one_pass, cas
                 | {name: f"jat_nb.spatial:{name}" for name in ("affine", "integrated")}
                 | {name: f"jat_nb.rigid:{name}" for name in ("rigid", "rand_adv", "grid_adv",
                                                              "worst_of_k", "pgd_plus", "grid_plus")}
-                | {name: f"jat_nb.minimum_norm:{name}" for name in ("ddn", "cw_l2", "jsma", "pointwise")}
+                | {name: f"jat_nb.minimum_norm:{name}"
+                   for name in ("ddn", "cw_l2", "jsma", "pointwise")}
                 | {name: f"jat_nb.joint_space:{name}" for name in ("om_pgd", "jsa")}
-                | {name: f"jat_nb.unseen:{name}" for name in ("elastic", "jpeg", "fog", "snow", "gabor")})
+                | {name: f"jat_nb.unseen:{name}"
+                   for name in ("elastic", "jpeg", "fog", "snow", "gabor")})

@@ -32,9 +32,11 @@ from .warp import generalized_sign, per_image
 # %% ../nbs/25_augmenting.ipynb #5dab9023
 @dataclass(frozen=True)
 class LatentBall(Latent):
-    "Move the code of each image by at most `eta` in the Euclidean norm, and decode (IJSAT section 6.2)."
+    """Move the code of each image by at most `eta` in the Euclidean norm, and decode (IJSAT
+    section 6.2)."""
 
-    eta: float | Tensor = 1.1  # longest move in latent units, for 3 x 32 x 32 values; one for all or (B,)
+    # longest move in latent units, for 3 x 32 x 32 values; one for all or (B,)
+    eta: float | Tensor = 1.1
     step_latent: float | Tensor = 1.1  # step in latent units
 
     def init(self, x: Tensor, random: bool = True, generator: Randomness = None) -> Tensor:
@@ -63,7 +65,8 @@ def _halves(model: nn.Module | Callable[[Tensor], Tensor], batch: Batch, moved: 
 
 # %% ../nbs/25_augmenting.ipynb #90472802
 def randomized_la(
-    model: nn.Module | Callable[[Tensor], Tensor],  # Classifier in train mode, images in [0, 1] to logits
+    # Classifier in train mode, images in [0, 1] to logits
+    model: nn.Module | Callable[[Tensor], Tensor],
     batch: Batch,  # Images, labels and the source of randomness
     *,
     flow: nn.Module,  # Glow for images of this shape
@@ -77,7 +80,8 @@ def randomized_la(
 
 
 def adversarial_la(
-    model: nn.Module | Callable[[Tensor], Tensor],  # Classifier in train mode, images in [0, 1] to logits
+    # Classifier in train mode, images in [0, 1] to logits
+    model: nn.Module | Callable[[Tensor], Tensor],
     batch: Batch,  # Images, labels and the source of randomness
     *,
     flow: nn.Module,  # Glow for images of this shape
@@ -104,9 +108,11 @@ class AuxiliaryNorms(nn.Module):
         self.names = [name for name, m in model.named_modules(remove_duplicate=False)
                       if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         if not self.names:
-            raise ValueError(f"expected a network with batch norms, got {type(model).__name__} without")
+            raise ValueError(f"expected a network with batch norms, got {type(model).__name__} "
+                             "without")
         self.module = model
-        self.second = nn.ModuleList(copy.deepcopy([model.get_submodule(name) for name in self.names]))
+        self.second = nn.ModuleList(copy.deepcopy([model.get_submodule(name)
+                                                   for name in self.names]))
 
     def forward(self, x: Tensor) -> Tensor:
         "Logits by the main norms, or inside `attacked` by the second."
@@ -136,7 +142,8 @@ def advprop(
     "Clean images through the main norms, attacked ones through the second (Xie et al. 2020)."
     inside = bare(model)
     if not isinstance(inside, AuxiliaryNorms):
-        raise ValueError(f"expected AuxiliaryNorms(model), got {type(inside).__name__}: fit wraps a network itself")
+        raise ValueError(f"expected AuxiliaryNorms(model), got {type(inside).__name__}: fit wraps "
+                         "a network itself")
     clean = cross_entropy(logits_of(model, batch.x), batch.y).mean()
     with inside.attacked():
         x_adv = attack(inside, batch.x, batch.y, target=None, generator=batch.generator)
@@ -146,7 +153,8 @@ def advprop(
 def _down(c_in: int, width: int, wrap: Callable[[nn.Module], nn.Module]) -> nn.Sequential:
     "A quarter of the side, by two convolutions."
     return nn.Sequential(wrap(nn.Conv2d(c_in, width, 4, 2, 1)), nn.LeakyReLU(0.2),
-                         wrap(nn.Conv2d(width, 2 * width, 4, 2, 1)), nn.LeakyReLU(0.2), nn.Flatten())
+                         wrap(nn.Conv2d(width, 2 * width, 4, 2, 1)), nn.LeakyReLU(0.2),
+                         nn.Flatten())
 
 
 class VaeGan(nn.Module):
@@ -165,13 +173,17 @@ class VaeGan(nn.Module):
             raise ValueError(f"expected sides divisible by 4, got {tuple(shape)}: pad the images")
         self.shape, self.latent_shapes, self.classes = tuple(shape), [(code,)], classes
         self.start = (2 * width, shape[1] // 4, shape[2] // 4)
-        self.look, self.moments = _down(shape[0], width, nn.Identity()), nn.Linear(math.prod(self.start) + classes, 2 * code)
+        self.look, self.moments = (_down(shape[0], width, nn.Identity()),
+                                   nn.Linear(math.prod(self.start) + classes, 2 * code))
         self.first = nn.Linear(code + classes, math.prod(self.start))
-        self.draw = nn.Sequential(nn.ReLU(), nn.ConvTranspose2d(2 * width, width, 4, 2, 1), nn.ReLU(),
+        self.draw = nn.Sequential(nn.ReLU(), nn.ConvTranspose2d(2 * width, width, 4, 2, 1),
+                                  nn.ReLU(),
                                   nn.ConvTranspose2d(width, shape[0], 4, 2, 1), nn.Sigmoid())
-        self.critic = nn.Sequential(_down(shape[0], width, spectral_norm), spectral_norm(nn.Linear(math.prod(self.start), 1)))
+        self.critic = nn.Sequential(_down(shape[0], width, spectral_norm),
+                                    spectral_norm(nn.Linear(math.prod(self.start), 1)))
 
-    def _with(self, h: Tensor, y: Tensor) -> Tensor: return torch.cat([h, F.one_hot(y, self.classes).to(h)], dim=1)
+    def _with(self, h: Tensor, y: Tensor) -> Tensor:
+        return torch.cat([h, F.one_hot(y, self.classes).to(h)], dim=1)
 
     def law(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         "Mean and logarithm of the deviation of the codes of images (B, code)."
@@ -214,7 +226,8 @@ class OfClass(nn.Module):
     def encode(self, x: Tensor, *, whitened: bool = False) -> list[Tensor]:
         "One level: the mean code of each image (B, code); standard normal as it is."
         if len(x) != len(self.y):
-            raise ValueError(f"expected the {len(self.y)} images whose classes were given, got {len(x)}")
+            raise ValueError(f"expected the {len(self.y)} images whose classes were given, got "
+                             f"{len(x)}")
         return [self.autoencoder.law(x, self.y)[0]]
 
     def decode(self, latents: Sequence[Tensor], *, whitened: bool = False) -> Tensor:
@@ -242,7 +255,8 @@ def judge_vae_gan(
     model: nn.Module,  # `VaeGan`; its mode and buffers are left as they are
     validation: ImageSet,  # Images held out
     few: ImageSet,  # The first of them
-) -> dict[str, float]:  # A bound on the mean bits per value; largest change of a value there and back
+) -> dict[str, float]:
+    # A bound on the mean bits per value; largest change of a value there and back
     "What an epoch did to a VAE-GAN."
     nats, errors, size = 0.0, 0.0, math.prod(few.images.shape[1:])
     with frozen(unwrap(model)) as own, torch.no_grad():
@@ -257,9 +271,11 @@ def judge_vae_gan(
 
 # %% ../nbs/25_augmenting.ipynb #0b50a243
 def by_class(
-    model: nn.Module | Callable[[Tensor], Tensor],  # Classifier in train mode, images in [0, 1] to logits
+    # Classifier in train mode, images in [0, 1] to logits
+    model: nn.Module | Callable[[Tensor], Tensor],
     batch: Batch,  # Images, labels and the source of randomness
-    attack: Callable[..., Tensor],  # attack(model, x, y, flow=..., target=..., generator=...) -> images
+    # attack(model, x, y, flow=..., target=..., generator=...) -> images
+    attack: Callable[..., Tensor],
     *,
     flow: nn.Module,  # Trained `VaeGan`
 ) -> Tensor:  # Scalar, nats

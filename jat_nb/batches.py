@@ -37,9 +37,11 @@ def random_crop_flip(
     (b, c, h, w), device = x.shape, generator.device if generator else x.device
     draw = torch.randint(2 * pad_px + 1, (2, b, 1), generator=generator, device=device).to(x.device)
     mirror = torch.randint(2, (b, 1), generator=generator, device=device).to(x.device).bool() & flip
-    rows, columns = torch.arange(h, device=x.device) + draw[0], torch.arange(w, device=x.device) + draw[1]
+    rows, columns = (torch.arange(h, device=x.device) + draw[0],
+                     torch.arange(w, device=x.device) + draw[1])
     columns = torch.where(mirror, columns.flip(1), columns)
-    image, channel = torch.arange(b, device=x.device).view(b, 1, 1, 1), torch.arange(c, device=x.device).view(c, 1, 1)
+    image, channel = (torch.arange(b, device=x.device).view(b, 1, 1, 1),
+                      torch.arange(c, device=x.device).view(c, 1, 1))
     return F.pad(x, [pad_px] * 4)[image, channel, rows.view(b, 1, h, 1), columns.view(b, 1, 1, w)]
 
 # %% ../nbs/17_batches.ipynb #a00064b2
@@ -68,7 +70,8 @@ def _centres(start: Tensor, length: Tensor, n: int) -> Tensor:
 def random_resized_crop_flip(
     x: Tensor,  # Images (B, C, H, W), bytes or floats
     *,
-    scale: tuple[float, float] = (0.08, 1.0),  # Smallest and largest share of the area, torchvision's
+    # Smallest and largest share of the area, torchvision's
+    scale: tuple[float, float] = (0.08, 1.0),
     flip: bool = True,  # Also mirror left and right, each image with probability 1/2
     generator: torch.Generator | None = None,  # Source of the draws
 ) -> Tensor:  # Shape and dtype of `x`
@@ -92,13 +95,15 @@ def random_cutout(
     side_px: int = 16,  # Side of the square (IJSAT section 6.2: 16 of 32)
     generator: torch.Generator | None = None,  # Source of the draws
 ) -> Tensor:  # Shape and dtype of `x`
-    "Hide a square of every image, at a centre of its own; beyond the edge there is nothing to hide."
+    """Hide a square of every image, at a centre of its own; beyond the edge there is nothing to
+    hide."""
     if side_px < 0:
         raise ValueError(f"expected side_px of at least 0, got {side_px}")
     (b, _, h, w), device = x.shape, generator.device if generator else x.device
     hidden = []
     for n in (h, w):
-        first = torch.randint(n, (b, 1), generator=generator, device=device).to(x.device) - side_px // 2
+        first = torch.randint(n, (b, 1), generator=generator,
+                              device=device).to(x.device) - side_px // 2
         place = torch.arange(n, device=x.device)
         hidden.append((first <= place) & (place < first + side_px))
     square = (hidden[0][:, None, :, None] & hidden[1][:, None, None, :])  # (B, 1, H, W)
@@ -171,7 +176,8 @@ class Batch(NamedTuple):
     u: Tensor | None = None  # Unlabelled images in [0, 1], float32 (U, C, H, W)
     balance: float = 1.0  # Share of labelled and unlabelled images together, over `share`
     start: int = 0  # Place of the first labelled image in the whole batch
-    whole: "Callable[[], Batch] | None" = None  # Of a part: makes the labelled images it was cut from
+    # Of a part: makes the labelled images it was cut from
+    whole: "Callable[[], Batch] | None" = None
 
     @property
     def mixed(self) -> Tensor:
@@ -201,9 +207,11 @@ def shares(
 ) -> tuple[int, int]:  # Labelled and unlabelled images in each batch
     "A batch in proportion to the sets (SRT section 5; the labelled part is rounded down)."
     if batch_size < 1 + bool(unlabelled):
-        raise ValueError(f"expected batch_size of at least {1 + bool(unlabelled)}, got {batch_size}: with and without labels "
+        raise ValueError(f"expected batch_size of at least {1 + bool(unlabelled)}, got "
+                         f"{batch_size}: with and without labels "
                          "there must be room for an image each")
-    with_labels = max(1, batch_size * labelled // (labelled + unlabelled)) if unlabelled else batch_size
+    with_labels = (max(1, batch_size * labelled // (labelled + unlabelled)) if unlabelled
+                   else batch_size)
     return with_labels, max(batch_size - with_labels, 1 if unlabelled else 0)
 
 # %% ../nbs/17_batches.ipynb #e5db8675
@@ -218,7 +226,8 @@ def num_batches(
     return len(_lengths(n, shares(batch_size, n, unlabelled)[0], parts))
 
 # %% ../nbs/17_batches.ipynb #1cbb5a12
-def _uncut(data: "ImageSet | _Held", parts: Sequence[Tensor], augment: Sequence[str], name: tuple[int, ...]) -> Batch:
+def _uncut(data: "ImageSet | _Held", parts: Sequence[Tensor], augment: Sequence[str],
+           name: tuple[int, ...]) -> Batch:
     "A whole batch from the indices of its parts, as all of them together see it; always the same."
     views = []
     for part, index in enumerate(parts):
@@ -254,7 +263,8 @@ def batches(
     data: ImageSet,  # The images
     batch_size: int,  # Images per batch; only the last batch may have fewer, or a few more
     *,
-    unlabelled: Unlabelled | None = None,  # Images without labels, in the same batches in proportion
+    # Images without labels, in the same batches in proportion
+    unlabelled: Unlabelled | None = None,
     shuffle: bool = False,  # In an order that the seed decides, else in the order of the set
     augment: Sequence[str] = (),  # Names out of `AUGMENTATIONS`, applied in this order
     seed: int | tuple[int, ...] = 0,  # Names all draws, for instance (run, epoch)
@@ -271,7 +281,8 @@ def batches(
     with_labels, without = shares(batch_size, n, m)
     lengths = _lengths(n, with_labels, parts)
     more = [round(length * without / with_labels) for length in lengths]
-    streams = [torch.Generator().manual_seed(seed_from(*name, *key)) for key in ((), ("unlabelled",))]
+    streams = [torch.Generator().manual_seed(seed_from(*name, *key))
+               for key in ((), ("unlabelled",))]
     order = _cycled(n, n, shuffle, streams[0]).to(where).split(lengths)
     beside = _cycled(max(m, 1), sum(more), shuffle, streams[1]).to(where).split(more)
     for i, (rows, free) in enumerate(zip(order, beside)):
@@ -291,8 +302,10 @@ def batches(
 # %% ../nbs/17_batches.ipynb #3fa54b44
 def _seen(batch: Any) -> str:
     "What a batch is, in words."
-    if isinstance(batch, Mapping): return f"a {type(batch).__name__} of {', '.join(map(str, batch))}"
-    if isinstance(batch, (tuple, list)): return f"({', '.join(type(part).__name__ for part in batch)})"
+    if isinstance(batch, Mapping):
+        return f"a {type(batch).__name__} of {', '.join(map(str, batch))}"
+    if isinstance(batch, (tuple, list)):
+        return f"({', '.join(type(part).__name__ for part in batch)})"
     return f"a {type(batch).__name__}"
 
 
@@ -300,11 +313,12 @@ def _check_pair(i: int, batch: Any) -> None:
     "Refuse what is not images and labels, by what was seen."
     two = isinstance(batch, Batch) or (isinstance(batch, (tuple, list)) and len(batch) == 2)
     if not two or not all(isinstance(part, Tensor) and part.ndim for part in batch[:2]):
-        raise ValueError(f"expected batches (x, y) of two tensors, batch {i} is {_seen(batch)}: bring it "
+        raise ValueError(f"expected batches (x, y) of two tensors, batch {i} is {_seen(batch)}: "
+                         "bring it "
                          "into this form where it is loaded, such as in a DataLoader's collate_fn")
     if len(batch[0]) != len(batch[1]):
-        raise ValueError(f"expected a label for each image, batch {i} has {len(batch[0])} images and "
-                         f"{len(batch[1])} labels: check where it is loaded")
+        raise ValueError(f"expected a label for each image, batch {i} has {len(batch[0])} images "
+                         f"and {len(batch[1])} labels: check where it is loaded")
 
 
 def pairs(
@@ -314,7 +328,8 @@ def pairs(
     "Images and labels of a stream, cut anew where a size is given."
     if isinstance(stream, (ImageSet, Tensor, str)) or not isinstance(stream, Iterable):
         raise ValueError(f"expected batches (x, y) to walk through, got {type(stream).__name__}: a "
-                         "DataLoader, a list, a generator; batches(data, 128) makes them of an ImageSet")
+                         "DataLoader, a list, a generator; batches(data, 128) makes them of an "
+                         "ImageSet")
     x, y = torch.empty(0), torch.empty(0)
     for i, batch in enumerate(stream):
         _check_pair(i, batch)
@@ -322,8 +337,9 @@ def pairs(
             yield batch[0], batch[1]
             continue
         if len(y) and batch[0].shape[1:] != x.shape[1:]:
-            raise ValueError(f"expected images of one size, got {tuple(batch[0].shape[1:])} in batch "
-                             f"{i} after {tuple(x.shape[1:])}: resize or crop where they are loaded")
+            raise ValueError(f"expected images of one size, got {tuple(batch[0].shape[1:])} in "
+                             f"batch {i} after {tuple(x.shape[1:])}: resize or crop where they are "
+                             "loaded")
         x, y = (torch.cat([x, batch[0]]), torch.cat([y, batch[1]])) if len(y) else batch[:2]
         while len(y) >= size:
             yield x[:size], y[:size]
@@ -340,34 +356,37 @@ class _Held(NamedTuple):
     name: str
 
 
-def _part_of(data: _Held, augment: Sequence[str], name: tuple[int, ...], part: int, parts: int) -> Batch:
+def _part_of(data: _Held, augment: Sequence[str], name: tuple[int, ...], part: int,
+             parts: int) -> Batch:
     "A part of a batch that came from a stream, as `batches` cuts it out of a set."
     n, where = len(data.labels), data.images.device
     if n < parts:
-        raise ValueError(f"{parts} processes cannot share a batch of {n} images: leave small batches out "
-                         "(drop_last=True of a DataLoader)")
+        raise ValueError(f"{parts} processes cannot share a batch of {n} images: leave small "
+                         "batches out (drop_last=True of a DataLoader)")
     cut = torch.arange(n, device=where).tensor_split(parts)
     whole = partial(_uncut, data, cut, augment, name) if parts > 1 else None
     own = torch.Generator(where).manual_seed(seed_from(*name, part))
-    x, start = _augmented(data.images[cut[part]], augment, data.name, own), sum(map(len, cut[:part]))
+    x, start = (_augmented(data.images[cut[part]], augment, data.name, own),
+                sum(map(len, cut[:part])))
     return Batch(x, data.labels[cut[part]], own, len(x) / n, start=start, whole=whole)
 
 # %% ../nbs/17_batches.ipynb #430779d5
 def _check_source(source: Any) -> None:
     "Refuse what cannot be walked through once per epoch."
     if isinstance(source, Iterator):
-        raise ValueError(f"a {type(source).__name__} is used up after one epoch: pass the DataLoader itself, or "
-                         "the function that makes the iterator")
+        raise ValueError(f"a {type(source).__name__} is used up after one epoch: pass the "
+                         "DataLoader itself, or the function that makes the iterator")
     if not isinstance(source, Iterable) and not callable(source):
-        raise ValueError("expected a DataLoader, a list of batches, or a function that makes an iterator, got "
-                         f"{type(source).__name__}")
+        raise ValueError("expected a DataLoader, a list of batches, or a function that makes an "
+                         f"iterator, got {type(source).__name__}")
 
 
 @dataclass(frozen=True)
 class Stream:
     "Training data read batch by batch, never held as a whole."
 
-    source: Iterable | Callable[[], Iterable]  # batches (x, y); a function makes them anew for every epoch
+    # batches (x, y); a function makes them anew for every epoch
+    source: Iterable | Callable[[], Iterable]
     length: int | None = None  # batches per epoch; None: as many as `source` has
     name: str = "stream"  # data set it comes from, as augmentations know it
     device: torch.device | str = "cpu"  # where the batches go
@@ -375,16 +394,18 @@ class Stream:
     def __post_init__(self) -> None:
         _check_source(self.source)
         if not len(self):
-            raise ValueError("how many batches an epoch has decides the learning rate, and this stream does not "
-                             "say: Stream(source, length=...)")
+            raise ValueError("how many batches an epoch has decides the learning rate, and this "
+                             "stream does not say: Stream(source, length=...)")
 
-    def __len__(self) -> int: return length_hint(self.source) if self.length is None else self.length
+    def __len__(self) -> int:
+        return length_hint(self.source) if self.length is None else self.length
 
     def to(self, device: torch.device | str) -> "Stream":
         "The same stream, its batches on another device."
         return replace(self, device=device)
 
-    def epoch(self, seed: tuple[int, ...], *, augment: Sequence[str] = (), part: int = 0, parts: int = 1
+    def epoch(self, seed: tuple[int, ...], *, augment: Sequence[str] = (), part: int = 0,
+              parts: int = 1
               ) -> Iterator[Batch]:
         "Walk once through the stream, as `batches` does through a set."
         _check_batches(augment, part, parts)
@@ -398,8 +419,9 @@ class Stream:
             yield _part_of(data, augment, (*seed, done), part, parts)
             done += 1
         if done < len(self):
-            raise ValueError(f"the stream ended after {done} of {len(self)} batches: state its true length, and let a "
-                             "function return a new iterator at every call, not one that is used up")
+            raise ValueError(f"the stream ended after {done} of {len(self)} batches: state its "
+                             "true length, and let a function return a new iterator at every "
+                             "call, not one that is used up")
 
 # %% ../nbs/17_batches.ipynb #7c09f824
 def _check_beside(train: Any, validation: Any, unlabelled: Any) -> None:
@@ -408,7 +430,8 @@ def _check_beside(train: Any, validation: Any, unlabelled: Any) -> None:
         raise ValueError("validation is judged after every epoch and must be at hand, got "
                          f"{type(validation).__name__}: pass an ImageSet of some thousand images")
     if isinstance(train, Stream) and unlabelled:
-        raise ValueError("a stream has no unlabelled images beside it: pass an ImageSet as training data")
+        raise ValueError("a stream has no unlabelled images beside it: pass an ImageSet as "
+                         "training data")
 
 # %% ../nbs/17_batches.ipynb #ee7bda9e
 def _whole(batch: Batch, state: Tensor) -> Batch:

@@ -41,7 +41,8 @@ from .timing import Rounds, interleave, slope, spread
 from .training import train_step
 
 # %% ../nbs/58_bench.ipynb #de0d69f7
-_SHAPES = {"double_pass": (2, "alternating"), "cascade": (2, "sequential")}  # others: one gradient a step
+# others: one gradient a step
+_SHAPES = {"double_pass": (2, "alternating"), "cascade": (2, "sequential")}
 
 
 def floor_passes(
@@ -64,18 +65,23 @@ def _kinds(recipe: Recipe) -> int:
     return len(recipe.attacks) + clean if recipe.objective in ("average", "maximum") else 1
 
 
-_COUNTED = ("natural", "adversarial", "jat", "average", "maximum", "pareto")  # objectives that Eq. 1 describes
+# objectives that Eq. 1 describes
+_COUNTED = ("natural", "adversarial", "jat", "average", "maximum", "pareto")
 
 
 def step_cost(
     recipe: Recipe,  # Its objective and attack are read
 ) -> int:  # Cost of one update in forward passes; natural training costs 3
-    "Model passes of one training step, forward 1, backward to the image 1, to image and weights 2 (Eq. 1)."
+    """Model passes of one training step, forward 1, backward to the image 1, to image and
+    weights 2 (Eq. 1)."""
     if recipe.objective not in _COUNTED:
-        raise ValueError(f"Eq. 1 does not describe the objective {recipe.objective!r}: it holds for {', '.join(_COUNTED)}")
-    options, attacks = recipe.objective_options, [pair for chain in recipe.attacks.values() for pair in chain]
+        raise ValueError(f"Eq. 1 does not describe the objective {recipe.objective!r}: it holds "
+                         f"for {', '.join(_COUNTED)}")
+    options, attacks = (recipe.objective_options,
+                        [pair for chain in recipe.attacks.values() for pair in chain])
     attack = sum(floor_passes(name, keywords.get("steps", 1)) for name, keywords in attacks)
-    soft = options.get("labels", "bilateral") == "bilateral" or options.get("target") == "most_confusing"
+    soft = (options.get("labels", "bilateral") == "bilateral"
+            or options.get("target") == "most_confusing")
     return 3 * _kinds(recipe) + 2 * attack + (recipe.objective == "jat" and soft)
 
 # %% ../nbs/58_bench.ipynb #3ae3a05e
@@ -93,8 +99,10 @@ class Plan:
     mode_models: tuple[str, ...] = ("resnet18_cifar", "wrn_16_4_cifar")  # for images per second
     modes: tuple[str, ...] = ("fp32", "bf16")  # precisions, the first is the base
     attacks: tuple[str, ...] = ("pgd", "ggsm", "one_pass", "double_pass")  # held against the floor
-    recipes: tuple[str, ...] = ("natural", "one-step-pixel", "one-step-spatial", "one-step-joint", "madry",
-                                "multi-step-spatial", "multi-step-joint")  # by the second half of their names
+    recipes: tuple[str, ...] = ("natural", "one-step-pixel", "one-step-spatial", "one-step-joint",
+                                "madry",
+                                # by the second half of their names
+                                "multi-step-spatial", "multi-step-joint")
     fast_models: tuple[str, ...] = ("resnet18_cifar", "wrn_10_1_cifar")  # under the fast evaluation
     n: int = 1000  # test images for accuracies; a quarter of them for the active set
     sizes: tuple[int, ...] = (16, 32, 64, 128, 256)  # batches
@@ -103,13 +111,17 @@ class Plan:
 
 # %% ../nbs/58_bench.ipynb #38151005
 PLANS = {
-    "smoke": Plan("smoke", "cpu", 3, 64, 2, "wrn_10_1_cifar", "wrn_10_1_cifar", ("wrn_10_1_cifar",), n=96,
+    "smoke": Plan("smoke", "cpu", 3, 64, 2, "wrn_10_1_cifar", "wrn_10_1_cifar", ("wrn_10_1_cifar",),
+                  n=96,
                   fast_models=("wrn_10_1_cifar",),
-                  attacks=("pgd", "double_pass"), recipes=("natural", "one-step-joint"), sizes=(4, 8, 16),
+                  attacks=("pgd", "double_pass"), recipes=("natural", "one-step-joint"),
+                  sizes=(4, 8, 16),
                   sides=(16, 24, 32), lengths=(1, 2, 4)),
     "cpu": Plan(),
-    "gpu": Plan("gpu", "cuda", 8, mode_models=("resnet18_cifar", "wrn_16_4_cifar", "wrn_28_10_cifar"),
-                modes=("fp32", "tf32", "bf16", "compiled"), n=4000, sizes=(128, 256, 512, 1024, 2048)),
+    "gpu": Plan("gpu", "cuda", 8,
+                mode_models=("resnet18_cifar", "wrn_16_4_cifar", "wrn_28_10_cifar"),
+                modes=("fp32", "tf32", "bf16", "compiled"), n=4000,
+                sizes=(128, 256, 512, 1024, 2048)),
 }  # sizes by tier
 
 # %% ../nbs/58_bench.ipynb #e9e20bf8
@@ -135,7 +147,8 @@ def bare_passes(
     return gradient
 
 # %% ../nbs/58_bench.ipynb #df5ae204
-def _stage(p: Plan, name: str, side: int = 32, batch: int | None = None) -> tuple[nn.Module, Tensor, Tensor]:
+def _stage(p: Plan, name: str, side: int = 32,
+           batch: int | None = None) -> tuple[nn.Module, Tensor, Tensor]:
     "A fresh network in eval mode, noise, and labels, on the device, in channels_last."
     torch.manual_seed(0)
     model, n = create(name).eval().to(p.device, memory_format=torch.channels_last), batch or p.batch
@@ -155,12 +168,14 @@ def _contenders(p: Plan) -> dict[str, Callable[[int], Any]]:
     return {"bare": partial(bare_passes, model, x, y), **attacks}
 
 # %% ../nbs/58_bench.ipynb #6c95c809
-def measure_floor(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, findings "attack / floor", passes of each attack
+def measure_floor(p: Plan) -> dict[str, Any]:
+    # sizes in; raw seconds, findings "attack / floor", passes of each attack
     "Time of each attack over the time of its model passes."
     calls = _contenders(p)
     with half_precision(p.device):
         interleave({name: lambda i, call=call: call(1) for name, call in calls.items()}, 1)
-        timed = _timed(p, {name: lambda i, call=call: call(p.steps) for name, call in calls.items()}, p.rounds, "floor")
+        timed = _timed(p, {name: lambda i, call=call: call(p.steps)
+                           for name, call in calls.items()}, p.rounds, "floor")
     passes = {a: floor_passes(a, p.steps) for a in p.attacks}
     findings = {f"{a} / floor": timed.ratio(a, "bare", passes[a] / p.steps) for a in p.attacks}
     return {"seconds": timed.values, "findings": findings, "passes": passes}
@@ -169,14 +184,17 @@ def measure_floor(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, findings
 def _peaks(p: Plan, rounds: int) -> dict[str, list[float]]:
     "Bytes by which every case raises the memory in use, in this process."
     calls, process = _contenders(p), Path("/proc/self")
-    line = lambda key: int(re.search(rf"{key}:\s+(\d+) kB", (process / "status").read_text())[1]) * 1024
-    reset, now, most = partial((process / "clear_refs").write_text, "5"), partial(line, "VmRSS"), partial(line, "VmHWM")
+    line = lambda key: int(re.search(rf"{key}:\s+(\d+) kB",
+                                     (process / "status").read_text())[1]) * 1024
+    reset, now, most = (partial((process / "clear_refs").write_text, "5"), partial(line, "VmRSS"),
+                        partial(line, "VmHWM"))
     if p.device == "cuda":
         names = ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated")
         reset, now, most = (getattr(torch.cuda, name) for name in names)
     peaks = {name: [] for name in calls}
     with half_precision(p.device):
-        interleave({name: lambda i, call=call: call(1) for name, call in _contenders(replace(p, batch=1)).items()}, 1)
+        interleave({name: lambda i, call=call: call(1)
+                    for name, call in _contenders(replace(p, batch=1)).items()}, 1)
         for name in progress([*calls] * rounds, description="memory", unit="case"):
             reset()
             before, _ = now(), calls[name](2)
@@ -184,15 +202,20 @@ def _peaks(p: Plan, rounds: int) -> dict[str, list[float]]:
     return peaks
 
 # %% ../nbs/58_bench.ipynb #b5a5e880
-def measure_memory(p: Plan) -> dict[str, Any]:  # sizes in; raw bytes, findings; both empty without /proc
+def measure_memory(p: Plan) -> dict[str, Any]:
+    # sizes in; raw bytes, findings; both empty without /proc
     "Peak memory of each attack over that of the bare passes, beyond model and images."
     if p.device == "cpu" and not Path("/proc/self/clear_refs").exists():
         return {"bytes": {}, "findings": {}}
-    code = "import json, sys, jat_nb.bench as b; print(json.dumps(b._peaks(b.Plan(**json.loads(sys.argv[1])), 3)))"
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    code = ("import json, sys, jat_nb.bench as b; "
+            "print(json.dumps(b._peaks(b.Plan(**json.loads(sys.argv[1])), 3)))")
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536",
+           "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     child = [sys.executable, "-c", code, json.dumps(asdict(p))]
-    used = Rounds(json.loads(subprocess.run(child, env=env, stdout=subprocess.PIPE, check=True).stdout))
-    return {"bytes": used.values, "findings": {f"{a} / floor": used.ratio(a, "bare") for a in p.attacks}}
+    used = Rounds(json.loads(subprocess.run(child, env=env, stdout=subprocess.PIPE,
+                                            check=True).stdout))
+    return {"bytes": used.values,
+            "findings": {f"{a} / floor": used.ratio(a, "bare") for a in p.attacks}}
 
 # %% ../nbs/58_bench.ipynb #46ddd16d
 def _trained(p: Plan) -> dict[str, Recipe]:
@@ -203,7 +226,8 @@ def _trained(p: Plan) -> dict[str, Recipe]:
     return {name: known[name] for name in p.recipes}
 
 
-def measure_training(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, images per second, findings
+def measure_training(p: Plan) -> dict[str, Any]:
+    # sizes in; raw seconds, images per second, findings
     "Time of one update by each recipe over that of a natural one."
     model, x, y = _stage(p, p.train_model)
     batch, trained = Batch(x, y, torch.Generator(p.device)), _trained(p)
@@ -211,14 +235,17 @@ def measure_training(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, image
     def step(r: Recipe) -> Callable[[int], float]:
         bound = bind(r)
         optimizer = make_optimizer(model.train(), replace(r, lr=1e-5))
-        return lambda i: train_step(model, batch, optimizer, bound.objective, bound.attacks, amp=True)
+        return lambda i: train_step(model, batch, optimizer, bound.objective, bound.attacks,
+                                    amp=True)
 
     steps = {name: step(r) for name, r in trained.items()}
     interleave(steps, 1)
     timed = _timed(p, steps, p.rounds, "training")
-    return {"seconds": timed.values, "images_per_second": {k: p.batch / timed.median(k) for k in steps},
+    return {"seconds": timed.values,
+            "images_per_second": {k: p.batch / timed.median(k) for k in steps},
             "predicted": {k: step_cost(r) / 3 for k, r in trained.items()},
-            "findings": {f"{k} / natural": timed.ratio(k, "natural") for k in steps if k != "natural"}}
+            "findings": {f"{k} / natural": timed.ratio(k, "natural") for k in steps
+                         if k != "natural"}}
 
 # %% ../nbs/58_bench.ipynb #478d2812
 MODES = ("fp32", "tf32", "bf16", "compiled")  # compiled: bf16 through torch.compile
@@ -231,7 +258,8 @@ def in_mode(
     "Prepare a model for a precision, and return what runs calls in it."
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}")
-    layout = torch.channels_last if (half := mode in ("bf16", "compiled")) else torch.contiguous_format
+    layout = (torch.channels_last if (half := mode in ("bf16", "compiled"))
+              else torch.contiguous_format)
     model = copy.deepcopy(model).to(memory_format=layout)
     model = torch.compile(model) if mode == "compiled" else model
 
@@ -247,12 +275,14 @@ def _peers(eps: float, steps: int) -> dict[str, Callable[..., Tensor]]:
     found: dict[str, Callable[..., Tensor]] = {}
     if importlib.util.find_spec("torchattacks"):
         peer = importlib.import_module("torchattacks").PGD
-        found["torchattacks"] = lambda model, x, y: peer(model, eps=eps, alpha=eps / 4, steps=steps)(x, y)
+        found["torchattacks"] = lambda model, x, y: peer(model, eps=eps, alpha=eps / 4,
+                                                         steps=steps)(x, y)
     if importlib.util.find_spec("foolbox"):
         foolbox = importlib.import_module("foolbox")
         attack = foolbox.attacks.LinfPGD(abs_stepsize=eps / 4, steps=steps, random_start=True)
         wrap = partial(foolbox.PyTorchModel, bounds=(0, 1))
-        found["foolbox"] = lambda model, x, y: attack.run(wrap(model, device=x.device), x, y, epsilon=eps)
+        found["foolbox"] = lambda model, x, y: attack.run(wrap(model, device=x.device), x, y,
+                                                          epsilon=eps)
     return found
 
 
@@ -266,21 +296,25 @@ def _test_images(p: Plan, n: int) -> tuple[str, Tensor, Tensor]:
 def paired_difference(
     first: Tensor,  # Whether each image survived the first attack (N,), bool
     second: Tensor,  # The same images under the second attack (N,), bool
-) -> dict[str, float]:  # Difference of accuracies in points (median), ends of its 95 % interval (low, high)
+) -> dict[str, float]:
+    # Difference of accuracies in points (median), ends of its 95 % interval (low, high)
     "How far two accuracies on the same images are apart, in the terms of a record."
     if first.shape != second.shape or first.ndim != 1 or not len(first):
-        raise ValueError(f"expected verdicts on the same images, got {tuple(first.shape)} and {tuple(second.shape)}")
+        raise ValueError(f"expected verdicts on the same images, got {tuple(first.shape)} and "
+                         f"{tuple(second.shape)}")
     shares = [Share((v.double().mean().item(),), len(v), v.double()[None]) for v in (first, second)]
     return dict(zip(("median", "low", "high"), (100 * v for v in difference(*shares))))
 
 # %% ../nbs/58_bench.ipynb #a9c34914
-def measure_peers(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, accuracies and n, findings by network
+def measure_peers(p: Plan) -> dict[str, Any]:
+    # sizes in; raw seconds, accuracies and n, findings by network
     "PGD here, in other libraries and in other precisions: time and accuracy on the same images."
     data, x, y = _test_images(p, p.n)
     eps, count = default_budget(data).eps_pixel, 2 * p.rounds
     xs, ys = x.tensor_split(count), y.tensor_split(count)
     start, ours = torch.Generator(p.device), partial(pgd, eps=eps, step=eps / 4, steps=p.steps)
-    attacks = {f"jat_nb {m}": (m, lambda *args: ours(*args, generator=start.manual_seed(0))) for m in p.modes}
+    attacks = {f"jat_nb {m}": (m, lambda *args: ours(*args, generator=start.manual_seed(0)))
+               for m in p.modes}
     peers = {f"{k} bf16": ("bf16", attack) for k, attack in _peers(eps, p.steps).items()}
     pairs = {f"jat_nb bf16 / {k}": ("jat_nb bf16", k) for k in peers}
     pairs |= {f"fp32 / {m}": ("jat_nb fp32", f"jat_nb {m}") for m in p.modes[1:]}
@@ -288,21 +322,25 @@ def measure_peers(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, accuraci
     for name in (f"{data}-natural", f"{data}-joint"):
         model = pretrained(name).to(p.device)
         mode = {m: in_mode(model, m) for m in p.modes}
-        cases = {k: lambda i, m=m, a=a: mode[m](a, xs[i], ys[i]) for k, (m, a) in (attacks | peers).items()}
+        cases = {k: lambda i, m=m, a=a: mode[m](a, xs[i], ys[i])
+                 for k, (m, a) in (attacks | peers).items()}
         interleave(cases, 1)
         timed = _timed(p, cases, count, f"peers, {name}")
         with frozen(model), torch.no_grad():  # the verdict is in single precision
             right = {k: correct(model(torch.cat(found)), y) for k, found in timed.results.items()}
         ratios = {k: timed.ratio(*pair) for k, pair in pairs.items()}
-        ratios |= {f"accuracy {m} - fp32": paired_difference(right[f"jat_nb {m}"], right["jat_nb fp32"])
+        ratios |= {f"accuracy {m} - fp32": paired_difference(right[f"jat_nb {m}"],
+                                                             right["jat_nb fp32"])
                    for m in p.modes[1:]}
         every["seconds"] |= {f"{name}, {k}": v for k, v in timed.values.items()}
-        every["accuracy"] |= {f"{name}, {k}": 100 * v.double().mean().item() for k, v in right.items()}
+        every["accuracy"] |= {f"{name}, {k}": 100 * v.double().mean().item()
+                              for k, v in right.items()}
         every["findings"] |= {f"{k}, {name}": v for k, v in ratios.items()}
     return every
 
 # %% ../nbs/58_bench.ipynb #998dfae1
-def measure_modes(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, images per second, findings "fp32 / mode"
+def measure_modes(p: Plan) -> dict[str, Any]:
+    # sizes in; raw seconds, images per second, findings "fp32 / mode"
     "Gradient passes of several networks in several precisions."
     every: dict[str, Any] = {"seconds": {}, "images_per_second": {}, "findings": {}}
     for name in p.mode_models:
@@ -333,32 +371,39 @@ def half_budget(
     return (low + high) / 2
 
 # %% ../nbs/58_bench.ipynb #373b8445
-def measure_active(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, images sent forward, findings
+def measure_active(p: Plan) -> dict[str, Any]:
+    # sizes in; raw seconds, images sent forward, findings
     "A worst case of four attacks with and without skipping images whose verdict is known."
     data, x, y = _test_images(p, p.n // 4)
     model = pretrained(f"{data}-natural").to(p.device, memory_format=torch.channels_last)
     with half_precision(p.device):
-        eps = half_budget(model, x, y, partial(pgd_at, steps=p.steps), high=default_budget(data).eps_pixel)
-        worst = {"Worst": [*(partial(pgd_at(eps, p.steps), loss=f) for f in (cross_entropy, margin_loss, dlr_loss)),
+        eps = half_budget(model, x, y, partial(pgd_at, steps=p.steps),
+                          high=default_budget(data).eps_pixel)
+        worst = {"Worst": [*(partial(pgd_at(eps, p.steps), loss=f)
+                             for f in (cross_entropy, margin_loss, dlr_loss)),
                            partial(mi_fgsm, eps=eps, step=eps / 4, steps=p.steps)]}
         judge = lambda i, active: evaluate(model, x, y, worst, batch_size=p.batch, active=active)
         cases = {"all": partial(judge, active=False), "active": partial(judge, active=True)}
         timed = _timed(p, cases, p.rounds, "active set")
     full, lean = (timed.results[case][0] for case in cases)
     same = (full.correct == lean.correct).double().mean()
-    return {"seconds": timed.values, "eps_pixel": eps, "survived": lean.accuracy.tolist(), "n": len(x), "data": data,
+    return {"seconds": timed.values, "eps_pixel": eps, "survived": lean.accuracy.tolist(),
+            "n": len(x), "data": data,
             "forwards": {"all": full.passes[0, 0].item(), "active": lean.passes[0, 0].item()},
             "findings": {"all / active": timed.ratio("all", "active"),
                          "equal verdicts": dict.fromkeys(("median", "low", "high"), same.item())}}
 
 # %% ../nbs/58_bench.ipynb #3a0eb4a3
-def measure_scaling(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, findings "slope against axis"
+def measure_scaling(p: Plan) -> dict[str, Any]:
+    # sizes in; raw seconds, findings "slope against axis"
     "Cost of the double-pass against batch size, image side and steps, as slopes on log-log axes."
     sizes = {"batch size": p.sizes, "image side": p.sides, "steps": p.lengths}
-    every: dict[str, Any] = {"seconds": {}, "sizes": {k: list(v) for k, v in sizes.items()}, "findings": {}}
+    every: dict[str, Any] = {"seconds": {}, "sizes": {k: list(v) for k, v in sizes.items()},
+                             "findings": {}}
 
     def case(axis: str, size: int) -> Callable[[int], Tensor]:
-        batch, side, steps = {"batch size": (size, 32, 2), "image side": (32, size, 2), "steps": (32, 32, size)}[axis]
+        batch, side, steps = {"batch size": (size, 32, 2), "image side": (32, size, 2),
+                              "steps": (32, 32, size)}[axis]
         model, x, y = _stage(p, "wrn_10_1_cifar", side, batch)
         return lambda i: double_pass(model, x, y, steps=steps)
 
@@ -369,7 +414,8 @@ def measure_scaling(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, findin
             timed = _timed(p, cases, 2 * p.rounds, f"scaling, {axis}")
             slopes = [slope(sizes[axis], seconds) for seconds in zip(*timed.values.values())]
             every["seconds"] |= {f"{axis}, {size}": v for size, v in timed.values.items()}
-            every["findings"][f"slope against {axis}"] = dict(zip(("low", "median", "high"), spread(slopes)))
+            every["findings"][f"slope against {axis}"] = dict(zip(("low", "median", "high"),
+                                                                  spread(slopes)))
     return every
 
 # %% ../nbs/58_bench.ipynb #31538614
@@ -377,7 +423,8 @@ def _fast_times(p: Plan, name: str, eps: float) -> Rounds:
     "A plain attack in single precision, and the fast evaluation with its verdicts."
     _, x, _ = _stage(p, name, batch=2 * p.batch)
     model, x = create(name).eval().to(p.device), x.contiguous()
-    y, steps = model(x).argmax(1), 2 * p.steps  # at tier cpu 256 images, and the 20 steps of the tables
+    # at tier cpu 256 images, and the 20 steps of the tables
+    y, steps = model(x).argmax(1), 2 * p.steps
     judged = {"PGD": pgd_at(eps, steps)}
     cases = {"fp32": lambda i: pgd(model, x, y, eps=eps, step=eps / 4, steps=steps),
              "fast": lambda i: evaluate(model, x, y, judged, batch_size=len(x), fast=True)}
@@ -385,20 +432,25 @@ def _fast_times(p: Plan, name: str, eps: float) -> Rounds:
 
 # %% ../nbs/58_bench.ipynb #954f2e9d
 def measure_fast(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, accuracies and n, findings
-    "The fast evaluation against the plain attack in single precision: time, and accuracy on the same images."
+    """The fast evaluation against the plain attack in single precision: time, and accuracy on
+    the same images."""
     data, x, y = _test_images(p, p.n)
     eps = default_budget(data).eps_pixel
-    every: dict[str, Any] = {"seconds": {}, "findings": {}, "accuracy": {}, "n": len(x), "data": data}
+    every: dict[str, Any] = {"seconds": {}, "findings": {}, "accuracy": {}, "n": len(x),
+                             "data": data}
     for name in p.fast_models:
         timed = _fast_times(p, name, eps)
         every["seconds"] |= {f"{name}, {k}": v for k, v in timed.values.items()}
         every["findings"][f"fast / fp32, {name}"] = timed.ratio("fast", "fp32")
     for name in (f"{data}-natural", f"{data}-joint"):
         model, attack = pretrained(name).to(p.device), {"PGD": pgd_at(eps, p.steps)}
-        right = {kind: evaluate(model, x, y, attack, batch_size=p.batch, fast=kind == "fast").correct[0]
+        right = {kind: evaluate(model, x, y, attack, batch_size=p.batch,
+                                fast=kind == "fast").correct[0]
                  for kind in ("fp32", "fast")}
-        every["accuracy"] |= {f"{name}, {k}": 100 * v.double().mean().item() for k, v in right.items()}
-        every["findings"][f"accuracy fast - fp32, {name}"] = paired_difference(right["fast"], right["fp32"])
+        every["accuracy"] |= {f"{name}, {k}": 100 * v.double().mean().item()
+                              for k, v in right.items()}
+        every["findings"][f"accuracy fast - fp32, {name}"] = paired_difference(right["fast"],
+                                                                               right["fp32"])
     return every
 
 # %% ../nbs/58_bench.ipynb #1e879760
@@ -410,17 +462,22 @@ def measure_flow(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, images pe
     flow.eval()
     with torch.no_grad():  # the attacks turn gradients on for themselves
         codes = flow.encode(x)
-        cases = {"jsa": lambda i: jsa(model, x, y, flow=flow, steps=p.steps), "encode": lambda i: flow.encode(x),
-                 "pgd": lambda i: pgd(model, x, y, steps=p.steps), "decode": lambda i: flow.decode(codes)}
+        cases = {"jsa": lambda i: jsa(model, x, y, flow=flow, steps=p.steps),
+                 "encode": lambda i: flow.encode(x),
+                 "pgd": lambda i: pgd(model, x, y, steps=p.steps),
+                 "decode": lambda i: flow.decode(codes)}
         interleave(cases, 1)
         timed = _timed(p, cases, p.rounds, "flow")
     rates = {way: p.batch / timed.median(way) for way in ("encode", "decode")}
-    return {"seconds": timed.values, "images_per_second": rates, "findings": {"pgd / jsa": timed.ratio("pgd", "jsa")}}
+    return {"seconds": timed.values, "images_per_second": rates,
+            "findings": {"pgd / jsa": timed.ratio("pgd", "jsa")}}
 
 # %% ../nbs/58_bench.ipynb #d9a21dd0
 MEASUREMENTS: Mapping[str, Callable[[Plan], dict[str, Any]]] = {
-    "floor": measure_floor, "memory": measure_memory, "training": measure_training, "peers": measure_peers,
-    "modes": measure_modes, "active": measure_active, "scaling": measure_scaling, "fast": measure_fast,
+    "floor": measure_floor, "memory": measure_memory, "training": measure_training,
+    "peers": measure_peers,
+    "modes": measure_modes, "active": measure_active, "scaling": measure_scaling,
+    "fast": measure_fast,
     "flow": measure_flow,
 }  # in this order
 

@@ -67,8 +67,8 @@ class Paper:
         named = {name for row in self.rows for name in (row.recipe, row.source) if name}
         named |= {name for own, (other, _) in self.updates.items() for name in (own, other)}
         if named - set(self.recipes):
-            raise ValueError(f"rows or updates of the paper {self.key!r} name recipes it does not have: "
-                             f"{', '.join(sorted(named - set(self.recipes)))}")
+            raise ValueError(f"rows or updates of the paper {self.key!r} name recipes it does not "
+                             f"have: {', '.join(sorted(named - set(self.recipes)))}")
 
     @property
     def home(self) -> str:
@@ -80,7 +80,8 @@ class Paper:
         named = self.columns.get(column, next(iter(self.columns.values()), None))
         if named is None or "{home}" not in named:
             return named
-        return named.replace("{home}", self.recipes[recipe].data if recipe in self.recipes else self.home)
+        return named.replace("{home}",
+                             self.recipes[recipe].data if recipe in self.recipes else self.home)
 
 # %% ../nbs/33_catalogue.ipynb #bbf67c90
 _REGISTERED: dict[str, Paper] = {}
@@ -131,15 +132,18 @@ class Tier:
     steps: Mapping[str, int] = field(default_factory=dict)  # {attack: most steps in training}
     probe_steps: int | None = None  # Most steps of the probe; None: as published
     changes: Mapping[str, Any] = field(default_factory=dict)  # Other fields of the recipe
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # {network: its `model_options`}
+    # {network: its `model_options`}
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 # %% ../nbs/33_catalogue.ipynb #28ac104b
 _FAST = dict(schedule="onecycle", milestones=(), knots=(), nesterov=True, weight_decay=5e-4,
              amp=True, channels_last=True)
 _WIDE = ("wrn_28_10_cifar", "wrn_34_10_cifar")
-_NARROW = dict.fromkeys((*_WIDE, "resnet18_cifar", "preact_resnet18_cifar", "resnet32_cifar"), "wrn_10_1_cifar")
+_NARROW = dict.fromkeys((*_WIDE, "resnet18_cifar", "preact_resnet18_cifar", "resnet32_cifar"),
+                        "wrn_10_1_cifar")
 _MIDDLE = dict.fromkeys(_WIDE, "wrn_16_4_cifar")
-_STEPS = dict.fromkeys(("pgd", "om_pgd", "jsa"), 7) | dict.fromkeys(("ggsm", "affine", "integrated", "double_pass"), 5)
+_STEPS = dict.fromkeys(("pgd", "om_pgd", "jsa"),
+                       7) | dict.fromkeys(("ggsm", "affine", "integrated", "double_pass"), 5)
 
 TIER: Mapping[str, Tier] = MappingProxyType({
     "smoke": Tier(_NARROW, 128, 32, 2, _STEPS, 5, dict(_FAST, batch_size=32, probe_images=32),
@@ -183,7 +187,8 @@ def _fewer(attack: str, options: Mapping[str, Any], most: int | None) -> dict[st
 def _cut_down(recipe: Recipe, tier: Tier) -> Recipe:
     "A recipe at a tier; fields that it marks essential stay."
     kept = set(recipe.essential) | (_CURVE if "schedule" in recipe.essential else set())
-    attacks = {role: [[name, _fewer(name, options, tier.steps.get(name))] for name, options in chain]
+    attacks = {role: [[name, _fewer(name, options, tier.steps.get(name))]
+                      for name, options in chain]
                for role, chain in recipe.attacks.items()}
     probe = _fewer(recipe.probe, recipe.probe_options, tier.probe_steps)
     probes = {name: [attack, _fewer(attack, options, tier.probe_steps)]
@@ -196,7 +201,8 @@ def _cut_down(recipe: Recipe, tier: Tier) -> Recipe:
     return replace(recipe, **{**shorter, **changes})
 
 # %% ../nbs/33_catalogue.ipynb #f25be82f
-_OWN = {"ggsm": "flow", "affine": None}  # the budget that `eps` and `step` belong to, if not "pixel"
+# the budget that `eps` and `step` belong to, if not "pixel"
+_OWN = {"ggsm": "flow", "affine": None}
 
 
 def _lengths(attack: str, budget: Budget) -> dict[str, float]:
@@ -250,7 +256,8 @@ def adapt(
 def _attacked(r: Recipe) -> str:
     "The attacks of a recipe in words: links of a chain one after the other, roles side by side."
     used = [[(attack, o.get("steps", 1)) for attack, o in chain] for chain in r.attacks.values()]
-    words = [", then ".join(f"{attack}, {n} step{'s' * (n > 1)}" for attack, n in chain) for chain in used]
+    words = [", then ".join(f"{attack}, {n} step{'s' * (n > 1)}" for attack, n in chain)
+             for chain in used]
     return " + ".join(words) or "clean images"
 
 
@@ -262,7 +269,8 @@ def listing() -> str:  # A line for each paper and each recipe, in columns
         first, second = (2 + max(map(len, column)) for column in (attacked, attacked.values()))
         lines.append(paper.title)
         for name, words in attacked.items():
-            rows = "; ".join(f"table {row.table} {row.label!r}" for row in paper.rows if row.recipe == name)
+            rows = "; ".join(f"table {row.table} {row.label!r}" for row in paper.rows
+                             if row.recipe == name)
             lines.append(f"  {name:<{first}}{words:<{second}}{rows}".rstrip())
     return "\n".join(lines)
 
@@ -284,10 +292,12 @@ def _fresh(plan: Recipe, data: ImageSet) -> nn.Module:
 
 
 def _with_classes(old: nn.Module, num_classes: int) -> nn.Module:
-    "The same network to be trained on, with a last layer of its own where the number of classes is another."
+    """The same network to be trained on, with a last layer of its own where the number of
+    classes is another."""
     form = {k: v for k, v in old.metadata.items() if k in ("in_chans", "mean", "std")}
     network, known = create(old.metadata["name"], num_classes=num_classes, **form), old.state_dict()
-    network.load_state_dict({k: known[k] if known[k].shape == v.shape else v for k, v in network.state_dict().items()})
+    network.load_state_dict({k: known[k] if known[k].shape == v.shape else v
+                             for k, v in network.state_dict().items()})
     network.metadata["start"] = old.metadata["start"]
     return network
 
@@ -301,18 +311,20 @@ def _continued(init: Path, data: ImageSet, name: str | None, **moments: Any) -> 
     else:
         network = _with_classes(open_weights(init, name, **moments), data.num_classes)
     if (channels := network.metadata["in_chans"]) != data.channels:
-        raise ValueError(f"{init} takes images of {channels} channels, {data.name} has {data.channels}: "
-                         "choose weights that were trained on such images")
+        raise ValueError(f"{init} takes images of {channels} channels, {data.name} has "
+                         f"{data.channels}: choose weights that were trained on such images")
     if (size := network.metadata.get("size", data.images.shape[-1])) != data.images.shape[-1]:
         raise ValueError(f"{init} takes images of {size} x {size}, {data.name} has others: "
                          "choose weights that were trained on such images")
     return network
 
 # %% ../nbs/33_catalogue.ipynb #68757fbf
-def _divided(plan: Recipe, rest: ImageSet, whole: int, most: int) -> tuple[ImageSet, Unlabelled | None]:
+def _divided(plan: Recipe, rest: ImageSet, whole: int,
+             most: int) -> tuple[ImageSet, Unlabelled | None]:
     "The labelled and the unlabelled images of a recipe, for so many images of a set."
     size = whole if most >= len(rest) else most
-    seen = [int((rest.labels == k).int().argmax()) for k in range(rest.num_classes)]  # first of each class
+    # first of each class
+    seen = [int((rest.labels == k).int().argmax()) for k in range(rest.num_classes)]
     labelled = min(max(round(plan.labelled * size), max(seen) + 1), len(rest))
     unlabelled = min(round(plan.unlabelled * size), len(rest) - labelled)
     known, unknown = few_labels(rest, labelled, unlabelled)
@@ -328,7 +340,8 @@ def _number(plan: Recipe, train: ImageSet, unlabelled: Unlabelled | None) -> int
 def _with_updates(plan: Recipe, updates: int) -> Recipe:
     "A recipe of so many updates, its milestones and knots in proportion."
     before = plan.iterations or plan.epochs
-    return replace(plan, epochs=None, iterations=updates, milestones=tuple(m * updates / before for m in plan.milestones),
+    return replace(plan, epochs=None, iterations=updates,
+                   milestones=tuple(m * updates / before for m in plan.milestones),
                    knots=tuple((place * updates / before, factor) for place, factor in plan.knots))
 
 # %% ../nbs/33_catalogue.ipynb #88c33387
@@ -360,15 +373,18 @@ def setting(
     model: str | None = None,  # Network, any name that `create` takes; None: the tier's
     images: int | None = None,  # Training images; None: the tier's
     seed: int = 0,  # Of initial weights, batches and attacks; images and split do not depend on it
-    init: str | Path | None = None,  # Weights to start from: a run's, which bring their network, or a state_dict of `model`
+    # Weights to start from: a run's, which bring their network, or a state_dict of `model`
+    init: str | Path | None = None,
     mean: Sequence[float] | None = None,  # Of a state_dict in `init`, as for `open_weights`
     std: Sequence[float] | None = None,  # Of a state_dict in `init`, as for `open_weights`
-    size: int | Sequence[int] | None = None,  # Side, or height and width, of pictures in folders, as for `load`
+    # Side, or height and width, of pictures in folders, as for `load`
+    size: int | Sequence[int] | None = None,
     **changes: Any,  # Fields of the recipe, such as epochs=3
 ) -> Setting:  # Ready for `fit`
     "Everything to train one published model at a tier."
     if init is None and (mean or std):
-        raise ValueError("mean and std belong to weights from elsewhere: pass them with init (in the shell --init FILE)")
+        raise ValueError("mean and std belong to weights from elsewhere: pass them with init (in "
+                         "the shell --init FILE)")
     changes |= {"seed": seed} | ({"model": model} if model else {})
     whole = load(replace(adapt(recipe(name), data, tier), **changes).data, size=size)
     rest, validation = whole.split(min(TIER[tier].held_out, len(whole) // 5))
@@ -377,7 +393,8 @@ def setting(
     plan, train, unlabelled = _planned(name, data, tier, rest, len(whole), images, changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = _fresh(plan, whole) if init is None else _continued(Path(init).expanduser(), whole, model, mean=mean, std=std)
+        network = (_fresh(plan, whole) if init is None
+                   else _continued(Path(init).expanduser(), whole, model, mean=mean, std=std))
     form = network.metadata
     if init is not None: plan = replace(plan, model=form["name"], model_options=form["options"])
     return Setting(network, train, plan, validation, unlabelled)

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from .batches import Stream
 from .data import ImageSet, Unlabelled
 from .generators import LatentSet
-from .models import (BUILDERS, NormalizedModel, create, load_weights, plain_state, read_tensors, tensor_hash,
+from .models import (BUILDERS, NormalizedModel, create, load_weights, plain_state,
+                           read_tensors, tensor_hash,
                            unwrap, write_tensors)
 from .recipes import Recipe
 from .records import check_writable, write_atomic, write_json
@@ -130,14 +131,16 @@ def load_state(
 
 # %% ../nbs/30_checkpoints.ipynb #c4557264
 def _of_pixels(data: ImageSet | Unlabelled) -> dict[str, Any]:
-    "Name, size and pixels of a data set, the pixels, or what they are drawn from, as a fingerprint."
+    """Name, size and pixels of a data set, the pixels, or what they are drawn from, as a
+    fingerprint."""
     drawn = isinstance(data, LatentSet)
     tensors = {"": data.z} | plain_state(data.generator) if drawn else {"": data.images}
     return {"name": data.name, "images": len(data), "pixels": tensor_hash(tensors)}
 
 
 def _of_data(data: ImageSet | Stream) -> dict[str, Any]:
-    "Name, size and contents of a data set, the contents as fingerprints; a stream's contents are not known."
+    """Name, size and contents of a data set, the contents as fingerprints; a stream's contents
+    are not known."""
     if isinstance(data, Stream):
         return {"name": data.name, "batches": len(data)}
     names = tensor_hash({}, json.dumps(list(data.classes)))
@@ -302,7 +305,8 @@ def _merit(row: Mapping[str, Any]) -> float | None:
 
 def best_row(
     history: list[dict[str, Any]],  # Rows of `fit`, with a validation set
-) -> dict[str, Any]:  # Largest `val_robust`, of a flow least `val_bits_per_dim`; of equals the later one
+) -> dict[str, Any]:
+    # Largest `val_robust`, of a flow least `val_bits_per_dim`; of equals the later one
     "The epoch to keep: chosen on images held out, classifiers under attack, never on the test set."
     return max(history, key=lambda row: (_merit(row), row["epoch"]))
 
@@ -311,7 +315,8 @@ def _since_best(history: Sequence[Mapping[str, Any]]) -> int:
     "Epochs since the first of the best ones."
     merits = [_merit(row) for row in history]
     if None in merits:
-        raise ValueError(f"patience needs val_robust in every row, got {[*history[-1]]}: return it from the judge")
+        raise ValueError(f"patience needs val_robust in every row, got {[*history[-1]]}: return it "
+                         "from the judge")
     return len(merits) - 1 - merits.index(max(merits))
 
 # %% ../nbs/30_checkpoints.ipynb #5a928fa4
@@ -351,7 +356,8 @@ def overfitting_gap(
 def collapsed(
     history: list[dict[str, Any]],  # Rows of `fit`, with a validation set
 ) -> bool:  # Whether the last of them shows a collapse
-    "Catastrophic overfitting: below half of the best accuracy under the probe, which was 10 % or more."
+    """Catastrophic overfitting: below half of the best accuracy under the probe, which was 10 %
+    or more."""
     best = best_row(history)["val_robust"]
     return best >= 0.1 and history[-1]["val_robust"] < best / 2
 
@@ -373,7 +379,8 @@ def publish(
     write_atomic(folder / "log.jsonl", lambda part: part.write_text(log, encoding="utf-8"))
 
 # %% ../nbs/30_checkpoints.ipynb #471e3dd0
-_INSIDE = ("state_dict", "model_state_dict", "model", "net")  # where scripts keep the weights in a dictionary
+# where scripts keep the weights in a dictionary
+_INSIDE = ("state_dict", "model_state_dict", "model", "net")
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 
 # %% ../nbs/30_checkpoints.ipynb #b0c69722
@@ -381,13 +388,18 @@ def _plain_tensors(path: Path) -> dict[str, Tensor]:
     "The named tensors of a file; nothing in it is executed."
     mend = "write it by torch.save(model.state_dict(), FILE)"
     try:
-        read = load_file if path.suffix == ".safetensors" else partial(torch.load, map_location="cpu", weights_only=True)
+        read = (load_file if path.suffix == ".safetensors"
+                else partial(torch.load, map_location="cpu", weights_only=True))
         found = read(path)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, LookupError, UnpicklingError) as error:
-        raise ValueError(f"{path} is no file of tensors alone ({type(error).__name__}): {mend}") from error
-    while isinstance(found, Mapping) and (inner := [k for k in _INSIDE if isinstance(found.get(k), Mapping)]):
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, LookupError,
+            UnpicklingError) as error:
+        raise ValueError(f"{path} is no file of tensors alone ({type(error).__name__}): "
+                         f"{mend}") from error
+    while (isinstance(found, Mapping)
+           and (inner := [k for k in _INSIDE if isinstance(found.get(k), Mapping)])):
         found = found[inner[0]]
-    tensors = {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, Mapping) else {}
+    tensors = ({k: v for k, v in found.items() if isinstance(v, Tensor)}
+               if isinstance(found, Mapping) else {})
     if not tensors:
         raise ValueError(f"{path} holds no tensors by name: {mend}")
     return tensors
@@ -430,10 +442,12 @@ def _fill_in(path: Path, network: NormalizedModel, tensors: Mapping[str, Tensor]
     own = network.model.state_dict()
     found = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")} | dict(tensors)
     odd = {"lack": own.keys() - found.keys(), "are unknown to it": found.keys() - own.keys(),
-           "have another shape": {k for k in own.keys() & found.keys() if own[k].shape != found[k].shape}}
+           "have another shape": {k for k in own.keys() & found.keys()
+                                  if own[k].shape != found[k].shape}}
     said = [f"{len(names)} {what}, such as {min(names)}" for what, names in odd.items() if names]
     if said:
-        raise ValueError(f"the tensors of {path} are not those of {network.metadata['name']!r}: {'; '.join(said)}; "
+        raise ValueError(f"the tensors of {path} are not those of {network.metadata['name']!r}: "
+                         f"{'; '.join(said)}; "
                          "name the network they belong to (in the shell --model NAME)")
     network.model.load_state_dict(found)
 
@@ -450,30 +464,38 @@ def names_its_network(
 
 # %% ../nbs/30_checkpoints.ipynb #6e1d8495
 def open_weights(
-    path: str | Path,  # A state_dict (*.pth, *.pt, *.safetensors), or a file written by `save_weights`
+    # A state_dict (*.pth, *.pt, *.safetensors), or a file written by `save_weights`
+    path: str | Path,
     name: str | None = None,  # The network they belong to, as for `create`; None: the file says it
     *,
     num_classes: int | None = None,  # None: the file tells
-    mean: Sequence[float] | None = None,  # Per channel, in [0, 1]; None: the file's, or what timm records, else 0
-    std: Sequence[float] | None = None,  # Per channel, in [0, 1]; None: the file's, or what timm records, else 1
-) -> NormalizedModel | nn.Module:  # On the CPU, in eval mode; `.metadata["start"]`: fingerprint of the weights
+    # Per channel, in [0, 1]; None: the file's, or what timm records, else 0
+    mean: Sequence[float] | None = None,
+    # Per channel, in [0, 1]; None: the file's, or what timm records, else 1
+    std: Sequence[float] | None = None,
+) -> NormalizedModel | nn.Module:
+    # On the CPU, in eval mode; `.metadata["start"]`: fingerprint of the weights
     "The network of a file of weights, wherever it was trained; nothing in the file is executed."
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
     if names_its_network(path):
         if name or num_classes or mean or std:
-            raise ValueError(f"{path} brings its own network, classes and normalisation: leave them out")
+            raise ValueError(f"{path} brings its own network, classes and normalisation: leave "
+                             "them out")
         network = load_weights(path)
         network.metadata["start"] = tensor_hash(network.state_dict())
         return network
     if name is None:
-        raise ValueError(f"{path} does not say which network it belongs to: name one (in the shell --model NAME)")
+        raise ValueError(f"{path} does not say which network it belongs to: name one (in the shell "
+                         "--model NAME)")
     tensors = _bare_names(_plain_tensors(path), _forms(name))
-    form = {keyword: _read_off(name, tensors, keyword) or usual for keyword, usual in _USUAL.items()}
+    form = {keyword: _read_off(name, tensors, keyword) or usual
+            for keyword, usual in _USUAL.items()}
     if num_classes not in (None, form["num_classes"]):
         raise ValueError(f"{path} has {form['num_classes']} classes, not {num_classes}")
-    held = {k: tensors.pop(k).flatten().tolist() for k in ("mean", "std") if k in tensors.keys() - _forms(name).keys()}
+    held = {k: tensors.pop(k).flatten().tolist() for k in ("mean", "std")
+            if k in tensors.keys() - _forms(name).keys()}
     network = create(name, **form, mean=mean or held.get("mean"), std=std or held.get("std"))
     _fill_in(path, network, tensors)
     network.metadata["start"] = tensor_hash(network.state_dict())

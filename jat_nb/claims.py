@@ -153,7 +153,8 @@ class Evidence:
     def required(self) -> list[str]: return self.required_on(None)
 
     def required_on(self, data: str | None) -> list[str]:
-        "The recipes of the paper's first table, without which nothing is decided; None: on every data set."
+        """The recipes of the paper's first table, without which nothing is decided; None: on
+        every data set."""
         rows = [row for row in self.paper.rows if row.table == self.paper.rows[0].table]
         return list(dict.fromkeys(row.recipe for row in rows if data in (None, row.data)))
 
@@ -179,7 +180,8 @@ class Evidence:
         "A place with the recipe's full name and the recorded name of a source."
         recipe = self.full(where[0])
         if "sources" not in where: return (recipe, *where[1:])
-        return (recipe, *where[1:-1], transfer_key(self.runs, recipe, self.full(where[-1]), where[2]))
+        return (recipe, *where[1:-1],
+                transfer_key(self.runs, recipe, self.full(where[-1]), where[2]))
 
     def share(self, where: Where, data: str = "") -> Share | Score | None:
         "One accuracy, or one score of the paper, all seeds together."
@@ -262,7 +264,8 @@ def _given(e: Evidence, check: Check) -> Iterator[Finding]:
 # %% ../nbs/41_claims.ipynb #9656e6c8
 def _redrawn(shares: Sequence[Share | Score], draws: int = 1000) -> Tensor:
     "Accuracies as they are and on redrawn images (1 + draws, networks)."
-    if all(isinstance(s, Score) for s in shares): return torch.stack([s.drawn for s in shares], dim=1)
+    if all(isinstance(s, Score) for s in shares):
+        return torch.stack([s.drawn for s in shares], dim=1)
     g, n = torch.Generator().manual_seed(0), min(s.n for s in shares)
     values = torch.tensor([s.value for s in shares], dtype=torch.float64)
     if all(s.bits is not None for s in shares):
@@ -287,7 +290,8 @@ def redrawn(
 # %% ../nbs/41_claims.ipynb #45df374c
 def redrawn_finding(
     what: str,  # What was measured
-    values: Tensor | None,  # As it is, then on redrawn images (1 + draws,); None if something is missing
+    # As it is, then on redrawn images (1 + draws,); None if something is missing
+    values: Tensor | None,
     **bounds: Any,  # `at_least`, `at_most`, `by_estimate` and `printed` of `Finding`
 ) -> Finding:  # With the middle 95 % of the redraws
     "A number computed from several networks at once, as a finding."
@@ -399,9 +403,11 @@ COMPARISONS: Mapping[str, Callable[[Evidence, Check], Iterator[Finding]]] = Mapp
 def _names(e: Evidence, check: Check) -> list[str]:
     "What a star stands for: the required recipes, and whatever else was judged."
     data, place = check.data or e.paper.home, check.at[0][1:]
-    found, required = recipe_names(e.runs, data=data, tier=e.tier, paper=e.paper.key), e.required_on(data)
+    found, required = (recipe_names(e.runs, data=data, tier=e.tier, paper=e.paper.key),
+                       e.required_on(data))
     more = [name for name in found if name not in required]
-    if place[0] in e.paper.scores: return required + [n for n in more if e.share((n, *place), data) is not None]
+    if place[0] in e.paper.scores:
+        return required + [n for n in more if e.share((n, *place), data) is not None]
     return required + [name for name in more if e.of(name, e.suite((name, *place)), data)]
 
 # %% ../nbs/41_claims.ipynb #7f32f74c

@@ -31,7 +31,8 @@ from .catalogue import Setting, adapt, listing, other_lengths, papers, recipes, 
 from .claims import judge_claims
 from .data import Budget, default_budget, load
 from .glow import Glow
-from .judging import (adopt, classifies, ending, find_runs, judge, needed_runs, networks_for, open_classifier,
+from .judging import (adopt, classifies, ending, find_runs, judge, needed_runs, networks_for,
+                            open_classifier,
                             open_own, run_facts, sources_for, unfinished)
 from .own_pictures import attack_files, attack_options, check_apart
 from .processes import on_first, processes, until_interrupted
@@ -51,7 +52,8 @@ def _kind(anno: Any) -> dict[str, Any]:
         return {"action": BooleanOptionalAction}
     if get_origin(anno) is Literal:
         return {"choices": get_args(anno)}
-    inner = [t for t in get_args(anno) if t is not type(None)]  # of list[T], T | None or list[T] | None
+    # of list[T], T | None or list[T] | None
+    inner = [t for t in get_args(anno) if t is not type(None)]
     if get_origin(anno) is list:
         return {"nargs": "+", "action": "extend", "type": inner[0]}
     return _kind(inner[0]) if inner else {"type": anno}
@@ -90,7 +92,8 @@ _FAILURES = (ValueError, OSError, FloatingPointError, ImportError, RuntimeError,
 
 # %% ../nbs/55_cli.ipynb #c9207e01
 def _home(value: Any) -> Any:
-    "Words of a command line, a leading ~ made the home folder; a shell leaves it alone within --out=~/x."
+    """Words of a command line, a leading ~ made the home folder; a shell leaves it alone within
+    --out=~/x."""
     if isinstance(value, (list, tuple)):
         return [_home(v) for v in value]
     return os.path.expanduser(value) if isinstance(value, str) else value
@@ -98,7 +101,8 @@ def _home(value: Any) -> Any:
 # %% ../nbs/55_cli.ipynb #36c4e0c0
 def command(
     work: Callable[..., int],  # Documented function; its answer is the exit status
-) -> Callable[..., int]:  # work(option=...), or command(words): words of a command line, None for the real one
+) -> Callable[..., int]:
+    # work(option=...), or command(words): words of a command line, None for the real one
     "Make a function a command as well."
     @wraps(work)
     def program(words: Sequence[str] | None = None, /, **options: Any) -> int:
@@ -111,7 +115,8 @@ def command(
             print(f"{work.__name__}: error: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            print(f"{work.__name__}: interrupted; the same command goes on from here", file=sys.stderr)
+            print(f"{work.__name__}: interrupted; the same command goes on from here",
+                  file=sys.stderr)
             return 130
     return program
 
@@ -167,10 +172,12 @@ def _changes(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if name not in known or not equals:
-            raise ValueError(f"--set takes FIELD=VALUE with a field of {', '.join(sorted(known))}; got {pair!r}")
+            raise ValueError(f"--set takes FIELD=VALUE with a field of {', '.join(sorted(known))}; "
+                             f"got {pair!r}")
         if name == "data": value = _whole_name(value)
         try:
-            changes[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
+            changes[name] = json.loads({"True": "true", "False": "false",
+                                        "None": "null"}.get(value, value))
         except json.JSONDecodeError:
             changes[name] = value
     return changes
@@ -189,37 +196,43 @@ def _measure(s: Setting, needs: dict[str, nn.Module], device: str) -> str:
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        train_step(model, batch, optimizer, bound.objective, bound.attacks, r.amp, accumulate=r.accumulate)
+        train_step(model, batch, optimizer, bound.objective, bound.attacks, r.amp,
+                   accumulate=r.accumulate)
         seconds.append(time.perf_counter() - start)
     rate = len(batch.y) / min(seconds)
     length = r.iterations * len(batch.y) if r.iterations else r.epochs * len(s.train)  # images
-    memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.startswith("cuda") else ""
+    memory = (f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.startswith("cuda")
+              else "")
     whole = f"{r.iterations} iterations" if r.iterations else f"{r.epochs} epochs"
     return f"{rate:,.0f} images/s{memory}, about {length / rate / 60:.1f} min for {whole}"
 
 # %% ../nbs/55_cli.ipynb #b7cf9f90
-def _train_one(s: Setting, needs: dict[str, nn.Module], about: dict[str, Any], out: Path, device: str,
+def _train_one(s: Setting, needs: dict[str, nn.Module], about: dict[str, Any], out: Path,
+               device: str,
                deadline: float) -> bool:
     "Train until a moment of `time.perf_counter`, or go on with it; whether it is finished."
     title = f"{about['name']}, seed {about['seed']}"
     if not (check_writable(out) / "resume.safetensors").exists():
         _say(f"{title}: {_measure(s, needs, device)}")
     with until_interrupted(deadline - time.perf_counter()) as seconds:
-        history = fit(s.model, s.train, s.recipe, validation=s.validation, unlabelled=s.unlabelled, needs=needs,
+        history = fit(s.model, s.train, s.recipe, validation=s.validation, unlabelled=s.unlabelled,
+                      needs=needs,
                       out=out, about=about, device=device, seconds=seconds)
     left = on_first(lambda: unfinished(out))  # the first process writes the log
     _say(f"{title}: {ending(history, s.recipe, left)}, in {out}")
     return not left
 
 # %% ../nbs/55_cli.ipynb #ba6d7f78
-def _check_jobs(plans: Mapping[str, Recipe], needs: Mapping[str, Path], places: Sequence[Path], download: bool) -> None:
+def _check_jobs(plans: Mapping[str, Recipe], needs: Mapping[str, Path], places: Sequence[Path],
+                download: bool) -> None:
     "What can be refused is refused before anything is trained; missing data sets are fetched."
     for plan in plans.values():
         bind(plan, networks_for(needs, plan))
     for place in places:
         check_writable(place)
     for name in {plan.data for plan in plans.values()} if download else ():
-        on_first(lambda: len(load(name, "train", download=True)) + len(load(name, "test", download=True)))
+        on_first(lambda: len(load(name, "train", download=True))
+                 + len(load(name, "test", download=True)))
 
 # %% ../nbs/55_cli.ipynb #c2d68324
 @command
@@ -233,10 +246,13 @@ def jat_train(
     size: list[int] | None = None,  # Side, or height and width, to bring pictures in folders to
     model: str | None = None,  # Network, any name that `create` takes; the tier's if not given
     needs: list[str] | None = None,  # KEYWORD=RUN: the run of a network that the recipe stands on
-    init: str | None = None,  # Weights to start from: a run's best.safetensors, or a state_dict of --model
-    mean: list[float] | None = None,  # Of a state_dict in --init: mean of each channel in its training, in [0, 1]
+    # Weights to start from: a run's best.safetensors, or a state_dict of --model
+    init: str | None = None,
+    # Of a state_dict in --init: mean of each channel in its training, in [0, 1]
+    mean: list[float] | None = None,
     std: list[float] | None = None,  # Of a state_dict in --init: spread of each channel
-    tier: Literal["smoke", "cpu", "gpu", "paper"] = "cpu",  # How far the published setting is cut down
+    # How far the published setting is cut down
+    tier: Literal["smoke", "cpu", "gpu", "paper"] = "cpu",
     images: int | None = None,  # Training images; the tier's if not given
     seed: list[int] | None = None,  # One run for each seed; 0 if not given
     set_: list[str] | None = None,  # FIELD=VALUE replaces a field of the recipe, such as epochs=3
@@ -244,7 +260,8 @@ def jat_train(
     device: str = DEVICE,  # Where to compute
     threads: int | None = None,  # Processor threads; all if not given
 ) -> int:  # Exit status: 0 done, 2 refused, 3 out of time
-    "Train recipes of the papers. A run that was stopped goes on when the same command is given again."
+    """Train recipes of the papers. A run that was stopped goes on when the same command is given
+    again."""
     if list_:
         _say(listing())
         return 0
@@ -252,17 +269,21 @@ def jat_train(
         raise ValueError("pass --recipe NAME and --out FOLDER, or --list to see the recipes")
     for name in (n for n in recipe if n not in recipes()):
         raise ValueError(f"unknown recipe {name!r}: jat_train --list shows all")
-    _threads(threads), _check(time_budget=(time_budget, 0), seed=(min(seed or [0]), 0), images=(images, 1))
+    _threads(threads), _check(time_budget=(time_budget, 0), seed=(min(seed or [0]), 0),
+                              images=(images, 1))
     deadline, changes = time.perf_counter() + time_budget, _changes(set_ or [])
     runs, data, size = needed_runs(needs or []), _whole_name(data), _size(size)
     jobs = [(name, s) for s in seed or [0] for name in recipe]
     places = [run_folder(out, *job) if len(jobs) > 1 else Path(out) for job in jobs]
-    _check_jobs({name: replace(adapt(recipes()[name], data, tier), **changes) for name in recipe}, runs, places, download)
+    _check_jobs({name: replace(adapt(recipes()[name], data, tier), **changes) for name in recipe},
+                runs, places, download)
     for (name, number), place in zip(jobs, places):
         s = setting(name, data=data, tier=tier, model=model, images=images, seed=number, init=init,
                     mean=mean, std=std, size=size, **changes)
-        about = {"name": name, "tier": tier, "data": s.recipe.data, "variant": s.train.variant, "seed": number,
-                 "model": s.model.metadata["name"], "changes": other_lengths(name, tier, s.recipe) | changes,
+        about = {"name": name, "tier": tier, "data": s.recipe.data, "variant": s.train.variant,
+                 "seed": number,
+                 "model": s.model.metadata["name"],
+                 "changes": other_lengths(name, tier, s.recipe) | changes,
                  "classes": s.train.classes, "shape": s.train.images.shape[1:]}
         about |= {k: v for k, v in {"images": images, "resized": size}.items() if v}
         about |= {"start": s.model.metadata["start"]} if init else {}
@@ -278,7 +299,8 @@ def _finished(runs: Sequence[str]) -> list[Path]:
     for run in find_runs(runs):
         try:
             left, named = unfinished(run), classifies(run)
-            why = f"{left}; the command that began it goes on" if left else "" if named else "its network names no classes"
+            why = (f"{left}; the command that began it goes on" if left else "" if named
+                   else "its network names no classes")
         except ValueError as error:  # a damaged run costs none of the others
             why = str(error)
         if why:
@@ -286,13 +308,15 @@ def _finished(runs: Sequence[str]) -> list[Path]:
         else:
             found.append(check_writable(run))
     if not found:
-        raise ValueError(f"no finished run of a classifier in or below {', '.join(runs)} ({why}): train one to the end "
+        raise ValueError(f"no finished run of a classifier in or below {', '.join(runs)} ({why}): "
+                         "train one to the end "
                          "before judging; what a flow learned is in its log.jsonl")
     return found
 
 # %% ../nbs/55_cli.ipynb #48cf7d2e
 def _first_suite(run: Path) -> str:
-    "What a run is asked if nothing is said: the suite of its paper's first column, else the first there is."
+    """What a run is asked if nothing is said: the suite of its paper's first column, else the
+    first there is."""
     name = str(run_facts(run)["about"].get("name"))
     paper = papers().get(name.split("/")[0])
     if paper and name in paper.recipes and (suite := paper.suite_of("", name)):
@@ -304,7 +328,8 @@ def _one_line(answer: dict[str, Any]) -> str:
     "What a suite answered, in a line."
     if "failed" in answer:  # the checks for masking
         return f"failed checks: {', '.join(answer['failed']) or 'none'}"
-    return ", ".join(f"{k} {row['accuracy (%)']:.1f}" for k, row in answer.get("rows", {}).items()) or "done"
+    return (", ".join(f"{k} {row['accuracy (%)']:.1f}" for k, row in answer.get("rows", {}).items())
+            or "done")
 
 
 def _each_class(rows: dict[str, Any]) -> str:
@@ -317,20 +342,24 @@ def _said(weights: str, **said: Any) -> dict[str, Any] | None:
     said = {name: value for name, value in said.items() if value is not None}
     if weights in ("last", "best"):
         if said:
-            raise ValueError(f"--{' --'.join(said)} say what a run knows itself: pass them with --weights FILE")
+            raise ValueError(f"--{' --'.join(said)} say what a run knows itself: pass them with "
+                             "--weights FILE")
         return None
     if not Path(weights).is_file():
-        raise FileNotFoundError(f"--weights takes last, best or a file of weights; there is no file {weights!r}")
+        raise FileNotFoundError("--weights takes last, best or a file of weights; there is no "
+                                f"file {weights!r}")
     if len(counted := said.get("classes", ())) == 1 and counted[0].isdigit():
         said["classes"] = int(counted[0])
-    return said | {"size": _size(said.get("size"))} | ({"data": _whole_name(said["data"])} if "data" in said else {})
+    return said | {"size": _size(said.get("size"))} | ({"data": _whole_name(said["data"])}
+                                                       if "data" in said else {})
 
 
-def _adopted(weights: str, out: str | None, model: str | None, own: dict[str, Any], runs: Sequence[str]) -> str:
+def _adopted(weights: str, out: str | None, model: str | None, own: dict[str, Any],
+             runs: Sequence[str]) -> str:
     "The folder in which weights from elsewhere are judged."
     if runs or not out or "data" not in own:
-        raise ValueError("weights from elsewhere are judged in a folder of their own: pass --data NAME and --out FOLDER "
-                         "beside --weights FILE, and no runs")
+        raise ValueError("weights from elsewhere are judged in a folder of their own: pass --data "
+                         "NAME and --out FOLDER beside --weights FILE, and no runs")
     return on_first(lambda: str(adopt(weights, out, model, **own)))
 
 # %% ../nbs/55_cli.ipynb #2e415632
@@ -343,42 +372,54 @@ def _budget(data: str, eps_pixel: float | None, eps_flow: float | None) -> Budge
 # %% ../nbs/55_cli.ipynb #ae96d6c2
 @command
 def jat_eval(
-    runs: list[str] | None = None,  # Folders of runs, or folders that hold them; none with --weights FILE
+    # Folders of runs, or folders that hold them; none with --weights FILE
+    runs: list[str] | None = None,
     *,
-    suite: list[str] | None = None,  # Which questions; the first suite of the run's paper if not given
+    # Which questions; the first suite of the run's paper if not given
+    suite: list[str] | None = None,
     n: int = 1000,  # Test images; fewer are the first of more
     per_class: bool = False,  # Show the accuracy of every class as well
     weights: str = "last",  # Which epoch, last or best; or a file of weights from elsewhere
     model: str | None = None,  # With --weights FILE: its network, any name that `create` takes
     data: str | None = None,  # With --weights FILE: data set, a name or folder:PATH
-    classes: list[str] | None = None,  # With --weights FILE: names of its classes in order, or their number
+    # With --weights FILE: names of its classes in order, or their number
+    classes: list[str] | None = None,
     size: list[int] | None = None,  # With --weights FILE: side, or height and width, of its images
-    mean: list[float] | None = None,  # With --weights FILE: mean of each channel in its training, in [0, 1]
+    # With --weights FILE: mean of each channel in its training, in [0, 1]
+    mean: list[float] | None = None,
     std: list[float] | None = None,  # With --weights FILE: spread of each channel
     out: str | None = None,  # With --weights FILE: folder for weights and answers
-    eps_pixel: float | None = None,  # Pixel budget in grey levels of 255; the data set's if not given
+    # Pixel budget in grey levels of 255; the data set's if not given
+    eps_pixel: float | None = None,
     eps_flow: float | None = None,  # Flow budget in pixels; the data set's if not given
     steps: int = 20,  # Steps of the iterated attacks
     source: list[str] | None = None,  # Runs on which transferred images are made
-    needs: list[str] | None = None,  # KEYWORD=RUN: the run of a network that an attack stands on, such as flow=RUN
+    # KEYWORD=RUN: the run of a network that an attack stands on, such as flow=RUN
+    needs: list[str] | None = None,
     seed: int = 0,  # Seed of the attacks
     batch_size: int = 250,  # Images attacked at once; not the result
-    fast: bool | None = None,  # Attack a faster copy, judge by the network itself; on at tier cpu if not given
+    # Attack a faster copy, judge by the network itself; on at tier cpu if not given
+    fast: bool | None = None,
     amp: bool = False,  # bfloat16 while attacking; verdicts stay in float32
     again: bool = False,  # Repeat what is already there
     device: str = DEVICE,  # Where to compute
     threads: int | None = None,  # Processor threads; all if not given
 ) -> int:  # Exit status: 0 done, 2 refused
-    "Judge trained runs. Each suite's answers are written into the run's folder; those already there are kept."
-    _threads(threads), _check(n=(n, 1), steps=(steps, 1), batch_size=(batch_size, 1), seed=(seed, 0),
+    """Judge trained runs. Each suite's answers are written into the run's folder; those already
+    there are kept."""
+    _threads(threads), _check(n=(n, 1), steps=(steps, 1), batch_size=(batch_size, 1),
+                              seed=(seed, 0),
                               eps_pixel=(eps_pixel, 0), eps_flow=(eps_flow, 0))
     for name in (s for s in suite or () if s not in suites()):
         raise ValueError(f"unknown suite {name!r}: choose from {', '.join(suites())}")
-    own = _said(weights, model=model, data=data, classes=classes, size=size, mean=mean, std=std, out=out)
+    own = _said(weights, model=model, data=data, classes=classes, size=size, mean=mean, std=std,
+                out=out)
     if own is not None:
-        runs, weights = [_adopted(weights, own.pop("out", None), own.pop("model", None), own, runs or ())], "last"
+        runs, weights = [_adopted(weights, own.pop("out", None), own.pop("model", None), own,
+                                  runs or ())], "last"
     if not runs:
-        raise ValueError("pass the folders of runs, or --weights FILE --model NAME --data NAME --out FOLDER")
+        raise ValueError("pass the folders of runs, or --weights FILE --model NAME --data NAME "
+                         "--out FOLDER")
     finished, standing = _finished(runs), needed_runs(needs or [])
     jobs = [(run, name) for name in suite or [""] for run in finished]
     for run, name in progress(jobs, description="judging", unit="suite"):
@@ -388,8 +429,10 @@ def jat_eval(
             _say(f"{run}, {name}: passed over, it has no source but itself")
             continue
         budget = _budget(run_facts(run)["about"]["data"], eps_pixel, eps_flow)
-        record, new = judge(run, name, n=n, weights=weights, budget=budget, steps=steps, sources=sources, needs=standing,
-                            seed=seed, fast=fast, batch_size=batch_size, amp=amp, again=again, device=device)
+        record, new = judge(run, name, n=n, weights=weights, budget=budget, steps=steps,
+                            sources=sources, needs=standing,
+                            seed=seed, fast=fast, batch_size=batch_size, amp=amp, again=again,
+                            device=device)
         _say(f"{run}, {name}: {_one_line(record.metrics)} ({record.seconds:.0f} s)" if new
              else f"{run}, {name}: already there (--again repeats it)")
         if per_class and "by_class" in record.metrics: _say(_each_class(record.metrics["by_class"]))
@@ -403,36 +446,48 @@ def jat_attack(
     images: str,  # A picture or a folder of them; folders named after classes label them
     out: str,  # Folder where the pictures go
     attack: str = "double_pass",  # Which attack, by its name in `ATTACKS`
-    loss: str | None = None,  # What the attack climbs: cross_entropy, margin or dlr; the attack's own if not given
-    eps_pixel: float | None = None,  # Pixel budget in grey levels of 255; the data set's if not given
+    # What the attack climbs: cross_entropy, margin or dlr; the attack's own if not given
+    loss: str | None = None,
+    # Pixel budget in grey levels of 255; the data set's if not given
+    eps_pixel: float | None = None,
     eps_flow: float | None = None,  # Flow budget in pixels; the data set's if not given
     steps: int = 20,  # Steps of the attack
     batch_size: int = 250,  # Pictures attacked at once; not the result
     weights: str = "last",  # Which epoch, last or best; or a file of weights from elsewhere
     model: str | None = None,  # With --weights FILE: its network, any name that `create` takes
-    data: str | None = None,  # With --weights FILE: data set that names its classes, if one is at hand
-    classes: list[str] | None = None,  # With --weights FILE: names of its classes in order, or their number
+    # With --weights FILE: data set that names its classes, if one is at hand
+    data: str | None = None,
+    # With --weights FILE: names of its classes in order, or their number
+    classes: list[str] | None = None,
     size: list[int] | None = None,  # With --weights FILE: side, or height and width, of its images
-    mean: list[float] | None = None,  # With --weights FILE: mean of each channel in its training, in [0, 1]
+    # With --weights FILE: mean of each channel in its training, in [0, 1]
+    mean: list[float] | None = None,
     std: list[float] | None = None,  # With --weights FILE: spread of each channel
-    save: str | None = None,  # File *.safetensors for the numbers: clean, adversarial, labels, verdicts
+    # File *.safetensors for the numbers: clean, adversarial, labels, verdicts
+    save: str | None = None,
     seed: int = 0,  # Seed of the random start
     device: str = DEVICE,  # Where to compute
     threads: int | None = None,  # Processor threads; all if not given
 ) -> int:  # Exit status: 0 done, 2 refused
-    "Attack pictures: writes each as PNG, its flow as a colour picture, and attack.json with what became of it."
+    """Attack pictures: writes each as PNG, its flow as a colour picture, and attack.json with
+    what became of it."""
     _threads(threads), _check(steps=(steps, 1), batch_size=(batch_size, 1), seed=(seed, 0))
     _check(eps_pixel=(eps_pixel, 0), eps_flow=(eps_flow, 0)), check_apart(images, out)
-    attack_options(attack, default_budget("cifar10"), steps, loss)  # refuses unknown names before anything is read
+    # refuses unknown names before anything is read
+    attack_options(attack, default_budget("cifar10"), steps, loss)
     own = _said(weights, data=data, classes=classes, size=size, mean=mean, std=std, name=model)
     if (run is None) == (own is None):
         raise ValueError("pass the folder of a run, or --weights FILE --model NAME instead")
-    facts, network = open_classifier(run, weights, device) if own is None else open_own(weights, **own)
+    facts, network = (open_classifier(run, weights, device) if own is None
+                      else open_own(weights, **own))
     if save and Path(save).is_dir():
-        raise ValueError(f"{save} is a folder: --save takes the file to write, such as {save}/set.safetensors")
+        raise ValueError(f"{save} is a folder: --save takes the file to write, such as "
+                         f"{save}/set.safetensors")
     check_writable(Path(save or out).parent), check_writable(out)
-    _say(attack_files(network.to(device), facts, images, out, attack=attack, steps=steps, loss=loss, batch_size=batch_size,
-                      budget=_budget(facts["about"]["data"], eps_pixel, eps_flow), seed=seed, save=save))
+    _say(attack_files(network.to(device), facts, images, out, attack=attack, steps=steps, loss=loss,
+                      batch_size=batch_size,
+                      budget=_budget(facts["about"]["data"], eps_pixel, eps_flow), seed=seed,
+                      save=save))
     return 0
 
 # %% ../nbs/55_cli.ipynb #7f6e80e5
@@ -442,9 +497,11 @@ def jat_report(
     *,
     out: str = "report.html",  # File of the page; it needs no network
 ) -> int:  # Exit status: 0 done, 2 refused
-    "Make one page of all runs below a folder: training, robustness, budgets, checks, and how to repeat each."
+    """Make one page of all runs below a folder: training, robustness, budgets, checks, and how
+    to repeat each."""
     if Path(out).is_dir():
-        raise ValueError(f"{out} is a folder: --out takes the file to write, such as {out}/report.html")
+        raise ValueError(f"{out} is a folder: --out takes the file to write, such as "
+                         f"{out}/report.html")
     check_writable(Path(out).parent)
     found = read_runs(runs)
     if processes().rank == 0:
@@ -456,12 +513,14 @@ _PROGRAMS = {"train": jat_train, "eval": jat_eval, "attack": jat_attack, "report
 
 
 def main(
-    words: Sequence[str] | None = None,  # Name of a program, then its words; None: those of the real command line
+    # Name of a program, then its words; None: those of the real command line
+    words: Sequence[str] | None = None,
 ) -> int:  # Exit status of the program
     "The four programs as one: python -m jat_nb train …"
     name, *rest = [*(sys.argv[1:] if words is None else words), ""]
     if (work := _PROGRAMS.get(name.removeprefix("jat_"))) or name == "--version":
         return (work or jat_report)(rest[:-1] if work else [name])
     known = "\n".join(f"  {n:<8}{work.__doc__}" for n, work in _PROGRAMS.items())
-    print(f"usage: python -m jat_nb PROGRAM ...\n{known}", file=sys.stdout if name in ("-h", "--help") else sys.stderr)
+    print(f"usage: python -m jat_nb PROGRAM ...\n{known}",
+          file=sys.stdout if name in ("-h", "--help") else sys.stderr)
     return 0 if name in ("-h", "--help") else 2

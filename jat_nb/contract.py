@@ -41,28 +41,35 @@ class _Case:
     zero: Attack | None
     shapes: Sequence[tuple[int, int, int, int]]
 
-    def attack(self, x: Tensor | None = None, y: Tensor | None = None, *, model: nn.Module | None = None,
-               images: Sequence[int] | None = None, fn: Attack | None = None, **options: Any) -> Any:
+    def attack(self, x: Tensor | None = None, y: Tensor | None = None, *,
+               model: nn.Module | None = None,
+               images: Sequence[int] | None = None, fn: Attack | None = None,
+               **options: Any) -> Any:
         x, y = self.x if x is None else x, self.y if y is None else y
         generators = image_generators(0, range(len(x)) if images is None else images)
         model = _awkward(self.model) if model is None else model
         return (fn or self.fn)(model, x.clone(), y.clone(), generator=generators, **options)
 
 # %% ../nbs/35_contract.ipynb #a6e4f2fc
-def _probe(channels: int, height: int, width: int, classes: int) -> tuple[nn.Module, Tensor, Tensor]:
-    "A small smooth network with two batch-norms and dropout, and six images, two of them at the ends of the range."
+def _probe(channels: int, height: int, width: int,
+           classes: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """A small smooth network with two batch-norms and dropout, and six images, two of them at
+    the ends of the range."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(
-            nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Tanh(), nn.Conv2d(8, 8, 3, padding=1),
-            nn.BatchNorm2d(8), nn.Dropout(0.2), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, classes))
+            nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Tanh(),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.BatchNorm2d(8), nn.Dropout(0.2), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+            nn.Linear(32, classes))
         x, y = torch.rand(6, channels, height, width), torch.randint(classes, (6,))
     x[1], x[4] = x[1] * 0.02, 1 - x[4] * 0.02
     return model, x, y
 
 # %% ../nbs/35_contract.ipynb #4d821708
 def _awkward(model: nn.Module) -> nn.Module:
-    "A copy in a state worth preserving: mixed modes, a parameter that is not trained, gradients in store."
+    """A copy in a state worth preserving: mixed modes, a parameter that is not trained,
+    gradients in store."""
     model = copy.deepcopy(model)
     for i, m in enumerate(model.modules()): m.training = i % 2 == 0
     for i, p in enumerate(model.parameters()):
@@ -73,8 +80,10 @@ def _awkward(model: nn.Module) -> nn.Module:
 def _state(model: nn.Module) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for n, m in model.named_modules():
-        hooks = len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) + len(m._backward_pre_hooks)
-        state |= {f"training flag of {n or 'the model'}": m.training, f"hooks on {n or 'the model'}": hooks}
+        hooks = (len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
+                 + len(m._backward_pre_hooks))
+        state |= {f"training flag of {n or 'the model'}": m.training,
+                  f"hooks on {n or 'the model'}": hooks}
     for n, b in model.named_buffers():
         state |= {f"buffer {n}": b.clone(), f"buffer object {n}": b.data_ptr()}
     for n, p in model.named_parameters():
@@ -114,7 +123,8 @@ def _survives_errors(case: _Case) -> str:
         except Exception:
             if len(calls) < call: raise
         handle.remove()
-        if change := _change(before, _state(model)): return f"{change}, when call {call} of the model raised"
+        if change := _change(before, _state(model)):
+            return f"{change}, when call {call} of the model raised"
     return ""
 
 # %% ../nbs/35_contract.ipynb #4bcae2fa
@@ -122,11 +132,13 @@ def _valid(case: _Case) -> str:
     x, y = case.x.clone(), case.y.clone()
     with torch.set_grad_enabled(True):
         x_adv = case.fn(_awkward(case.model), x, y, generator=image_generators(0, range(len(x))))
-        if not torch.is_grad_enabled(): return "gradients were left switched off: use `with torch.no_grad():`"
+        if not torch.is_grad_enabled():
+            return "gradients were left switched off: use `with torch.no_grad():`"
     try: check_result("fn", case.x, x_adv)
     except ValueError as error: return str(error)
     if x_adv.requires_grad: return "the result carries a graph: return x_adv.detach()"
-    changed = [name for name, now, was in (("x", x, case.x), ("y", y, case.y)) if not torch.equal(now, was)]
+    changed = [name for name, now, was in (("x", x, case.x), ("y", y, case.y))
+               if not torch.equal(now, was)]
     return f"{' and '.join(changed)} changed in place" if changed else ""
 
 def _within(case: _Case) -> str:
@@ -136,9 +148,11 @@ def _within(case: _Case) -> str:
     else:
         found = case.attack(return_info=True)
         x_adv, gap = found.x_adv, found.x_adv - apply_chain(case.threats, case.x, found.params)
-        inside = contains_chain(case.threats, case.x, found.params) & (gap.abs().flatten(1).amax(dim=1) <= 1e-5)
+        inside = contains_chain(case.threats, case.x,
+                                found.params) & (gap.abs().flatten(1).amax(dim=1) <= 1e-5)
     largest = (x_adv - case.x).abs().max()
-    return "" if inside.all() else f"{int((~inside).sum())} images outside; a value changed by {largest:.4f}"
+    return ("" if inside.all()
+            else f"{int((~inside).sum())} images outside; a value changed by {largest:.4f}")
 
 # %% ../nbs/35_contract.ipynb #1a14d69b
 def _hard(case: _Case) -> str:
@@ -148,7 +162,8 @@ def _hard(case: _Case) -> str:
         model = copy.deepcopy(case.model)
         model.register_forward_hook(lambda module, inputs, logits: scale * logits)
         hard = replace(case, model=model, x=x)
-        if seen := _valid(hard) or _within(hard): return f"{seen} ({what} images, logits times {scale:g})"
+        if seen := _valid(hard) or _within(hard):
+            return f"{seen} ({what} images, logits times {scale:g})"
     return ""
 
 # %% ../nbs/35_contract.ipynb #b656fe3b
@@ -161,16 +176,19 @@ def _any_shape(case: _Case) -> str:
 
 # %% ../nbs/35_contract.ipynb #fbfc300c
 def _differ(a: Tensor, b: Tensor, share: float) -> str:
-    "More than a share of the values of an image differ; a share, where rounding may flip a sign now and then."
+    """More than a share of the values of an image differ; a share, where rounding may flip a
+    sign now and then."""
     off = ((a - b).abs() > (1e-4 if share else 0)).flatten(1).double().mean(dim=1)
-    return "" if (off <= share).all() else f"image {int(off.argmax())} differs in {100 * off.max():.0f} % of its values"
+    return ("" if (off <= share).all()
+            else f"image {int(off.argmax())} differs in {100 * off.max():.0f} % of its values")
 
 def _companions(case: _Case) -> str:
     for i in (0, len(case.x) - 1):
         x, y = case.x.flip(2), case.y.roll(1)
         x[i], y[i] = case.x[i], case.y[i]
         images = [j if j == i else 100 + j for j in range(len(x))]
-        if seen := _differ(case.attack(x, y, images=images)[i:i + 1], case.attack()[i:i + 1], 0): return seen
+        if seen := _differ(case.attack(x, y, images=images)[i:i + 1], case.attack()[i:i + 1], 0):
+            return seen
     return ""
 
 # %% ../nbs/35_contract.ipynb #a47ded0c
@@ -183,7 +201,8 @@ def _alone(case: _Case) -> str:
 def _no_global_draws(case: _Case) -> str:
     torch.manual_seed(1)
     before, first = torch.get_rng_state(), case.attack()
-    if not torch.equal(before, torch.get_rng_state()): return "the attack drew from the global generator"
+    if not torch.equal(before, torch.get_rng_state()):
+        return "the attack drew from the global generator"
     torch.manual_seed(2)
     return "" if torch.equal(first, case.attack()) else "torch.manual_seed changes the result"
 
@@ -210,13 +229,16 @@ def check_attack(
     fn: Attack,  # fn(model, x, y, generator=one per image) -> x_adv
     *,
     eps_pixel: float | None = None,  # The budget, if it bounds every change of value (image units)
-    threats: Sequence[Threat] | None = None,  # The budget, if fn takes return_info=True and returns an `Adversarial`
-    within: Callable[[Tensor, Tensor], Tensor] | None = None,  # The budget as a test (x, x_adv) -> (B,) bool
+    # The budget, if fn takes return_info=True and returns an `Adversarial`
+    threats: Sequence[Threat] | None = None,
+    # The budget as a test (x, x_adv) -> (B,) bool
+    within: Callable[[Tensor, Tensor], Tensor] | None = None,
     zero: Attack | None = None,  # The attack with zero budget, to be checked for giving x back
     model: nn.Module | None = None,  # Your model, with x and y; default: a small network
     x: Tensor | None = None,  # Your images (B, C, H, W) in [0, 1], at least 2; a handful is enough
     y: Tensor | None = None,  # Your labels (B,)
-    shapes: Sequence[tuple[int, int, int, int]] = ((1, 8, 8, 2), (3, 9, 14, 10), (2, 16, 6, 100)),  # C, H, W, classes
+    # C, H, W, classes
+    shapes: Sequence[tuple[int, int, int, int]] = ((1, 8, 8, 2), (3, 9, 14, 10), (2, 16, 6, 100)),
 ) -> list[Check]:  # One per promise, in a fixed order
     "Try an attack against every promise of the contract; the model given is copied, never touched."
     if sum(v is not None for v in (eps_pixel, threats, within)) != 1:

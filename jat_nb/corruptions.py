@@ -140,7 +140,8 @@ def _ice() -> tuple[np.ndarray, ...]:
     "Five photographs of frost, each fifth pixel (height, width, 3) in [0, 1]."
     package = find_spec("imagecorruptions")
     if package is None:
-        raise ImportError('frost needs photographs: pip install "jat_nb[corruptions]", or leave it out')
+        raise ImportError('frost needs photographs: pip install "jat_nb[corruptions]", or leave it '
+                          'out')
     folder = Path(package.submodule_search_locations[0]) / "frost"
     files = [folder / f"frost{n}" for n in ("1.png", "2.png", "3.png", "4.jpg", "5.jpg")]
     photographs = [np.asarray(Image.open(file).convert("RGB")) for file in files]
@@ -202,7 +203,8 @@ CORRUPTIONS: Mapping[str, tuple[Any, ...]] = MappingProxyType({
     "zoom_blur": (1.06, 1.11, 1.16, 1.21, 1.26),  # largest factor
     "snow": ((0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
              (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9), (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
-             (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8)),  # flakes: mean, spread, size, least; streak; keep
+             # flakes: mean, spread, size, least; streak; keep
+             (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8)),
     "frost": ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)),  # shares of image and ice
     "fog": ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),  # strength, decay of the offsets
     "brightness": (0.05, 0.1, 0.15, 0.2, 0.3),  # added to the value
@@ -214,7 +216,8 @@ CORRUPTIONS: Mapping[str, tuple[Any, ...]] = MappingProxyType({
 })  # constants of the five severities by name (Hendrycks and Dietterich 2019, CIFAR-10-C)
 
 _CHANGES = {change.__name__[1:]: change for change in (
-    _gaussian_noise, _shot_noise, _impulse_noise, _defocus_blur, _glass_blur, _motion_blur, _zoom_blur, _snow,
+    _gaussian_noise, _shot_noise, _impulse_noise, _defocus_blur, _glass_blur, _motion_blur,
+    _zoom_blur, _snow,
     _frost, _fog, _brightness, _contrast, _elastic_transform, _pixelate, _jpeg_compression)}
 
 
@@ -241,9 +244,11 @@ def corrupt(
 ) -> Tensor:  # uint8, shape of `images`, on their device
     "Images under one corruption; what happens to an image does not depend on the others."
     _check_question(name, severity)
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or min(images.shape[2:]) < 16:
+    if (images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3)
+        or min(images.shape[2:]) < 16):
         raise ValueError("expected uint8 images (N, 1 or 3, H, W) of at least 16 pixels, got "
-                         f"{images.dtype} {tuple(images.shape)}: (255 * x).round().byte() makes bytes")
+                         f"{images.dtype} {tuple(images.shape)}: (255 * x).round().byte() makes "
+                         "bytes")
     numbers = range(len(images)) if indices is None else indices
     change, constants, made = _CHANGES[name], CORRUPTIONS[name][severity - 1], []
     for number, image in zip(numbers, images.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
@@ -262,19 +267,24 @@ def cifar10_c(
     "One of the 75 official sets."
     _check_question(name, severity)
     folders = [folder / "CIFAR-10-C" for folder in _roots(root)]
-    folder = next((f for f in folders if (f / f"{name}.npy").exists() and (f / "labels.npy").exists()), None)
+    folder = next((f for f in folders if (f / f"{name}.npy").exists()
+                   and (f / "labels.npy").exists()), None)
     if folder is None:
         raise FileNotFoundError(f"CIFAR-10-C/{name}.npy and labels.npy are in none of "
-                                f"{[str(f.parent) for f in folders]}: set JAT_DATA, or use `corrupt`")
+                                f"{[str(f.parent) for f in folders]}: set JAT_DATA, or use "
+                                "`corrupt`")
     images = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
     labels = np.load(folder / "labels.npy", allow_pickle=False)
-    if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or len(images) % 5 or len(labels) != len(images):
-        raise ValueError(f"{folder / name}.npy holds {images.dtype} {images.shape} with {len(labels)} labels, "
+    if (images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or len(images) % 5
+        or len(labels) != len(images)):
+        raise ValueError(f"{folder / name}.npy holds {images.dtype} {images.shape} with "
+                         f"{len(labels)} labels, "
                          "not five times as many images (32, 32, 3): download it again")
     part = slice((severity - 1) * len(images) // 5, severity * len(images) // 5)
     pixels = torch.from_numpy(images[part].copy()).permute(0, 3, 1, 2).contiguous()
     classes = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
-    return ImageSet(f"cifar10-c/{name}-{severity}", pixels, torch.from_numpy(labels[part].astype(np.int64)), classes)
+    return ImageSet(f"cifar10-c/{name}-{severity}", pixels,
+                    torch.from_numpy(labels[part].astype(np.int64)), classes)
 
 # %% ../nbs/28_corruptions.ipynb #9b33bf95
 def corruption_accuracy(
@@ -284,7 +294,8 @@ def corruption_accuracy(
     *,
     names: Sequence[str] | None = None,  # Keys of CORRUPTIONS; None: all
     severities: Sequence[int] = (1, 2, 3, 4, 5),  # Which of the five
-    read: Callable[[str, int], Tensor] | None = None,  # read(name, severity) -> the same images corrupted; None: `corrupt`
+    # read(name, severity) -> the same images corrupted; None: `corrupt`
+    read: Callable[[str, int], Tensor] | None = None,
     seed: int = 0,  # Of the draws of `corrupt`
     batch_size: int = 250,  # Images per pass
 ) -> pd.DataFrame:  # corruption, severity, n, accuracy, low, high
@@ -293,9 +304,11 @@ def corruption_accuracy(
         raise ValueError(f"expected images with their labels, got {len(images)} and {len(y)}")
     rows, device = [], y.device
     for name, severity in itertools.product(CORRUPTIONS if names is None else names, severities):
-        changed = corrupt(images, name, severity, seed=seed) if read is None else read(name, severity)
+        changed = (corrupt(images, name, severity, seed=seed) if read is None
+                   else read(name, severity))
         if changed.shape != images.shape:
-            raise ValueError(f"{name} at {severity} has images {tuple(changed.shape)}, not {tuple(images.shape)}")
+            raise ValueError(f"{name} at {severity} has images {tuple(changed.shape)}, not "
+                             f"{tuple(images.shape)}")
         with frozen(model), torch.no_grad():
             parts = zip(changed.split(batch_size), y.split(batch_size))
             right = sum(int(correct(model(x.to(device) / 255), own).sum()) for x, own in parts)
@@ -312,5 +325,6 @@ def corruption_score(
     given = list(zip(table["corruption"], table["severity"]))
     if len(given) != 75 or set(given) != asked:
         lacking = sorted({name for name, _ in asked - set(given)})
-        raise ValueError(f"expected 75 sets, got {len(given)}: {', '.join(lacking) or 'some stand there twice'}")
+        raise ValueError(f"expected 75 sets, got {len(given)}: "
+                         f"{', '.join(lacking) or 'some stand there twice'}")
     return float(table["accuracy"].mean())

@@ -25,7 +25,8 @@ def _check_set(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> None
     if images.dtype != torch.uint8 or images.ndim != 4 or labels.shape != (len(images),):
         raise ValueError(f"expected uint8 images (N, C, H, W) and N labels, got {images.dtype} "
                          f"{tuple(images.shape)} and labels {tuple(labels.shape)}")
-    if labels.dtype != torch.int64 or len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
+    if (labels.dtype != torch.int64 or len(labels)
+        and not 0 <= labels.min() <= labels.max() < len(classes)):
         raise ValueError(f"expected int64 labels from 0 to {len(classes) - 1}, got {labels.dtype} "
                          f"from {labels.min()} to {labels.max()}")
 
@@ -71,7 +72,8 @@ def _deal(data: "ImageSet", n: int, seed: int, balanced: bool = False) -> tuple[
 def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
     "Mean and standard deviation of each channel, from exact integer sums."
     pixels = images.transpose(0, 1).reshape(images.shape[1], -1)
-    first, second = (sum(p.long().pow(k).sum(1) for p in pixels.split(1 << 20, dim=1)).double() / pixels.shape[1]
+    first, second = (sum(p.long().pow(k).sum(1) for p in pixels.split(1 << 20, dim=1)).double()
+                     / pixels.shape[1]
                      for k in (1, 2))
     return first / 255, (second - first.square()).clamp(min=0).sqrt() / 255
 
@@ -177,13 +179,15 @@ def few_labels(
 ) -> tuple[ImageSet, Unlabelled]:  # The two parts
     "Labels for the first images only (SRT section 5)."
     if not (labelled >= 1 and unlabelled >= 0 and labelled + unlabelled <= len(data)):
-        raise ValueError(f"cannot take {labelled} labelled and {unlabelled} unlabelled images out of the "
-                         f"{len(data)} of {data.name!r}: take fewer")
-    part = replace(data, images=data.images[:labelled], labels=data.labels[:labelled].clone())  # no view of the others
+        raise ValueError(f"cannot take {labelled} labelled and {unlabelled} unlabelled images out "
+                         f"of the {len(data)} of {data.name!r}: take fewer")
+    # no view of the others
+    part = replace(data, images=data.images[:labelled], labels=data.labels[:labelled].clone())
     absent = sorted(set(range(data.num_classes)) - set(part.labels.tolist()))
     if absent:
         raise ValueError(f"the first {labelled} labels of {data.name!r} lack {len(absent)} of "
-                         f"{data.num_classes} classes, such as {data.classes[absent[0]]!r}: label more images")
+                         f"{data.num_classes} classes, such as {data.classes[absent[0]]!r}: label "
+                         "more images")
     return part, Unlabelled(data.name, data.images[labelled:labelled + unlabelled])
 
 # %% ../nbs/07_data.ipynb #96763d8e
@@ -193,10 +197,13 @@ def _digits(split: str) -> ImageSet:
 
     scans = load_digits()
     small = torch.tensor(scans.images[:, None], dtype=torch.float32) * (255 / 16)  # (1797, 1, 8, 8)
-    large = F.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False).round().to(torch.uint8)
-    train, test = train_test_split(np.arange(len(large)), test_size=360, stratify=scans.target, random_state=0)
+    large = F.interpolate(small, size=(32, 32), mode="bilinear",
+                          align_corners=False).round().to(torch.uint8)
+    train, test = train_test_split(np.arange(len(large)), test_size=360, stratify=scans.target,
+                                   random_state=0)
     keep = torch.tensor(np.sort(train if split == "train" else test))
-    return ImageSet("digits", large[keep], torch.tensor(scans.target)[keep], tuple("0123456789"), "upscaled")
+    return ImageSet("digits", large[keep], torch.tensor(scans.target)[keep], tuple("0123456789"),
+                    "upscaled")
 
 # %% ../nbs/07_data.ipynb #14b131a0
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
@@ -246,15 +253,16 @@ def _in_bytes(picture: Image.Image) -> Image.Image:
     elif picture.mode == "F" and 0 <= values.min() and values.max() <= 1:
         levels = 255 * values
     else:
-        raise ValueError(f"numbers from {values.min():g} to {values.max():g} where bytes, 16 bits or floats in "
-                         "[0, 1] are read")
+        raise ValueError(f"numbers from {values.min():g} to {values.max():g} where bytes, 16 bits "
+                         "or floats in [0, 1] are read")
     eight = Image.fromarray(np.rint(levels).astype(np.uint8))
     eight.info = picture.info
     return eight
 
 # %% ../nbs/07_data.ipynb #09d1dd63
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # grey or colour, without and with alpha
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError,
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error,
+               Image.DecompressionBombError,
                Image.DecompressionBombWarning)  # what decoders raise at damaged or exploding files
 
 
@@ -281,15 +289,18 @@ def _cut_out(picture: Image.Image, height: int, width: int) -> Image.Image:
     "The centre of a picture, scaled until it covers height and width."
     w, h = picture.size
     scale = max(height / h, width / w)
-    whole = round(w * scale), round(h * scale)  # width and height of the scaled picture, of which a part is drawn
+    # width and height of the scaled picture, of which a part is drawn
+    whole = round(w * scale), round(h * scale)
     left, top = (whole[0] - width) // 2, (whole[1] - height) // 2
-    box = (left * w / whole[0], top * h / whole[1], (left + width) * w / whole[0], (top + height) * h / whole[1])
+    box = (left * w / whole[0], top * h / whole[1], (left + width) * w / whole[0],
+           (top + height) * h / whole[1])
     return picture.resize((width, height), Image.Resampling.BILINEAR, box=box)
 
 # %% ../nbs/07_data.ipynb #cbce323e
 def read_picture(
     path: str | Path,  # Picture file
-    size: int | Sequence[int] | None = None,  # Side, or height and width, to cover and cut out the centre of
+    # Side, or height and width, to cover and cut out the centre of
+    size: int | Sequence[int] | None = None,
     *,
     channels: int = 3,  # 1 grey, 3 colour; 2 and 4 the same with alpha
 ) -> np.ndarray:  # Bytes (H, W, channels)
@@ -299,13 +310,15 @@ def read_picture(
     try:
         picture = _with_channels(_opened(path), channels)
     except _UNREADABLE as error:
-        raise ValueError(f"cannot read {path} as a picture ({error}): remove it or save it as PNG of 8 bits") from error
+        raise ValueError(f"cannot read {path} as a picture ({error}): remove it or save it as PNG "
+                         "of 8 bits") from error
     if size is not None:
         picture = _cut_out(picture, *_size_of(size))
     return np.asarray(picture).reshape(picture.height, picture.width, channels)
 
 # %% ../nbs/07_data.ipynb #8fa756a6
-def _read(name: str, files: list[tuple[Path, int]], classes: list[str], size: _Size | None) -> ImageSet:
+def _read(name: str, files: list[tuple[Path, int]], classes: list[str],
+          size: _Size | None) -> ImageSet:
     images: np.ndarray | None = None
     for i, (path, _) in enumerate(files):
         one = read_picture(path, size).transpose(2, 0, 1)  # (3, H, W)
@@ -313,11 +326,13 @@ def _read(name: str, files: list[tuple[Path, int]], classes: list[str], size: _S
             images = np.empty((len(files), *one.shape), np.uint8)
         if one.shape != images.shape[1:]:
             (h, w), (h0, w0) = one.shape[1:], images.shape[2:]
-            raise ValueError(f"{name!r} holds images of {w0} x {h0} and of {w} x {h} ({path.name}); "
+            raise ValueError(f"{name!r} holds images of {w0} x {h0} and of {w} x {h} "
+                             f"({path.name}); "
                              "make them one size by size=SIDE (in the shell --size SIDE)")
         images[i] = one
     if images is None:
-        raise FileNotFoundError(f"{name!r} holds no pictures; expected files such as CLASS/NAME.png")
+        raise FileNotFoundError(f"{name!r} holds no pictures; expected files such as "
+                                "CLASS/NAME.png")
     kind = "jpeg" if {p.suffix.lower() for p, _ in files} <= {".jpg", ".jpeg"} else "folder"
     side = size if size is None or isinstance(size, int) else " x ".join(map(str, size))
     return ImageSet(name, torch.from_numpy(images), torch.tensor([label for _, label in files]),
@@ -336,7 +351,8 @@ def _classes(folder: Path) -> list[str]:
 def _folder(name: str, root: Path, split: str, size: _Size | None) -> ImageSet:
     here = _split_folder(root, split)
     if here is None:
-        raise FileNotFoundError(f"no folder {root / split}; expected {root}/train/CLASS and {root}/test/CLASS")
+        raise FileNotFoundError(f"no folder {root / split}; expected {root}/train/CLASS and "
+                                f"{root}/test/CLASS")
     classes = _classes(_split_folder(root, "train") or here)
     strange = set(_classes(here)) - set(classes)
     if strange:
@@ -344,7 +360,8 @@ def _folder(name: str, root: Path, split: str, size: _Size | None) -> ImageSet:
     found = {c: picture_files(here / c) for c in classes if (here / c).exists()}
     files = [(p, label) for label, c in enumerate(classes) for p in found.get(c, ())]
     if files and (empty := [c for c, own in found.items() if not own]):
-        raise ValueError(f"{here} holds no pictures of {', '.join(empty)}: fill the folder or remove it")
+        raise ValueError(f"{here} holds no pictures of {', '.join(empty)}: fill the folder or "
+                         "remove it")
     return _read(name, files, classes, size)
 
 # %% ../nbs/07_data.ipynb #e4e089a1
@@ -374,7 +391,8 @@ def _caltech(root: Path, split: str, size: _Size | None) -> ImageSet:
 # %% ../nbs/07_data.ipynb #21ff7de0
 def _check_one_size(name: str, size: _Size | None) -> None:
     if size:
-        raise ValueError(f"size= is for folders of pictures; {name!r} comes in one size: leave it out")
+        raise ValueError(f"size= is for folders of pictures; {name!r} comes in one size: leave it "
+                         "out")
 
 
 def _official(name: str, split: str, root: Path, download: bool, size: _Size | None) -> ImageSet:
@@ -395,7 +413,8 @@ def _official(name: str, split: str, root: Path, download: bool, size: _Size | N
     elif images.ndim == 3:
         images = images[:, None]  # (N, H, W) on disk
     classes = tuple(c.split(" - ")[0] for c in getattr(found, "classes", "0123456789"))
-    return ImageSet(name, images.contiguous(), torch.as_tensor(np.asarray(labels), dtype=torch.int64), classes)
+    return ImageSet(name, images.contiguous(),
+                    torch.as_tensor(np.asarray(labels), dtype=torch.int64), classes)
 
 # %% ../nbs/07_data.ipynb #cb2ae85d
 def _as_trained(data: ImageSet, classes: tuple[str, ...]) -> ImageSet:
@@ -435,7 +454,8 @@ def available(
     return name == "digits" or _find(name, "train", root) is not None
 
 # %% ../nbs/07_data.ipynb #2c95aa31
-def _read_split(name: str, split: str, root: str | Path | None, download: bool, size: _Size | None) -> ImageSet:
+def _read_split(name: str, split: str, root: str | Path | None, download: bool,
+                size: _Size | None) -> ImageSet:
     if name == "digits":
         _check_one_size(name, size)
         return _digits(split)
@@ -461,7 +481,8 @@ def load(
     *,
     root: str | Path | None = None,  # Where sets lie; None: JAT_DATA, then ~/.cache/jat_nb
     download: bool = False,  # Fetch a missing set through torchvision
-    size: int | Sequence[int] | None = None,  # Folders, Caltech-256: side, or height and width, see `read_picture`
+    # Folders, Caltech-256: side, or height and width, see `read_picture`
+    size: int | Sequence[int] | None = None,
     classes: Sequence[str] | None = None,  # Names that number the labels, of a run; None: the set's
 ) -> ImageSet:  # The whole split, as bytes on the CPU
     "Load a data set by name."
@@ -489,7 +510,8 @@ class Budget:
         return self.eps_flow / 2
 
 # %% ../nbs/07_data.ipynb #74055246
-_BUDGETS = {"digits": Budget(0.1, 0.5), "mnist": Budget(0.3, 0.3), "fashion_mnist": Budget(0.1, 0.3),
+_BUDGETS = {"digits": Budget(0.1, 0.5), "mnist": Budget(0.3, 0.3),
+            "fashion_mnist": Budget(0.1, 0.3),
             "tiny-imagenet-10": Budget(8 / 255, 0.6), "caltech256": Budget(8 / 255, 2.1)}
 
 

@@ -49,7 +49,8 @@ def wilson_interval(
     return lower, upper
 
 # %% ../nbs/34_evaluation.ipynb #ac0ce70e
-Attack = Callable[..., Tensor]  # attack(model, x, y, generator=one per image) -> images of the shape of x
+# attack(model, x, y, generator=one per image) -> images of the shape of x
+Attack = Callable[..., Tensor]
 
 def pgd_at(
     eps: float,  # Pixel budget in image units
@@ -93,20 +94,27 @@ class Evaluation:
     correct: Tensor  # whether each image survived each entry (A, N), bool
     passes: Tensor  # images each entry sent forward and back through the model (A, 2), int64
     seed: int  # what the randomness was made from
-    blind: Tensor | None = None  # whose gradient was exactly zero in every pass (A, N), bool; None: not watched
+    # whose gradient was exactly zero in every pass (A, N), bool; None: not watched
+    blind: Tensor | None = None
     labels: Tensor | None = None  # true classes (N,), int64; None: not kept
 
     @property
     def n(self) -> int: return self.correct.shape[1]  # images
 
     @property
-    def accuracy(self) -> Tensor: return self.correct.double().mean(dim=1)  # share that survived each entry (A,)
+    def accuracy(self) -> Tensor:
+        # share that survived each entry (A,)
+        return self.correct.double().mean(dim=1)
 
     @property
-    def interval(self) -> tuple[Tensor, Tensor]: return wilson_interval(self.correct.sum(dim=1), self.n)  # (A,) each
+    def interval(self) -> tuple[Tensor, Tensor]:
+        # (A,) each
+        return wilson_interval(self.correct.sum(dim=1), self.n)
 
     @property
-    def union(self) -> Tensor: return self.correct.all(dim=0)  # whether each image survived every entry (N,)
+    def union(self) -> Tensor:
+        # whether each image survived every entry (N,)
+        return self.correct.all(dim=0)
 
     def table(self) -> pd.DataFrame:
         "One row per entry and one for the union; `text` is what belongs into a report."
@@ -114,7 +122,9 @@ class Evaluation:
         low, high = (100 * end for end in wilson_interval(survived, self.n))
         rows = {"accuracy (%)": 100 * survived.double() / self.n, "low (%)": low, "high (%)": high}
         frame = pd.DataFrame({k: v.tolist() for k, v in rows.items()}, index=[*self.names, "Union"])
-        frame["n"], per_image = self.n, torch.cat([self.passes, self.passes.sum(dim=0, keepdim=True)]) / self.n
+        frame["n"], per_image = (self.n,
+                                 torch.cat([self.passes, self.passes.sum(dim=0, keepdim=True)])
+                                 / self.n)
         frame["forward / n"], frame["back / n"] = per_image[:, 0].tolist(), per_image[:, 1].tolist()
         frame["zero gradient"] = self._blind_counts()
         notes = [f"; zero gradient at {k}" if k else "" for k in frame["zero gradient"]]
@@ -128,8 +138,10 @@ class Evaluation:
         return [*self.blind.sum(dim=1).tolist(), int(self.blind.any(dim=0).sum())]
 
     def per_class(self, names: Sequence[str] | None = None) -> pd.DataFrame:
-        "Accuracy (%) of each entry and of the union, one row per class, and the images of the class."
-        if self.labels is None: raise ValueError("this evaluation kept no labels: evaluate anew, or pass labels=")
+        """Accuracy (%) of each entry and of the union, one row per class, and the images of the
+        class."""
+        if self.labels is None:
+            raise ValueError("this evaluation kept no labels: evaluate anew, or pass labels=")
         n = self.labels.bincount(minlength=len(names or ()))
         rows = zip([*self.names, "Union"], torch.cat([self.correct, self.union[None]]).double())
         share = {name: (100 * self.labels.bincount(row, len(n)) / n).tolist() for name, row in rows}
@@ -137,7 +149,8 @@ class Evaluation:
 
     def record(self) -> dict[str, Any]:
         "The table and the seed as JSON-able data."
-        return {"n": self.n, "seed": self.seed, "rows": self.table().drop(columns="n").to_dict("index")}
+        return {"n": self.n, "seed": self.seed,
+                "rows": self.table().drop(columns="n").to_dict("index")}
 
 # %% ../nbs/34_evaluation.ipynb #93b2b32f
 def _verdict(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -155,10 +168,12 @@ def check_result(
 ) -> None:  # Raises ValueError for anything but images in [0, 1] of the same shape and type
     "Refuse what cannot be judged: other shapes, other types, values out of range, NaN."
     if not isinstance(x_adv, Tensor) or x_adv.shape != x.shape or x_adv.dtype != x.dtype:
-        seen = f"{tuple(x_adv.shape)} {x_adv.dtype}" if isinstance(x_adv, Tensor) else type(x_adv).__name__
+        seen = (f"{tuple(x_adv.shape)} {x_adv.dtype}" if isinstance(x_adv, Tensor)
+                else type(x_adv).__name__)
         raise ValueError(f"attack {name!r}: expected images {tuple(x.shape)} {x.dtype}, got {seen}")
     try: check_images(x_adv)
-    except ValueError as error: raise ValueError(f"attack {name!r} returned invalid images: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"attack {name!r} returned invalid images: {error}") from error
 
 # %% ../nbs/34_evaluation.ipynb #bb5a5775
 @contextmanager
@@ -184,7 +199,8 @@ def _watched(model: nn.Module) -> Iterator[list[Tensor]]:
     def forward(module: nn.Module, inputs: tuple, logits: Any) -> None:
         x = inputs[0] if inputs else None
         if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
-            x.register_hook(lambda grad: None if grad is None else moved.append(grad.flatten(1).ne(0).any(dim=1)))
+            x.register_hook(lambda grad: None if grad is None
+                            else moved.append(grad.flatten(1).ne(0).any(dim=1)))
     handle = model.register_forward_hook(forward)
     try: yield moved
     finally: handle.remove()
@@ -319,9 +335,11 @@ class _Trial:
 
     def broken(self, target: nn.Module, name: str, attack: Attack, part: int, rows: Tensor
                ) -> tuple[Tensor, Tensor]:
-        "Which images an attack on `target` broke by the model's verdict, and with which it believes to be done (B,) each."
+        """Which images an attack on `target` broke by the model's verdict, and with which it
+        believes to be done (B,) each."""
         x, y = self.batch(rows)
-        x_adv = attack(target, x, y, generator=image_generators(self.seed, (self.first + rows).tolist(), part))
+        x_adv = attack(target, x, y,
+                       generator=image_generators(self.seed, (self.first + rows).tolist(), part))
         check_result(name, x, x_adv)
         x_adv = x_adv.detach()
         broken = ~_verdict(self.model, x_adv, y).cpu()
@@ -333,72 +351,91 @@ class _Trial:
 _Suite = Mapping[str, Attack | Sequence[Attack]]
 _NONE: _Suite = MappingProxyType({})
 
-def _check_call(model: nn.Module, y: Any, entries: Mapping[str, Sequence[Attack]], batch_size: int) -> None:
-    if isinstance(y, Mapping): raise ValueError("a stream brings its labels: evaluate(model, stream, suite=...)")
+def _check_call(model: nn.Module, y: Any, entries: Mapping[str, Sequence[Attack]],
+                batch_size: int) -> None:
+    if isinstance(y, Mapping):
+        raise ValueError("a stream brings its labels: evaluate(model, stream, suite=...)")
     if not isinstance(model, nn.Module):
-        raise ValueError(f"expected an nn.Module, got {type(model).__name__}: wrap a function in a module's forward")
+        raise ValueError(f"expected an nn.Module, got {type(model).__name__}: wrap a function in a "
+                         "module's forward")
     if not entries or not all(entries.values()) or "Union" in entries or batch_size < 1:
-        raise ValueError(f"expected attacks, none named 'Union', and batch_size >= 1: got {[*entries]}, {batch_size}")
+        raise ValueError("expected attacks, none named 'Union', and batch_size >= 1: got "
+                         f"{[*entries]}, {batch_size}")
 
 def _judge_piece(trial: _Trial, entries: Mapping[str, Sequence[Attack]], raw: bool, active: bool,
                  spent: Callable[[], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    "For each entry: which images survived (A, n), which saw no gradient (A, n), and the passes (A, 2)."
+    """For each entry: which images survived (A, n), which saw no gradient (A, n), and the passes
+    (A, 2)."""
     rows, start = [], trial.right()
     if raw: start = torch.ones_like(start)
     for name, attacks in entries.items():
-        correct, before, seen = start.clone(), spent(), torch.zeros(3, len(trial.x), dtype=torch.bool)
+        correct, before, seen = (start.clone(), spent(),
+                                 torch.zeros(3, len(trial.x), dtype=torch.bool))
         trial.bar.set_description(name)
         for part, attack in enumerate(attacks):
             everyone = not active and getattr(attack, "block", None) is None
-            found = trial.attack(name, attack, part, torch.ones_like(start) if everyone else correct)
+            found = trial.attack(name, attack, part,
+                                 torch.ones_like(start) if everyone else correct)
             correct, seen = correct & ~found[0], seen | found
         rows.append((correct, seen[1] & ~seen[2], total(spent() - before)))
     return tuple(torch.stack(column) for column in zip(*rows))
 
 # %% ../nbs/34_evaluation.ipynb #274484ce
-def _pieces(x: Tensor | Iterable, y: Tensor | None, entries: Mapping[str, Sequence[Attack]], batch_size: int
+def _pieces(x: Tensor | Iterable, y: Tensor | None, entries: Mapping[str, Sequence[Attack]],
+            batch_size: int
             ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    "The images with their labels and the number of the first: all that are at hand, or a stream bit by bit."
-    block = math.lcm(*(getattr(a, "block", None) or 1 for attacks in entries.values() for a in attacks))
+    """The images with their labels and the number of the first: all that are at hand, or a
+    stream bit by bit."""
+    block = math.lcm(*(getattr(a, "block", None) or 1 for attacks in entries.values()
+                       for a in attacks))
     whole = y is not None or isinstance(x, Tensor)
     first = 0
     for x, y in [(x, y)] if whole else pairs(x, math.ceil(batch_size / block) * block):
         check_images(x), check_labels(y, x)
-        if processes().count > 1: agree({"images": [first, *x.shape], "labels": tensor_hash({"": y})})
+        if processes().count > 1:
+            agree({"images": [first, *x.shape], "labels": tensor_hash({"": y})})
         yield first, x, y
         first += len(x)
     if processes().count > 1: agree({"images": [first, "in all"], "labels": ""})
-    if not first: raise ValueError("expected at least one image, the stream held none: a generator is used up "
+    if not first:
+        raise ValueError("expected at least one image, the stream held none: a generator is used "
+                         "up "
                                    "after one pass; make a new one, or pass a DataLoader")
 
 # %% ../nbs/34_evaluation.ipynb #1c7fe703
 def _judge(model: nn.Module, x: Tensor | Iterable, y: Tensor | None, suite: _Suite, *, raw: bool,
-           batch_size: int = 128, seed: int = 0, active: bool = True, device: torch.device | str | None = None,
+           batch_size: int = 128, seed: int = 0, active: bool = True,
+           device: torch.device | str | None = None,
            fast: bool = False, progress: bool = True) -> Evaluation:
     entries = {name: list(a) if isinstance(a, Sequence) else [a] for name, a in suite.items()}
     _check_call(model, y, entries, batch_size)
     model = target = bare(model)  # a distributed one would wait for the others in every pass
     if processes().count > 1:
         agree({"seed": seed, "attacks": [*entries], "weights": tensor_hash(plain_state(model))})
-    known = length_hint(x if isinstance(x, Tensor) else getattr(x, "dataset", ())) * sum(map(len, entries.values()))
+    known = length_hint(x if isinstance(x, Tensor)
+                        else getattr(x, "dataset", ())) * sum(map(len, entries.values()))
     bar, found = show_progress(None, total=known or None, unit="image", show=progress), []
     with frozen(model), ExitStack() as stack, closing(bar):
         for first, x, y in _pieces(x, y, entries, batch_size):
             if not found:
-                device = own_device(device or next((p.device for p in model.parameters()), x.device))
+                device = own_device(device
+                                    or next((p.device for p in model.parameters()), x.device))
                 target = fast_copy(model, x[:4].to(device)) if fast else model
                 counts = [stack.enter_context(counted(m)) for m in dict.fromkeys((model, target))]
             trial = _Trial(model, target, first, x, y, batch_size, seed, device, bar)
-            judged = _judge_piece(trial, entries, raw, active, lambda: torch.tensor(counts).sum(dim=0))
+            judged = _judge_piece(trial, entries, raw, active,
+                                  lambda: torch.tensor(counts).sum(dim=0))
             found.append((*judged, y.cpu()))
     correct, blind, passes, labels = zip(*found)
-    return Evaluation(tuple(entries), torch.cat(correct, dim=1), sum(passes), seed, torch.cat(blind, dim=1),
+    return Evaluation(tuple(entries), torch.cat(correct, dim=1), sum(passes), seed,
+                      torch.cat(blind, dim=1),
                       torch.cat(labels))
 
 # %% ../nbs/34_evaluation.ipynb #b572a651
 def evaluate(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
-    x: Tensor | Iterable,  # Clean images (N, C, H, W) in [0, 1]; or a stream of batches (x, y), such as a DataLoader
+    # Clean images (N, C, H, W) in [0, 1]; or a stream of batches (x, y), such as a DataLoader
+    x: Tensor | Iterable,
     y: Tensor | None = None,  # True classes (N,), int64; None with a stream, which brings its own
     suite: _Suite = _NONE,  # Column name to attack; an image must survive all of a sequence
     *,
@@ -406,11 +443,13 @@ def evaluate(
     seed: int = 0,  # Makes the randomness of every image
     active: bool = True,  # Skip images whose verdict is known: faster, same result
     device: torch.device | str | None = None,  # Where to attack; default: where the model is
-    fast: bool = False,  # Attack a faster copy of the model (`fast_copy`); the verdict is the model's
+    # Attack a faster copy of the model (`fast_copy`); the verdict is the model's
+    fast: bool = False,
     progress: bool = True,  # Show a bar in a terminal or a notebook, unless the variable CI is set
 ) -> Evaluation:  # On the CPU
     "Attack every image with every entry of a suite, and count on the images which survived."
-    return _judge(model, x, y, suite, raw=False, batch_size=batch_size, seed=seed, active=active, device=device,
+    return _judge(model, x, y, suite, raw=False, batch_size=batch_size, seed=seed, active=active,
+                  device=device,
                   fast=fast, progress=progress)
 
 # %% ../nbs/34_evaluation.ipynb #27a91032

@@ -39,7 +39,8 @@ class _UpBlock(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         up = F.interpolate(F.relu(self.norm1(h)), scale_factor=2)
-        return F.interpolate(self.skip(h), scale_factor=2) + self.conv2(F.relu(self.norm2(self.conv1(up))))
+        return F.interpolate(self.skip(h),
+                             scale_factor=2) + self.conv2(F.relu(self.norm2(self.conv1(up))))
 
 # %% ../nbs/27_generators.ipynb #8c61afeb
 class Generator(nn.Module):
@@ -54,8 +55,8 @@ class Generator(nn.Module):
     ):
         super().__init__()
         if len(shape) != 3 or min(*shape, width, code) < 1:
-            raise ValueError(f"expected shape (C, H, W), width and code of at least 1, got {tuple(shape)}, "
-                             f"{width} and {code}")
+            raise ValueError("expected shape (C, H, W), width and code of at least 1, got "
+                             f"{tuple(shape)}, {width} and {code}")
         self.form = {"shape": [*shape], "width": width, "code": code}
         self.shape, self.latent_shapes = tuple(shape), [(code,)]
         self.start = (width, *(math.ceil(side / 8) for side in shape[1:]))
@@ -84,7 +85,8 @@ class _DownBlock(nn.Module):
         self.halve, self.first = halve, first
         self.conv1 = spectral_norm(nn.Conv2d(c_in, c_out, 3, padding=1))
         self.conv2 = spectral_norm(nn.Conv2d(c_out, c_out, 3, padding=1))
-        self.skip = spectral_norm(nn.Conv2d(c_in, c_out, 1)) if halve or c_in != c_out else nn.Identity()
+        self.skip = (spectral_norm(nn.Conv2d(c_in, c_out, 1)) if halve or c_in != c_out
+                     else nn.Identity())
 
     def forward(self, x: Tensor) -> Tensor:
         h = x if self.first else F.relu(x)  # an image has no negative half to cut off
@@ -93,7 +95,8 @@ class _DownBlock(nn.Module):
 
 # %% ../nbs/27_generators.ipynb #9e82af7c
 class Discriminator(nn.Module):
-    "Tells real images from drawn ones: four residual blocks, spectrally normalised (IJSAT appendix A.2)."
+    """Tells real images from drawn ones: four residual blocks, spectrally normalised (IJSAT
+    appendix A.2)."""
 
     def __init__(
         self,
@@ -104,7 +107,8 @@ class Discriminator(nn.Module):
         super().__init__()
         self.blocks = nn.Sequential(_DownBlock(shape[0], width, halve=True, first=True),
                                     _DownBlock(width, width, halve=True),
-                                    _DownBlock(width, width, halve=False), _DownBlock(width, width, halve=False))
+                                    _DownBlock(width, width, halve=False),
+                                    _DownBlock(width, width, halve=False))
         self.linear = spectral_norm(nn.Linear(width, 1))
 
     def forward(
@@ -130,8 +134,10 @@ def _descend(loss: Tensor, optimiser: torch.optim.Optimizer) -> float:
     return loss.item()
 
 # %% ../nbs/27_generators.ipynb #70ac63be
-def _game_step(generator: nn.Module, discriminator: nn.Module, images: Tensor, adams: Sequence[torch.optim.Adam],
-               draws: torch.Generator, *, batch_size: int, critic_steps: int, amp: bool) -> dict[str, float]:
+def _game_step(generator: nn.Module, discriminator: nn.Module, images: Tensor,
+               adams: Sequence[torch.optim.Adam],
+               draws: torch.Generator, *, batch_size: int, critic_steps: int,
+               amp: bool) -> dict[str, float]:
     "Several steps of the discriminator, one of the generator."
     like = next(generator.parameters())
     shape = (batch_size, *generator.latent_shapes[0])
@@ -149,8 +155,10 @@ def _game_step(generator: nn.Module, discriminator: nn.Module, images: Tensor, a
     return {"discriminator": critic, "generator": _descend(loss, adams[0])}
 
 # %% ../nbs/27_generators.ipynb #b21a8d2b
-def _game_state(networks: Sequence[nn.Module], adams: Sequence[torch.optim.Adam]) -> dict[str, Tensor]:
-    tensors = {f"network{i}.{k}": v for i, own in enumerate(networks) for k, v in own.state_dict().items()}
+def _game_state(networks: Sequence[nn.Module],
+                adams: Sequence[torch.optim.Adam]) -> dict[str, Tensor]:
+    tensors = {f"network{i}.{k}": v for i, own in enumerate(networks)
+               for k, v in own.state_dict().items()}
     for i, adam in enumerate(adams):
         moments = adam.state_dict()["state"]
         tensors |= {f"adam{i}.{j}.{k}": v for j, own in moments.items() for k, v in own.items()}
@@ -162,9 +170,11 @@ def _return_to(path: Path, networks: Sequence[nn.Module], adams: Sequence[torch.
     "Put networks and moments back; the losses of the steps that are done."
     tensors, header = read_tensors(path)
     if header["run"] != identity:
-        raise ValueError(f"{path} holds another run ({header['run']}, not {identity}): choose another path")
+        raise ValueError(f"{path} holds another run ({header['run']}, not {identity}): choose "
+                         "another path")
     for i, (network, adam) in enumerate(zip(networks, adams)):
-        own = {k.removeprefix(f"network{i}."): v for k, v in tensors.items() if k.startswith(f"network{i}.")}
+        own = {k.removeprefix(f"network{i}."): v for k, v in tensors.items()
+               if k.startswith(f"network{i}.")}
         network.load_state_dict(own)
         moments: dict[int, dict[str, Tensor]] = {}
         for key in (k for k in tensors if k.startswith(f"adam{i}.")):
@@ -190,13 +200,16 @@ def train_gan(
     save_every: int = 200,  # Steps between two saves
 ) -> list[dict[str, float]]:  # Both losses at every step
     "Train a generator against a discriminator (SNGAN)."
-    if images.dtype != torch.uint8 or not len(images) or min(steps, batch_size, critic_steps, save_every) < 1:
-        raise ValueError(f"expected images as bytes and counts of at least 1, got {len(images)} images of "
+    if (images.dtype != torch.uint8 or not len(images)
+        or min(steps, batch_size, critic_steps, save_every) < 1):
+        raise ValueError(f"expected images as bytes and counts of at least 1, got {len(images)} "
+                         "images of "
                          f"{images.dtype} and {steps}, {batch_size}, {critic_steps}, {save_every}")
     nets = (generator.train(), discriminator.train())
     adams = [torch.optim.Adam(net.parameters(), lr=lr, betas=betas) for net in nets]
     options = {"batch_size": batch_size, "critic_steps": critic_steps, "amp": amp}
-    run = {**options, "lr": lr, "betas": [*betas], "seed": seed, "images": tensor_hash({"": images})}
+    run = {**options, "lr": lr, "betas": [*betas], "seed": seed,
+           "images": tensor_hash({"": images})}
     losses = _return_to(Path(path), nets, adams, run) if path and Path(path).exists() else []
     for step in progress(range(len(losses), steps), description="training", unit="step"):
         draws = torch.Generator().manual_seed(seed_from(seed, step))
@@ -218,7 +231,8 @@ class Projection(NamedTuple):
 def project(
     generator: nn.Module,  # Draws images from codes
     x: Tensor,  # Images (B, C, H, W) in [0, 1]
-    features: Callable[[Tensor], Tensor],  # Images to features (B, D), such as partial(perceptual, model)
+    # Images to features (B, D), such as partial(perceptual, model)
+    features: Callable[[Tensor], Tensor],
     *,
     steps: int = 500,  # Steps of a search (spec: 500 to 1000)
     restarts: int = 3,  # Searches
@@ -229,7 +243,8 @@ def project(
     check_images(x)
     if steps < 1 or restarts < 1:
         raise ValueError(f"expected at least one step and one search, got {steps} and {restarts}")
-    best_z, best, trace = x.new_zeros(len(x), *generator.latent_shapes[0]), x.new_full((len(x),), torch.inf), []
+    best_z, best, trace = (x.new_zeros(len(x), *generator.latent_shapes[0]),
+                           x.new_full((len(x),), torch.inf), [])
     wanted = features(x).detach()
     with frozen(generator), torch.enable_grad():
         for _ in range(restarts):
@@ -242,7 +257,8 @@ def project(
                 z.grad, = torch.autograd.grad(loss.sum(), z)
                 trace.append(loss.detach())
                 better = trace[-1] < best
-                best_z, best = torch.where(better[:, None], z.detach(), best_z), torch.where(better, trace[-1], best)
+                best_z, best = (torch.where(better[:, None], z.detach(), best_z),
+                                torch.where(better, trace[-1], best))
                 adam.step()
     return Projection(best_z, best, torch.stack(trace).view(restarts, steps, len(x)))
 
@@ -285,10 +301,13 @@ class LatentSet:
     variant: str = "generated"  # Trust in the pixels, as for `ImageSet`
 
     def __post_init__(self) -> None:
-        fits = self.z.ndim == 2 and self.labels.shape == self.z.shape[:1] and self.labels.dtype == torch.int64
-        if not fits or len(self) and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
-            raise ValueError(f"expected codes (N, code) and N int64 labels below {len(self.classes)}, got "
-                             f"{tuple(self.z.shape)} and {self.labels.dtype} {tuple(self.labels.shape)}")
+        fits = (self.z.ndim == 2 and self.labels.shape == self.z.shape[:1]
+                and self.labels.dtype == torch.int64)
+        if (not fits or len(self)
+            and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes)):
+            raise ValueError("expected codes (N, code) and N int64 labels below "
+                             f"{len(self.classes)}, got {tuple(self.z.shape)} and "
+                             f"{self.labels.dtype} {tuple(self.labels.shape)}")
 
     def __len__(self) -> int: return len(self.z)
 
@@ -311,7 +330,8 @@ class LatentSet:
     def _part(self, index: Tensor) -> "LatentSet":
         return replace(self, z=self.z[index], labels=self.labels[index])
 
-    def split(self, n: int, seed: int = 0, *, balanced: bool = False) -> tuple["LatentSet", "LatentSet"]:
+    def split(self, n: int, seed: int = 0, *,
+              balanced: bool = False) -> tuple["LatentSet", "LatentSet"]:
         "Hold images out, the same as `ImageSet.split` would for these labels."
         rest, held = _deal(self, n, seed, balanced)
         return self._part(rest), self._part(held)
@@ -322,7 +342,8 @@ class LatentSet:
 
     def to(self, device: torch.device | str) -> "LatentSet":
         "Move codes, labels and the generator itself."
-        return replace(self, generator=self.generator.to(device), z=self.z.to(device), labels=self.labels.to(device))
+        return replace(self, generator=self.generator.to(device), z=self.z.to(device),
+                       labels=self.labels.to(device))
 
 # %% ../nbs/27_generators.ipynb #c2dd2ea5
 def _marks(x: Tensor) -> Tensor:
@@ -346,11 +367,13 @@ class Projected(nn.Module):
         images: Any,  # Images (N, C, H, W): bytes, floats in [0, 1], or `LatentSet.images`
         codes: Tensor,  # Their codes (N, code), from `project` or from a `LatentSet`
         *,
-        search: Callable[[Tensor], Tensor] | None = None,  # Finds codes of other images; None: refuse them
+        # Finds codes of other images; None: refuse them
+        search: Callable[[Tensor], Tensor] | None = None,
     ):
         super().__init__()
         if len(images) != len(codes) or not len(codes):
-            raise ValueError(f"expected a code for each image, got {len(images)} images and {len(codes)} codes")
+            raise ValueError(f"expected a code for each image, got {len(images)} images and "
+                             f"{len(codes)} codes")
         self.generator, self.search = generator, search
         self.shape, self.latent_shapes = generator.shape, generator.latent_shapes
         starts = range(0, len(codes), 256)
@@ -373,8 +396,9 @@ class Projected(nn.Module):
         strange = nearest > 1e-3  # one value that differs by one grey level is about 0.01
         z = self.codes[place].to(x.dtype)
         if strange.any() and self.search is None:
-            raise ValueError(f"{int(strange.sum())} of {len(x)} images are none of the {len(self.codes)} with known "
-                             "codes (augmented images are others): find codes with project, or give search=")
+            raise ValueError(f"{int(strange.sum())} of {len(x)} images are none of the "
+                             f"{len(self.codes)} with known codes (augmented images are others): "
+                             "find codes with project, or give search=")
         if strange.any():
             z[strange] = self.search(x[strange]).to(z)
         return [z]
@@ -392,15 +416,18 @@ class Projected(nn.Module):
 # %% ../nbs/27_generators.ipynb #2ca0ed82
 def _room(shape: Sequence[int], *, width: int = 256, code: int = 128, count: int = 1) -> Projected:
     "An adapter with room for so many codes, to be filled from a file."
-    found = Projected(Generator(shape, width=width, code=code), torch.zeros(1, *shape), torch.zeros(1, code))
+    found = Projected(Generator(shape, width=width, code=code), torch.zeros(1, *shape),
+                      torch.zeros(1, code))
     found._keep(torch.zeros(count, 8, dtype=torch.float64), torch.zeros(count, code))
     return found
 
 # %% ../nbs/27_generators.ipynb #87fdba35
 def robust_mixup_codes(
-    model: nn.Module | Callable[[Tensor], Tensor],  # Classifier in train mode, images in [0, 1] to logits
+    # Classifier in train mode, images in [0, 1] to logits
+    model: nn.Module | Callable[[Tensor], Tensor],
     batch: Batch,  # Drawn images, labels and the source of randomness
-    attack: Callable[..., Tensor],  # attack(model, x, y, flow=..., loss=..., target=..., generator=...) -> images
+    # attack(model, x, y, flow=..., loss=..., target=..., generator=...) -> images
+    attack: Callable[..., Tensor],
     *,
     flow: nn.Module,  # `Projected` that knows the images of the batch
     tau: float = 0.1,  # Of the Beta law (IJSAT section 6.1)
@@ -412,5 +439,6 @@ def robust_mixup_codes(
     codes = mix(flow.encode(batch.x)[0], flow.encode(found.x)[0], found.alpha)
     base = render(flow.generator, codes).to(batch.x)
     known = Projected(flow.generator, base, codes)
-    x_adv = attack(model, base, batch.y, target=None, loss=loss, flow=known, generator=batch.generator)
+    x_adv = attack(model, base, batch.y, target=None, loss=loss, flow=known,
+                   generator=batch.generator)
     return loss(model(x_adv), batch.y).mean()

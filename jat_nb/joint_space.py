@@ -50,7 +50,8 @@ class Latent:
     levels: Sequence[int] | None = None  # levels that move, 1 the finest; None: all
     whitened: bool = False  # latents as standard normal numbers instead of as they leave the chain
     clamp: bool = True  # cut what is decoded to [0, 1]; False leaves that to a threat that follows
-    known: tuple[Tensor, list[Tensor]] | None = field(default=None, repr=False, compare=False)  # see `prepare`
+    # see `prepare`
+    known: tuple[Tensor, list[Tensor]] | None = field(default=None, repr=False, compare=False)
 
     needs_base = False  # the box lies around the code, not around the image
 
@@ -88,7 +89,8 @@ class Latent:
         p = _wide(x).new_zeros(len(x), sum(math.prod(shape) for shape in self.flow.latent_shapes))
         return self._limits(p) * (2 * uniform(p, generator) - 1) if random else p
 
-    def _limits(self, p: Tensor) -> Tensor: return per_image(self.eta, p) * _mask(self.flow, self.levels, p)
+    def _limits(self, p: Tensor) -> Tensor:
+        return per_image(self.eta, p) * _mask(self.flow, self.levels, p)
 
     def step(self, p: Tensor, grad: Tensor, base: Tensor) -> Tensor:
         "Every latent moves by the sign of its gradient; then project."
@@ -100,7 +102,8 @@ class Latent:
         return (p.abs() <= self._limits(p) * (1 + 1e-6)).all(1)
 
 # %% ../nbs/16_joint_space.ipynb #27c15cf3
-def _climb(model: nn.Module, x: Tensor, y: Tensor, threats: Sequence[Threat], **options: object) -> Tensor | Adversarial:
+def _climb(model: nn.Module, x: Tensor, y: Tensor, threats: Sequence[Threat],
+           **options: object) -> Tensor | Adversarial:
     found = ascend(model, x, y, threats, **options)
     images = found.x_adv if isinstance(found, Adversarial) else found
     if not images.isfinite().all():
@@ -128,7 +131,8 @@ def om_pgd(
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "Projected gradient ascent on the code of each image (IJSAT section 2.2)."
-    return _climb(model, x, y, [Latent(flow, eta, step_latent, levels, whitened)], steps=steps, loss=loss,
+    return _climb(model, x, y, [Latent(flow, eta, step_latent, levels, whitened)], steps=steps,
+                  loss=loss,
                   target=target, random_start=random_start, restarts=restarts, keep_best=keep_best,
                   generator=generator, return_info=return_info)
 
@@ -139,15 +143,18 @@ def jsa(
     y: Tensor,  # True classes (B,), int64
     *,
     flow: nn.Module,  # Glow for images of this shape
-    eps_pixel: float | Tensor = 8 / 255,  # Pixel budget in image units (IJSAT section 6); one for all or (B,)
+    # Pixel budget in image units (IJSAT section 6); one for all or (B,)
+    eps_pixel: float | Tensor = 8 / 255,
     step_pixel: float | Tensor = 2 / 255,  # Pixel step in image units (IJSAT section 6)
     eta: float | Tensor = 0.02,  # Budget in latent units (IJSAT section 6); one for all or (B,)
     step_latent: float | Tensor = 0.005,  # Step in latent units (IJSAT section 6)
     steps: int = 10,  # Steps (IJSAT section 6: 10 to train, 50 to evaluate)
-    schedule: str = "simultaneous",  # One gradient for both (IJSAT Eq. 8), or "alternating", "sequential"
+    # One gradient for both (IJSAT Eq. 8), or "alternating", "sequential"
+    schedule: str = "simultaneous",
     levels: Sequence[int] | None = None,  # Levels that move, 1 the finest; None: all
     whitened: bool = False,  # Latents as standard normal numbers instead of raw ones
-    between: Sequence[Threat] = (),  # Threats after decoding and before the pixels, such as [Flow()]
+    # Threats after decoding and before the pixels, such as [Flow()]
+    between: Sequence[Threat] = (),
     loss: Loss | str = cross_entropy,  # Per-example loss to climb, or its name in LOSSES
     target: Tensor | None = None,  # Classes (B,) to be mistaken for
     random_start: bool = True,  # Start uniformly within both budgets
@@ -177,6 +184,8 @@ def latent_report(
     with frozen(flow):
         pairs = zip(*(flow.encode(images, whitened=whitened) for images in (x, x_adv)))
         latent = torch.cat([(b - a).flatten(1) for a, b in pairs], dim=1)
-        nats, nats_clean, error = -flow.log_prob(x_adv), -flow.log_prob(x), round_trip_error(flow, x_adv)
+        nats, nats_clean, error = (-flow.log_prob(x_adv), -flow.log_prob(x),
+                                   round_trip_error(flow, x_adv))
     return {"linf": change.abs().amax(1), "l2": change.norm(dim=1), "ssim": ssim(x, x_adv),
-            "latent": latent.abs().amax(1), "nll_clean": nats_clean, "nll": nats, "round_trip": error}
+            "latent": latent.abs().amax(1), "nll_clean": nats_clean, "nll": nats,
+            "round_trip": error}

@@ -37,7 +37,8 @@ def find_runs(
     for path in (Path(p).expanduser() for p in paths):
         below = sorted(p.parent for p in path.glob("**/run.json"))
         if not below:
-            raise FileNotFoundError(f"no run.json in or below {path}: jat_train --out {path} makes one")
+            raise FileNotFoundError(f"no run.json in or below {path}: jat_train --out {path} makes "
+                                    "one")
         found += below
     return found
 
@@ -50,11 +51,14 @@ def run_facts(
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         missing = {"data", "variant", "tier"} - set(facts.get("about", ()))
-        missing |= {"epochs"} - set(facts.get("recipe", ())) if "weights" not in facts.get("about", ()) else set()
+        missing |= {"epochs"} - set(facts.get("recipe", ())) if "weights" not in facts.get("about",
+                                                                                           ()) else set()
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged ({error}): restore it, or train again with jat_train") from error
+        raise ValueError(f"{path} is damaged ({error}): restore it, or train again with "
+                         "jat_train") from error
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: train the network with jat_train")
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: train the network with "
+                         "jat_train")
     return facts
 
 # %% ../nbs/43_judging.ipynb #dab5d24c
@@ -68,7 +72,8 @@ def unfinished(
     try:
         return shortfall(facts["recipe"], read_jsonl(log))
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{log} is damaged ({error}): restore it, or train again with jat_train") from error
+        raise ValueError(f"{log} is damaged ({error}): restore it, or train again with "
+                         "jat_train") from error
 
 # %% ../nbs/43_judging.ipynb #e23db331
 def ending(
@@ -88,7 +93,8 @@ def ending(
     return (f"{begin}, validation clean {100 * last['val_clean']:.1f} %, "
             f"under {recipe.probe} {100 * last['val_robust']:.1f} %"
             + (f", CATASTROPHIC OVERFITTING from epoch {fallen[0]}" if fallen else "")
-            + (", ONE ANSWER FOR ALL IMAGES: lower lr, or use optimizer=adamw" if last.get("one_answer") else ""))
+            + (", ONE ANSWER FOR ALL IMAGES: lower lr, or use optimizer=adamw"
+               if last.get("one_answer") else ""))
 
 # %% ../nbs/43_judging.ipynb #d9442447
 def open_run(
@@ -120,8 +126,9 @@ def open_classifier(
 ) -> tuple[dict[str, Any], nn.Module]:  # As of `open_run`
     "What a run is, and its network, if that can be attacked and judged."
     if not classifies(run):
-        raise ValueError(f"{run} is a run of {run_facts(run)['model']['name']!r}, which names no classes: judge a "
-                         f"classifier that stands on it; what it learned itself is in {Path(run) / 'log.jsonl'}")
+        raise ValueError(f"{run} is a run of {run_facts(run)['model']['name']!r}, which names no "
+                         "classes: judge a classifier that stands on it; what it learned itself "
+                         f"is in {Path(run) / 'log.jsonl'}")
     return open_run(run, weights, device)
 
 # %% ../nbs/43_judging.ipynb #21ce7e04
@@ -132,8 +139,8 @@ def check_same_data(
 ) -> None:  # Raises ValueError
     "Refuse a network that was trained on other images."
     if (own := run_facts(run)["about"]["data"]) != data:
-        raise ValueError(f"--needs {keyword}={run} was trained on {own!r}, here the images are {data!r}: train one "
-                         f"on them with jat_train --data {data}")
+        raise ValueError(f"--needs {keyword}={run} was trained on {own!r}, here the images are "
+                         f"{data!r}: train one on them with jat_train --data {data}")
 
 # %% ../nbs/43_judging.ipynb #4d6896c7
 def needed_runs(
@@ -160,12 +167,15 @@ def networks_for(
     for keyword in given.keys() & recipe.needs.keys():
         facts, found[keyword] = open_run(given[keyword])
         if (name := facts["about"].get("name")) != recipe.needs[keyword]:
-            raise ValueError(f"--needs {keyword}={given[keyword]} is a run of {name!r}, the recipe stands on "
-                             f"{recipe.needs[keyword]!r}: {_made_by(recipe.needs[keyword])} makes one")
+            raise ValueError(f"--needs {keyword}={given[keyword]} is a run of {name!r}, the recipe "
+                             f"stands on {recipe.needs[keyword]!r}: "
+                             f"{_made_by(recipe.needs[keyword])} makes one")
         check_same_data(keyword, given[keyword], recipe.data)
         if (share := facts["recipe"].get("labelled", 1.0)) != recipe.labelled:
-            raise ValueError(f"--needs {keyword}={given[keyword]} was trained on the labels of {share:.1%} of the images, "
-                             f"the recipe may see {recipe.labelled:.1%}: train one with --set labelled={recipe.labelled}")
+            raise ValueError(f"--needs {keyword}={given[keyword]} was trained on the labels of "
+                             f"{share:.1%} of the images, "
+                             f"the recipe may see {recipe.labelled:.1%}: train one with --set "
+                             f"labelled={recipe.labelled}")
     return found
 
 # %% ../nbs/43_judging.ipynb #fb68fac9
@@ -178,15 +188,16 @@ def sources_for(
     suite: str,  # Key of `suites()`
     given: Sequence[str | Path],  # Folders of runs, or folders that hold them
 ) -> list[Path]:  # Those that can be a source for the run
-    "The sources among some runs: finished, not the run itself, and for the checks for masking its twins."
+    """The sources among some runs: finished, not the run itself, and for the checks for masking
+    its twins."""
     run, others = Path(run), []
     for path in find_runs(given):
         twin = suites()[suite].kind != "masking" or _but_for_seed(path) == _but_for_seed(run)
         if path.resolve() != run.resolve() and not unfinished(path) and twin and classifies(path):
             others.append(path)
     if len({path.name for path in others}) < len(others):
-        raise ValueError(f"two sources of one name among {', '.join(map(str, others))}: rename a folder, "
-                         "records tell them apart by name")
+        raise ValueError(f"two sources of one name among {', '.join(map(str, others))}: rename a "
+                         "folder, records tell them apart by name")
     return others
 
 # %% ../nbs/43_judging.ipynb #67f9b346
@@ -197,7 +208,9 @@ def _test_set(about: dict[str, Any]) -> tuple[ImageSet, dict[str, Any]]:
     for part in (whole.images, whole.labels):
         digest.update(str((part.dtype, tuple(part.shape))).encode())
         digest.update(part.contiguous().numpy().tobytes())
-    return whole, {"sha256": digest.hexdigest()[:16], "images": len(whole), "classes": list(whole.classes)}
+    return (whole,
+            {"sha256": digest.hexdigest()[:16], "images": len(whole),
+             "classes": list(whole.classes)})
 
 # %% ../nbs/43_judging.ipynb #0adc7b1a
 _FREE = ("run", "n", "batch_size")  # parts of a configuration that may differ
@@ -227,7 +240,8 @@ def by_class(
         row["n"] += 1
         for attack, right in verdicts.items():
             row[attack] = row.get(attack, 0) + int(right[i])
-    return {name: {k: v if k == "n" else 100 * v / row["n"] for k, v in row.items()} for name, row in rows.items()}
+    return {name: {k: v if k == "n" else 100 * v / row["n"] for k, v in row.items()}
+            for name, row in rows.items()}
 
 # %% ../nbs/43_judging.ipynb #2191f6ec
 def judge(
@@ -239,7 +253,8 @@ def judge(
     budget: Budget | None = None,  # How far the attacks may go; None: the data set's
     steps: int = 20,  # Steps of the iterated attacks
     sources: Sequence[Path] = (),  # Runs on which transferred images are made
-    needs: Mapping[str, Path] = MappingProxyType({}),  # Runs of networks that attacks stand on, by keyword
+    # Runs of networks that attacks stand on, by keyword
+    needs: Mapping[str, Path] = MappingProxyType({}),
     seed: int = 0,  # Seed of the attacks
     batch_size: int = 250,  # Images attacked at once; not the result
     fast: bool | None = None,  # Attack a faster copy; None: at tier cpu
@@ -254,8 +269,10 @@ def judge(
     whole, identity = _test_set(about)
     test, budget = whole.subset(min(n, len(whole))), budget or default_budget(about["data"])
     fast = about["tier"] == "cpu" if fast is None else fast
-    config = {"suite": suite, "weights": weights, "sha256": _hash(run, weights), "test": identity, "n": len(test),
-              "epoch": model.metadata.get("record", {}).get("epoch"), "budget": asdict(budget), "steps": steps,
+    config = {"suite": suite, "weights": weights, "sha256": _hash(run, weights), "test": identity,
+              "n": len(test),
+              "epoch": model.metadata.get("record", {}).get("epoch"), "budget": asdict(budget),
+              "steps": steps,
               "batch_size": batch_size, "fast": fast, "amp": amp, "run": facts,
               "sources": {path.name: _hash(path, weights) for path in sources}}
     asked = [keyword for keyword in networks_of(suite) if keyword in needs]
@@ -265,10 +282,12 @@ def judge(
     config = json.loads(json.dumps(config))
     if old := on_first(lambda: None if again else _answered(out, config, seed)):
         return old, False
-    record = Record("jat_eval", config, about["tier"], about["data"], about["variant"], seed, device=device)
+    record = Record("jat_eval", config, about["tier"], about["data"], about["variant"], seed,
+                    device=device)
     others = {path.name: open_run(path, weights, device)[1] for path in sources}
     networks = {keyword: open_run(needs[keyword], "last", device)[1] for keyword in asked}
-    job = Job(model, test.x.to(device), test.labels.to(device), budget, steps, seed, batch_size, others, fast=fast,
+    job = Job(model, test.x.to(device), test.labels.to(device), budget, steps, seed, batch_size,
+              others, fast=fast,
               data=about["data"], networks=networks)
     start = time.perf_counter()
     with counted(model) as count, torch.autocast(device.split(":")[0], torch.bfloat16, enabled=amp):
@@ -282,10 +301,13 @@ def judge(
     return record, True
 
 # %% ../nbs/43_judging.ipynb #90a23eb8
-def _told(weights: Path, network: nn.Module, names: Sequence[str], shape: Sequence[int], **more: Any) -> dict[str, Any]:
+def _told(weights: Path, network: nn.Module, names: Sequence[str], shape: Sequence[int],
+          **more: Any) -> dict[str, Any]:
     "What is known of weights from elsewhere, in the form of a run.json."
-    about = {"name": f"own/{weights.stem}", "tier": "paper", "seed": 0, "model": network.metadata["name"],
-             "weights": weights.name, "start": network.metadata["start"], "classes": list(names), "shape": list(shape)}
+    about = {"name": f"own/{weights.stem}", "tier": "paper", "seed": 0,
+             "model": network.metadata["name"],
+             "weights": weights.name, "start": network.metadata["start"], "classes": list(names),
+             "shape": list(shape)}
     return {"recipe": {}, "about": about | more, "model": network.metadata}
 
 
@@ -300,26 +322,33 @@ def open_own(
     name: str | None = None,  # The network they belong to, as for `create`; None: the file says it
     *,
     data: str = "",  # Data set whose classes it knows, as for `load`; "": none is at hand
-    classes: Sequence[str] | int | None = None,  # Names of its classes in order, or their number; None: the data's
-    size: int | Sequence[int] | None = None,  # Side, or height and width, of its images; None: the data's
+    # Names of its classes in order, or their number; None: the data's
+    classes: Sequence[str] | int | None = None,
+    # Side, or height and width, of its images; None: the data's
+    size: int | Sequence[int] | None = None,
     mean: Sequence[float] | None = None,  # As for `open_weights`
     std: Sequence[float] | None = None,  # As for `open_weights`
 ) -> tuple[dict[str, Any], nn.Module]:  # As of `open_run`
     "What is known of weights from elsewhere, and their network."
     names = None if classes is None or isinstance(classes, int) else list(classes)
-    network = open_weights(weights, name, num_classes=classes if names is None else len(names), mean=mean, std=std)
-    form, sides = network.metadata, [size] * 2 if isinstance(size, int) else size or _recorded_size(network)
+    network = open_weights(weights, name, num_classes=classes if names is None else len(names),
+                           mean=mean, std=std)
+    form, sides = (network.metadata, [size] * 2 if isinstance(size, int) else size
+                   or _recorded_size(network))
     if form["name"] in BUILDERS:
-        raise ValueError(f"{weights} is a {form['name']}, which names no classes: judge a classifier that stands on it")
+        raise ValueError(f"{weights} is a {form['name']}, which names no classes: judge a "
+                         "classifier that stands on it")
     more: dict[str, Any] = {"data": data, "variant": ""} | ({"resized": size} if size else {})
     if data:
         images = load(data, "test", size=size, classes=names)
         names, sides, more["variant"] = images.classes, images.images.shape[2:], images.variant
         if (images.num_classes, images.channels) != (form["num_classes"], form["in_chans"]):
-            raise ValueError(f"{weights} is for {form['num_classes']} classes and {form['in_chans']} channels, {data!r} has "
-                             f"{images.num_classes} and {images.channels}: choose the data set it was trained on")
+            raise ValueError(f"{weights} is for {form['num_classes']} classes and "
+                             f"{form['in_chans']} channels, {data!r} has {images.num_classes} and "
+                             f"{images.channels}: choose the data set it was trained on")
     if sides is None:
-        raise ValueError(f"nothing says on which images {weights} was trained: pass size= (in the shell --size SIDE)")
+        raise ValueError(f"nothing says on which images {weights} was trained: pass size= (in the "
+                         "shell --size SIDE)")
     names = names or [str(k) for k in range(form["num_classes"])]
     return _told(Path(weights), network, names, [form["in_chans"], *sides], **more), network
 
@@ -333,11 +362,13 @@ def adopt(
     **said: Any,  # classes, size, mean, std, as for `open_own`
 ) -> Path:  # The folder; the same one if it is already there
     "A run's folder for weights that were trained elsewhere."
-    folder, (facts, network) = check_writable(Path(out).expanduser()), open_own(weights, name, data=data, **said)
+    folder, (facts, network) = (check_writable(Path(out).expanduser()),
+                                open_own(weights, name, data=data, **said))
     facts = json.loads(json.dumps(facts))
     if (folder / "run.json").exists():
         if run_facts(folder)["about"] != facts["about"]:
-            raise ValueError(f"{folder} holds another run: choose another folder (in the shell --out)")
+            raise ValueError(f"{folder} holds another run: choose another folder (in the shell "
+                             "--out)")
         return folder
     save_weights(network, folder / "last.safetensors", metadata={"record": {"epoch": 0}})
     write_atomic(folder / "log.jsonl", Path.touch)  # no epoch was seen here

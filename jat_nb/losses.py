@@ -23,14 +23,17 @@ def check_logits(
     n: int,  # Images it was asked about
 ) -> None:  # Nothing: it raises ValueError for anything but floating-point scores (n, K), K >= 2
     "Refuse what is no table of scores, and name what makes one of it."
-    good = isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == n and logits.shape[1] > 1
+    good = (isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == n
+            and logits.shape[1] > 1)
     if not good or not logits.is_floating_point():
         inside = ""
         if isinstance(logits, (Mapping, tuple, list)):
             inside = f" of {', '.join(v if isinstance(v, str) else type(v).__name__ for v in logits)}"
-        seen = f"{tuple(logits.shape)} {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__ + inside
-        raise ValueError(f"expected the model to return logits ({n}, K), got {seen}: wrap the model; "
-                         "jat_nb.models.Logits(model) takes one logit per image (2 classes), tuples, and outputs with .logits")
+        seen = (f"{tuple(logits.shape)} {logits.dtype}" if isinstance(logits, Tensor)
+                else type(logits).__name__ + inside)
+        raise ValueError(f"expected the model to return logits ({n}, K), got {seen}: wrap the "
+                         "model; jat_nb.models.Logits(model) takes one logit per image (2 "
+                         "classes), tuples, and outputs with .logits")
 
 
 def _check_labels(y: Tensor, num_classes: int, name: str = "y") -> None:
@@ -38,8 +41,8 @@ def _check_labels(y: Tensor, num_classes: int, name: str = "y") -> None:
     if not 2 <= num_classes:
         raise ValueError(f"expected at least 2 classes, got {num_classes}")
     if y.ndim != 1 or y.dtype != torch.int64:
-        raise ValueError(f"expected {name} of shape (B,) and dtype int64, got {tuple(y.shape)} {y.dtype}: "
-                         "pass class indices, y.long() or one_hot.argmax(1)")
+        raise ValueError(f"expected {name} of shape (B,) and dtype int64, got {tuple(y.shape)} "
+                         f"{y.dtype}: pass class indices, y.long() or one_hot.argmax(1)")
     if y.device.type == "cpu" and y.numel() and not (0 <= y.min() and y.max() < num_classes):
         raise ValueError(f"expected {name} in 0..{num_classes - 1}, got {y.min()}..{y.max()}: "
                          "check that labels start at 0 and that the model has enough classes")
@@ -47,8 +50,10 @@ def _check_labels(y: Tensor, num_classes: int, name: str = "y") -> None:
 
 def _check(logits: Tensor, y: Tensor, name: str = "y") -> Tensor:
     "Refuse logits that do not fit the labels; half precision is raised to float32."
-    if isinstance(logits, Tensor) and logits.ndim > 1 and (logits.ndim > 2 or len(logits) != len(y)):
-        raise ValueError(f"expected logits of shape ({len(y)}, K) for {len(y)} labels, got {tuple(logits.shape)}: "
+    if (isinstance(logits, Tensor) and logits.ndim > 1
+        and (logits.ndim > 2 or len(logits) != len(y))):
+        raise ValueError(f"expected logits of shape ({len(y)}, K) for {len(y)} labels, got "
+                         f"{tuple(logits.shape)}: "
                          "flatten spatial outputs and keep one row per label")
     check_logits(logits, len(y))
     _check_labels(y, logits.shape[1], name)
@@ -77,10 +82,12 @@ def dlr_loss(
     logits: Tensor,  # (B, K) scores, K >= 3
     y: Tensor,  # (B,) int64 true class
 ) -> Tensor:  # (B,) free of unit, >= -1; > 0 exactly where the prediction is wrong
-    "Difference-of-logits ratio: the margin measured in gaps between the first and the third (Croce and Hein 2020)."
+    """Difference-of-logits ratio: the margin measured in gaps between the first and the third
+    (Croce and Hein 2020)."""
     margin = margin_loss(logits, y)
     if logits.shape[1] < 3:
-        raise ValueError(f"dlr_loss needs at least 3 classes, got {logits.shape[1]}: use margin_loss")
+        raise ValueError(f"dlr_loss needs at least 3 classes, got {logits.shape[1]}: use "
+                         "margin_loss")
     top = logits.to(margin.dtype).topk(3, dim=1).values  # (B, 3)
     return margin / (top[:, 0] - top[:, 2]).clamp(min=1e-12)
 
@@ -93,7 +100,8 @@ def targeted_dlr_loss(
     "Difference-of-logits ratio towards a chosen class (Croce and Hein 2020)."
     logits = _check(_check(logits, y), target, "target")
     if logits.shape[1] < 4:
-        raise ValueError(f"targeted_dlr_loss needs at least 4 classes, got {logits.shape[1]}: use margin_loss")
+        raise ValueError(f"targeted_dlr_loss needs at least 4 classes, got {logits.shape[1]}: use "
+                         "margin_loss")
     top = logits.topk(4, dim=1).values  # (B, 4)
     gain = (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None]))[:, 0]
     return gain / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2).clamp(min=1e-12)
@@ -103,7 +111,8 @@ def soft_margin(
     logits: Tensor,  # (B, K) unnormalised scores
     y: Tensor,  # (B,) int64 true class
 ) -> Tensor:  # (B,), positive where the wrong classes together outweigh the true one
-    "Log of the summed exponentials of the wrong classes minus the true logit (Pareto, Proposition 1)."
+    """Log of the summed exponentials of the wrong classes minus the true logit (Pareto,
+    Proposition 1)."""
     logits = _check(logits, y)
     true = logits.gather(1, y[:, None])
     wrong = logits.scatter(1, y[:, None], -torch.inf)
@@ -130,11 +139,15 @@ def soft_cross_entropy(
     "Cross-entropy against a distribution over classes instead of one class."
     check_logits(logits, len(y_soft))
     if logits.shape != y_soft.shape:
-        raise ValueError(f"expected logits and y_soft of one shape (B, K), got {tuple(logits.shape)} and "
+        raise ValueError("expected logits and y_soft of one shape (B, K), got "
+                         f"{tuple(logits.shape)} and "
                          f"{tuple(y_soft.shape)}: class indices go to cross_entropy")
-    if y_soft.device.type == "cpu" and ((y_soft < 0).any() or ((y_soft.sum(dim=1) - 1).abs() > 1e-3).any()):
-        raise ValueError("expected y_soft with non-negative rows that sum to 1: divide by y_soft.sum(1, keepdim=True)")
-    return -(y_soft * F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)).sum(dim=1)
+    if (y_soft.device.type == "cpu"
+        and ((y_soft < 0).any() or ((y_soft.sum(dim=1) - 1).abs() > 1e-3).any())):
+        raise ValueError("expected y_soft with non-negative rows that sum to 1: divide by "
+                         "y_soft.sum(1, keepdim=True)")
+    return -(y_soft * F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)),
+                                    dim=1)).sum(dim=1)
 
 # %% ../nbs/04_losses.ipynb #4b37bd9f
 def kl_divergence(
@@ -145,10 +158,11 @@ def kl_divergence(
     for logits in (logits_p, logits_q):
         check_logits(logits, len(logits) if isinstance(logits, Tensor) and logits.ndim else 0)
     if logits_p.shape != logits_q.shape:
-        raise ValueError(f"expected two logits of one shape (B, K), got {tuple(logits_p.shape)} and "
-                         f"{tuple(logits_q.shape)}: evaluate both models on the same batch")
+        raise ValueError(f"expected two logits of one shape (B, K), got {tuple(logits_p.shape)} "
+                         f"and {tuple(logits_q.shape)}: evaluate both models on the same batch")
     dtype = torch.promote_types(logits_p.dtype, torch.float32)
-    log_p, log_q = F.log_softmax(logits_p.to(dtype), dim=1), F.log_softmax(logits_q.to(dtype), dim=1)
+    log_p, log_q = (F.log_softmax(logits_p.to(dtype), dim=1),
+                    F.log_softmax(logits_q.to(dtype), dim=1))
     return (log_p.exp() * (log_p - log_q)).sum(dim=1)
 
 # %% ../nbs/04_losses.ipynb #f07795a7
@@ -174,7 +188,8 @@ def most_confusing_target(
 def uniform_labels(
     y: Tensor,  # (B,) int64 true class
     num_classes: int,  # K, at least 2
-    eps_y: float = 0.5,  # Mass off the true class; 0.5 is the bilateral value for K = 10 equal rivals
+    # Mass off the true class; 0.5 is the bilateral value for K = 10 equal rivals
+    eps_y: float = 0.5,
 ) -> Tensor:  # (B, K) float32, rows sum to 1
     "Label with mass `1 - eps_y` on the true class and the rest spread over the others."
     _check_labels(y, num_classes)

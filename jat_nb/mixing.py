@@ -77,15 +77,16 @@ def mixed_loss(
     def loss(logits: Tensor, given: Tensor) -> Tensor:
         same = len(given) == len(y) and (given.device.type != "cpu" or torch.equal(given, y))
         if not same:
-            raise ValueError(f"expected the classes of the {len(y)} blended images in their order, got "
-                             f"{len(given)} classes: attacks that search copy and drop images, take one "
-                             "that climbs a gradient")
+            raise ValueError(f"expected the classes of the {len(y)} blended images in their order, "
+                             f"got {len(given)} classes: attacks that search copy and drop images, "
+                             "take one that climbs a gradient")
         return alpha * cross_entropy(logits, y) + (1 - alpha) * cross_entropy(logits, partner)
     return loss
 
 # %% ../nbs/22_mixing.ipynb #19e17946
 def mixup(
-    model: nn.Module | Callable[[Tensor], Tensor],  # Classifier in train mode, images in [0, 1] to logits
+    # Classifier in train mode, images in [0, 1] to logits
+    model: nn.Module | Callable[[Tensor], Tensor],
     batch: Batch,  # Images, labels and the source of randomness
     *,
     tau: float = 1.0,  # Of the Beta law (mixup's usual value)
@@ -98,9 +99,11 @@ def mixup(
 
 
 def robust_mixup(
-    model: nn.Module | Callable[[Tensor], Tensor],  # Classifier in train mode, images in [0, 1] to logits
+    # Classifier in train mode, images in [0, 1] to logits
+    model: nn.Module | Callable[[Tensor], Tensor],
     batch: Batch,  # Images, labels and the source of randomness
-    attack: Callable[..., Tensor],  # attack(model, x, y, loss=..., target=..., generator=...) -> images
+    # attack(model, x, y, loss=..., target=..., generator=...) -> images
+    attack: Callable[..., Tensor],
     *,
     tau: float = 0.1,  # Of the Beta law (IJSAT section 6.1)
     alpha: float | None = None,  # A share for every batch instead of a draw
@@ -123,7 +126,8 @@ def _attacked(model: nn.Module, batch: Batch, attack: Callable[..., Tensor],
 
 
 def attack_then_mix(
-    model: nn.Module | Callable[[Tensor], Tensor],  # Classifier in train mode, images in [0, 1] to logits
+    # Classifier in train mode, images in [0, 1] to logits
+    model: nn.Module | Callable[[Tensor], Tensor],
     batch: Batch,  # Images, labels and the source of randomness
     attack: Callable[..., Tensor],  # attack(model, x, y, target=..., generator=...) -> images
     *,
@@ -138,7 +142,8 @@ def attack_then_mix(
 
 
 def iat(
-    model: nn.Module | Callable[[Tensor], Tensor],  # Classifier in train mode, images in [0, 1] to logits
+    # Classifier in train mode, images in [0, 1] to logits
+    model: nn.Module | Callable[[Tensor], Tensor],
     batch: Batch,  # Images, labels and the source of randomness
     attack: Callable[..., Tensor],  # attack(model, x, y, target=..., generator=...) -> images
     *,
@@ -162,7 +167,8 @@ def _boosted(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def mart(
-    model: nn.Module | Callable[[Tensor], Tensor],  # Classifier in train mode, images in [0, 1] to logits
+    # Classifier in train mode, images in [0, 1] to logits
+    model: nn.Module | Callable[[Tensor], Tensor],
     batch: Batch,  # Images, labels and the source of randomness
     attack: Callable[..., Tensor],  # attack(model, x, y, target=..., generator=...) -> images
     *,

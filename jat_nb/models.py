@@ -111,17 +111,20 @@ _LOCKS: dict[int, Any] = {}  # by the first weight of a network
 
 @contextmanager
 def frozen(
-    model: nn.Module | Callable[[Tensor], Tensor],  # To be attacked; of a function, the modules it holds
+    # To be attacked; of a function, the modules it holds
+    model: nn.Module | Callable[[Tensor], Tensor],
 ) -> Iterator[Any]:  # The same model, in eval mode and with no parameter that asks for a gradient
     "Hold a model still in a `with` block; then every flag and buffer is back, also after an error."
     modules = _all_modules(model)
     params = [*{id(p): p for m in modules for p in m.parameters(recurse=False)}.values()]
     if any(p.is_inference() for p in params):
-        raise ValueError("weights of torch.inference_mode have no gradient: build or load the model outside")
+        raise ValueError("weights of torch.inference_mode have no gradient: build or load the "
+                         "model outside")
     with _LOCKS.setdefault(id(params[0] if params else model), RLock()):
         modes, wants = [m.training for m in modules], [p.requires_grad for p in params]
         held = [dict(m._buffers.items()) for m in modules]
-        stand_ins = {id(b): b.detach().clone() for own in held for b in own.values() if b is not None}
+        stand_ins = {id(b): b.detach().clone() for own in held for b in own.values()
+                     if b is not None}
         try:
             for module, own in zip(modules, held):
                 module.training = False
@@ -143,7 +146,8 @@ class Logits(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,  # Returns one logit per image, a tuple, a dict, or an object with `.logits`
+        # Returns one logit per image, a tuple, a dict, or an object with `.logits`
+        model: nn.Module,
     ):
         super().__init__()
         self.model = model
@@ -158,7 +162,8 @@ class Logits(nn.Module):
         elif isinstance(out, (tuple, list)):
             out = out[0]
         if not isinstance(out, Tensor):
-            raise ValueError(f"found no logits in {type(out).__name__}: return them from a module of your own")
+            raise ValueError(f"found no logits in {type(out).__name__}: return them from a module "
+                             "of your own")
         z = out[:, None] if out.ndim == 1 else out
         return torch.cat([torch.zeros_like(z), z], dim=1) if z.shape[1:] == (1,) else z
 
@@ -226,7 +231,8 @@ def half_precision(
 # %% ../nbs/08_models.ipynb #ba84ab4f
 BUILDERS: Mapping[str, str] = MappingProxyType({
     "glow": "jat_nb.glow:Glow", "projected": "jat_nb.generators:_room",
-    "vae_gan": "jat_nb.augmenting:VaeGan"})  # networks that are no classifiers: "module:call", call((C, H, W), ...)
+    # networks that are no classifiers: "module:call", call((C, H, W), ...)
+    "vae_gan": "jat_nb.augmenting:VaeGan"})
 
 
 def _build(name: str, in_chans: int, size: int | None, options: Mapping[str, Any]) -> nn.Module:
@@ -254,7 +260,8 @@ def _check_name(name: Any) -> None:
     import_module("jat_nb.backbones")  # registers the networks of the papers
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
         raise ValueError(f"expected a name of timm's registry, got {name!r}: a model from "
-                         "elsewhere is loaded with timm.create_model and wrapped in NormalizedModel")
+                         "elsewhere is loaded with timm.create_model and wrapped in "
+                         "NormalizedModel")
     if not timm.is_model(name):
         near = get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
         raise ValueError(f"unknown model {name!r}; the nearest names are {near}, "
@@ -417,7 +424,8 @@ def save_weights(
     "Write weights and what is needed to rebuild the model into one safetensors file."
     check_rebuildable(model)
     inside = unwrap(model)
-    own = {k: v for k, v in inside.metadata.items() if k in ("name", "options", *_form(inside.metadata["name"]))}
+    own = {k: v for k, v in inside.metadata.items()
+           if k in ("name", "options", *_form(inside.metadata["name"]))}
     state = _halved(plain_state(inside)) if half else plain_state(inside)
     if not all(v.isfinite().all() for v in state.values()):
         raise ValueError("refusing to save weights that are not finite"
@@ -432,7 +440,8 @@ def _without_wrappers(key: str) -> str:
 # %% ../nbs/08_models.ipynb #b91419a4
 def load_weights(
     path: str | Path,  # File written by `save_weights`
-) -> NormalizedModel | nn.Module:  # As of `create`, on the CPU, float32, in eval mode; `.metadata`: the header
+) -> NormalizedModel | nn.Module:
+    # As of `create`, on the CPU, float32, in eval mode; `.metadata`: the header
     "Rebuild a model from its file; nothing in the file is executed."
     state, header = read_tensors(path)
     try:
@@ -451,13 +460,15 @@ def load_weights(
 def start_from(
     path: str | Path,  # File written by `save_weights`, such as the best.safetensors of a run
     num_classes: int,  # Width of the last layer, which is fresh unless the file has the same
-) -> NormalizedModel | nn.Module:  # In train mode; `.metadata["start"]`: fingerprint of the file's weights
+) -> NormalizedModel | nn.Module:
+    # In train mode; `.metadata["start"]`: fingerprint of the file's weights
     "The network of a file, to be trained on."
     old = load_weights(path)
     name, options = _call(old.metadata)
     model = create(name, **options | {"num_classes": num_classes})
     known, fresh = old.state_dict(), model.state_dict()
-    model.load_state_dict({k: known[k] if known[k].shape == v.shape else v for k, v in fresh.items()})
+    model.load_state_dict({k: known[k] if known[k].shape == v.shape else v
+                           for k, v in fresh.items()})
     model.metadata["start"] = tensor_hash(known)
     return model
 

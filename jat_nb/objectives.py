@@ -22,14 +22,16 @@ from .attacks import Named
 from .batches import Batch, batches
 from .data import ImageSet
 from .glow import Glow, round_trip_error
-from .losses import (bilateral_labels, cross_entropy, most_confusing_target, random_target, smooth_labels,
+from .losses import (bilateral_labels, cross_entropy, most_confusing_target, random_target,
+                           smooth_labels,
                            soft_cross_entropy, uniform_labels)
 from .models import frozen, unwrap
 from .randomness import Randomness, image_generators
 
 # %% ../nbs/21_objectives.ipynb #6c583b92
 def natural(
-    model: nn.Module | Callable[[Tensor], Tensor],  # Classifier in train mode, images in [0, 1] to logits
+    # Classifier in train mode, images in [0, 1] to logits
+    model: nn.Module | Callable[[Tensor], Tensor],
     batch: Batch,  # Images, labels and the source of randomness
 ) -> Tensor:  # Scalar, nats
     "Mean cross-entropy on clean images."
@@ -37,7 +39,8 @@ def natural(
 
 # %% ../nbs/21_objectives.ipynb #0206b7bd
 def adversarial(
-    model: nn.Module | Callable[[Tensor], Tensor],  # Classifier in train mode, images in [0, 1] to logits
+    # Classifier in train mode, images in [0, 1] to logits
+    model: nn.Module | Callable[[Tensor], Tensor],
     batch: Batch,  # Images, labels and the source of randomness
     attack: Callable[..., Tensor],  # attack(model, x, y, target=..., generator=...) -> images
 ) -> Tensor:  # Scalar, nats
@@ -50,7 +53,8 @@ Target = Literal["random", "most_confusing"]  # kinds of target class
 
 
 def choose_target(
-    kind: Target | None,  # "random" (JAT), "most_confusing" (Bilateral baseline) or None: untargeted
+    # "random" (JAT), "most_confusing" (Bilateral baseline) or None: untargeted
+    kind: Target | None,
     logits: Tensor,  # (B, K) clean logits; "random" reads only K
     y: Tensor,  # (B,) int64 true class
     generator: Randomness = None,  # One source for the batch, or one per image
@@ -96,16 +100,20 @@ def training_labels(
     make, known = _LABELS[kind]
     if not set(options) <= set(known):
         raise ValueError(f"labels {kind!r} take the options {list(known)}, got {sorted(options)}")
-    return make(logits, y, **options) if kind == "bilateral" else make(y, logits.shape[1], **options)
+    return (make(logits, y, **options) if kind == "bilateral"
+            else make(y, logits.shape[1], **options))
 
 # %% ../nbs/21_objectives.ipynb #e26581c7
 def jat(
-    model: nn.Module | Callable[[Tensor], Tensor],  # Classifier in train mode, images in [0, 1] to logits
+    # Classifier in train mode, images in [0, 1] to logits
+    model: nn.Module | Callable[[Tensor], Tensor],
     batch: Batch,  # Images, labels and the source of randomness
     attack: Callable[..., Tensor],  # attack(model, x, y, target=..., generator=...) -> images
     *,
-    target: Target | None = "random",  # Class to drive towards, None: away (JAT Algorithm 3: random)
-    labels: Labels = "bilateral",  # Label to learn (JAT Algorithm 3: "a variant of label smoothing")
+    # Class to drive towards, None: away (JAT Algorithm 3: random)
+    target: Target | None = "random",
+    # Label to learn (JAT Algorithm 3: "a variant of label smoothing")
+    labels: Labels = "bilateral",
     ratio: float | None = None,  # Of "bilateral" labels; None: 9, as for `bilateral_labels`
     floor: float | None = None,  # Of "bilateral" labels, nats; None: 0.01
     eps_y: float | None = None,  # Of "uniform" and "smooth" labels: mass moved; None: their default
@@ -114,16 +122,20 @@ def jat(
     x, y, generator = batch.x, batch.y, batch.generator
     needed = labels == "bilateral" or target == "most_confusing"
     logits = clean_logits(model, x if needed else x[:1])  # one image is enough to count the classes
-    x_adv = attack(model, x, y, target=choose_target(target, logits, y, generator), generator=generator)
+    x_adv = attack(model, x, y, target=choose_target(target, logits, y, generator),
+                   generator=generator)
     given = {"ratio": ratio, "floor": floor, "eps_y": eps_y}
     options = {name: value for name, value in given.items() if value is not None}
-    return soft_cross_entropy(logits_of(model, x_adv), training_labels(labels, logits, y, **options)).mean()
+    return soft_cross_entropy(logits_of(model, x_adv),
+                              training_labels(labels, logits, y, **options)).mean()
 
 # %% ../nbs/21_objectives.ipynb #5e731d30
 def attacked_losses(
-    model: nn.Module | Callable[[Tensor], Tensor],  # Classifier in train mode, images in [0, 1] to logits
+    # Classifier in train mode, images in [0, 1] to logits
+    model: nn.Module | Callable[[Tensor], Tensor],
     batch: Batch,  # Images, labels and the source of randomness
-    attacks: Mapping[str, Callable[..., Tensor]],  # By role, at least one; each starts from `batch.x`
+    # By role, at least one; each starts from `batch.x`
+    attacks: Mapping[str, Callable[..., Tensor]],
     *,
     include_natural: bool = False,  # Whether the loss on the clean images comes first
 ) -> Tensor:  # (k, B) nats, one row for each kind of image, in the order of the roles
@@ -139,10 +151,12 @@ def attacked_losses(
 
 # %% ../nbs/21_objectives.ipynb #01a8ee61
 def average(
-    model: nn.Module | Callable[[Tensor], Tensor],  # Classifier in train mode, images in [0, 1] to logits
+    # Classifier in train mode, images in [0, 1] to logits
+    model: nn.Module | Callable[[Tensor], Tensor],
     batch: Batch,  # Images, labels and the source of randomness
     *,
-    include_natural: bool = False,  # Whether the clean images count as well (Pareto 4.2: they do not)
+    # Whether the clean images count as well (Pareto 4.2: they do not)
+    include_natural: bool = False,
     **attacks: Callable[..., Tensor],  # Under any role names, at least one
 ) -> Tensor:  # Scalar, nats
     "The mean of the losses under several attacks (Pareto section 4.2, Ave)."
@@ -150,7 +164,8 @@ def average(
 
 # %% ../nbs/21_objectives.ipynb #28dba6bb
 def maximum(
-    model: nn.Module | Callable[[Tensor], Tensor],  # Classifier in train mode, images in [0, 1] to logits
+    # Classifier in train mode, images in [0, 1] to logits
+    model: nn.Module | Callable[[Tensor], Tensor],
     batch: Batch,  # Images, labels and the source of randomness
     *,
     per: Literal["example", "batch"] = "example",  # What chooses the worst attack (Pareto 4.2)
@@ -207,7 +222,8 @@ def judge_flow(
             errors += round_trip_error(flow, batch.x).tolist()
     found = {"val_bits_per_dim": sum(bits) / len(bits), "round_trip": max(errors)}
     if not math.isfinite(sum(bits) + sum(errors)):
-        raise FloatingPointError(f"the flow fails on images held out, {found}: lower lr, or warm it up longer")
+        raise FloatingPointError(f"the flow fails on images held out, {found}: lower lr, or warm "
+                                 "it up longer")
     return found
 
 
@@ -222,15 +238,20 @@ OBJECTIVES = Named({"natural": natural, "adversarial": adversarial, "jat": jat, 
                    | {name: f"jat_nb.mixing:{name}"
                       for name in ("mixup", "robust_mixup", "attack_then_mix", "iat", "mart")}
                    | {name: f"jat_nb.augmenting:{name}"
-                      for name in ("randomized_la", "adversarial_la", "advprop", "vae_gan", "by_class")}
+                      for name in ("randomized_la", "adversarial_la", "advprop", "vae_gan",
+                                   "by_class")}
                    | {name: f"jat_nb.perceptual:{name}" for name in ("fast_pat", "rlat")}
-                   | {"robust_mixup_codes": "jat_nb.generators:robust_mixup_codes"})  # by name, for recipes
-OWN_LOSS = ("trades", "rst", "uat", "robust_mixup", "robust_mixup_codes")  # their attacks climb a loss of the batch's own
+                   # by name, for recipes
+                   | {"robust_mixup_codes": "jat_nb.generators:robust_mixup_codes"})
+# their attacks climb a loss of the batch's own
+OWN_LOSS = ("trades", "rst", "uat", "robust_mixup", "robust_mixup_codes")
 
 # %% ../nbs/21_objectives.ipynb #f7eb7cfb
 def roles(
-    objective: Callable[..., Any],  # objective(model, batch, ...), also a partial or one with memory
-) -> tuple[str, ...] | None:  # Names of the attacks that it needs, in order; None: any names will do
+    # objective(model, batch, ...), also a partial or one with memory
+    objective: Callable[..., Any],
+) -> tuple[str, ...] | None:
+    # Names of the attacks that it needs, in order; None: any names will do
     "The roles of the attacks an objective asks for."
     parameters = inspect.signature(objective).parameters.values()
     places = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -244,12 +265,14 @@ def networks(
 ) -> tuple[str, ...]:  # Names of the keywords, in order
     "The trained networks that an objective or an attack stands on."
     parameters = inspect.signature(function).parameters.values()
-    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.annotation is torch.nn.Module)
+    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY
+                 and p.annotation is torch.nn.Module)
 
 # %% ../nbs/21_objectives.ipynb #7bee5866
 def standing_on(
     function: Callable[..., Any],  # An objective or an attack
-    given: Mapping[str, torch.nn.Module],  # Trained networks by keyword; others than it asks for are passed over
+    # Trained networks by keyword; others than it asks for are passed over
+    given: Mapping[str, torch.nn.Module],
     **options: Any,  # Further keywords of the function
 ) -> Callable[..., Any]:  # The function itself where there is nothing to hand over
     "A function with its options and the trained networks that it stands on."
@@ -257,7 +280,8 @@ def standing_on(
     for keyword in (k for k in asked if k not in given):
         name = getattr(function, "__name__", type(function).__name__)
         raise ValueError(f"{name!r} stands on a trained network {keyword!r} and none was given: "
-                         f"pass {keyword}=network from Python, --needs {keyword}=FOLDER to a command")
+                         f"pass {keyword}=network from Python, --needs {keyword}=FOLDER to a "
+                         "command")
     options |= {keyword: given[keyword] for keyword in asked}
     return partial(function, **options) if options else function
 

@@ -35,8 +35,10 @@ def to_png(
     x: Tensor,  # Original images (B, C, H, W) in [0, 1]
     x_adv: Tensor,  # Attacked images, same shape
     y: Tensor,  # Classes (B,) the images shall not be given
-) -> tuple[Tensor, Tensor]:  # Bytes (B, C, H, W), and whether each image still fools the network (B,)
-    "Attacked images at 256 grey levels, adversarial if rounding to the nearest level or away from `x` allows it."
+) -> tuple[Tensor, Tensor]:
+    # Bytes (B, C, H, W), and whether each image still fools the network (B,)
+    """Attacked images at 256 grey levels, adversarial if rounding to the nearest level or away
+    from `x` allows it."""
     level = 255 * x_adv.double()
     away = torch.where(x_adv > x, level.ceil(), level.floor())
     with frozen(model), torch.no_grad():
@@ -52,9 +54,12 @@ def read_pictures(
 ) -> tuple[list[Path], Tensor]:  # The files, and their pixels (N, C, H, W) in [0, 1]
     "Picture files as a batch."
     if not (files := picture_files(path)):
-        what = f"{path} is no picture" if Path(path).expanduser().is_file() else f"no pictures at {path}"
-        raise FileNotFoundError(f"{what}: expected a file such as NAME.png or NAME.jpg, or a folder that holds some")
-    pixels = torch.from_numpy(np.stack([read_picture(file, size, channels=channels) for file in files]))
+        what = (f"{path} is no picture" if Path(path).expanduser().is_file()
+                else f"no pictures at {path}")
+        raise FileNotFoundError(f"{what}: expected a file such as NAME.png or NAME.jpg, or a "
+                                "folder that holds some")
+    pixels = torch.from_numpy(np.stack([read_picture(file, size, channels=channels)
+                                        for file in files]))
     return files, pixels.permute(0, 3, 1, 2).float().div(255)
 
 # %% ../nbs/54_own_pictures.ipynb #027c5def
@@ -65,7 +70,8 @@ def check_apart(
     "Refuse to write results among the pictures that are read."
     inside, around = Path(out).expanduser().resolve(), Path(images).expanduser().resolve()
     if inside == around or around in inside.parents:
-        raise ValueError(f"{out} lies in {images}, whose pictures are attacked: choose a folder beside it")
+        raise ValueError(f"{out} lies in {images}, whose pictures are attacked: choose a folder "
+                         "beside it")
 
 # %% ../nbs/54_own_pictures.ipynb #12fca371
 def file_stems(
@@ -80,16 +86,19 @@ def label_pictures(
     files: Sequence[Path],  # Picture files
     classes: Sequence[str],  # Names of the network's classes, in the order of its outputs
     answers: Tensor,  # What the network says about the clean pictures (N,), int64
-) -> tuple[Tensor, str]:  # Class of every picture (N,), and where it came from: "folder" or "network"
+) -> tuple[Tensor, str]:
+    # Class of every picture (N,), and where it came from: "folder" or "network"
     "Classes of pictures, from their folders or else from the network."
     folders = [file.parent.name for file in files]
     strange = sorted(set(folders) - set(classes))
     if not set(folders) & set(classes):
         return answers, "network"
     if strange:
-        raise ValueError(f"pictures in {', '.join(strange)}, which is no class of this network: it knows "
-                         f"{', '.join(classes)}; take them out, or put all pictures into one folder")
-    return torch.tensor([list(classes).index(name) for name in folders], device=answers.device), "folder"
+        raise ValueError(f"pictures in {', '.join(strange)}, which is no class of this network: it "
+                         f"knows {', '.join(classes)}; take them out, or put all pictures into one "
+                         "folder")
+    return (torch.tensor([list(classes).index(name) for name in folders], device=answers.device),
+            "folder")
 
 # %% ../nbs/54_own_pictures.ipynb #2c0f4d89
 def attack_options(
@@ -103,8 +112,8 @@ def attack_options(
         if name not in known:
             raise ValueError(f"unknown {name!r}: choose one of {', '.join(known)}")
     if asked := networks(ATTACKS[attack]):
-        raise ValueError(f"{attack!r} stands on a trained network ({', '.join(asked)}), which this call does "
-                         "not take: call the attack from Python")
+        raise ValueError(f"{attack!r} stands on a trained network ({', '.join(asked)}), which this "
+                         "call does not take: call the attack from Python")
     both = {"eps_pixel": budget.eps_pixel, "step_pixel": budget.step_pixel,
             "eps_flow": budget.eps_flow, "step_flow": budget.step_flow, "steps": steps}
     moved = "flow" if attack == "ggsm" else "pixel"
@@ -113,20 +122,25 @@ def attack_options(
     return taken | ({"loss": loss} if loss else {})
 
 # %% ../nbs/54_own_pictures.ipynb #66ef321d
-def _write(out: Path, names: Sequence[str], levels: Tensor, found: Adversarial, longest: float) -> None:
+def _write(out: Path, names: Sequence[str], levels: Tensor, found: Adversarial,
+           longest: float) -> None:
     "One PNG for each image, and one for its flow if there is a flow."
-    moved = [(threat, p) for threat, p in zip(found.threats, found.params) if p.shape[1:] == (2, *levels.shape[2:])]
+    moved = [(threat, p) for threat, p in zip(found.threats, found.params)
+             if p.shape[1:] == (2, *levels.shape[2:])]
     drawn = []
     for threat, p in moved[:1]:
-        far = longest * (2**0.5 if threat.norm == "linf" else 1)  # a box reaches further along its diagonal
+        # a box reaches further along its diagonal
+        far = longest * (2**0.5 if threat.norm == "linf" else 1)
         drawn = flow_to_rgb(threat.displacement(found.x_adv, p).float().cpu(), far)
-    for kind, images in (("adv", levels.cpu()), ("flow", [(255 * f).round().to(torch.uint8) for f in drawn])):
+    for kind, images in (("adv", levels.cpu()),
+                         ("flow", [(255 * f).round().to(torch.uint8) for f in drawn])):
         for name, image in zip(names, images):
             picture = Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy())
             write_atomic(out / f"{name}-{kind}.png", lambda part: picture.save(part, format="PNG"))
 
 
-def _one_batch(model: nn.Module, x: Tensor, y: Tensor, attack: Callable[..., Adversarial], names: Sequence[str],
+def _one_batch(model: nn.Module, x: Tensor, y: Tensor, attack: Callable[..., Adversarial],
+               names: Sequence[str],
                out: Path | None, longest: float) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     "Attack some pictures and write them; a row for each, and the numbers."
     found = attack(model, x, y)
@@ -135,12 +149,16 @@ def _one_batch(model: nn.Module, x: Tensor, y: Tensor, attack: Callable[..., Adv
         _write(out, names, levels, found, longest)
     with frozen(model), torch.no_grad():
         before, numbers, after = (model(v).argmax(1) for v in (x, found.x_adv, levels.to(x) / 255))
-    kept = {"clean": x, "adversarial": found.x_adv, "labels": y, "answer_clean": before, "answer_adversarial": numbers,
+    kept = {"clean": x, "adversarial": found.x_adv, "labels": y, "answer_clean": before,
+            "answer_adversarial": numbers,
             "fooled": found.success & (before == y), "within_budget": found.within}
     change = (levels.to(x) / 255 - x).abs().flatten(1).amax(1).mul(255)
-    rows = [{"png": f"{name}-adv.png", "before": int(b), "after": int(a), "wrong_before": bool(b != t), "adversarial": bool(s),
-             "adversarial_as_png": bool(f), "within_budget_before_rounding": bool(w), "largest_change_255": round(float(d), 1)}
-            for name, b, a, t, s, f, w, d in zip(names, before, after, y, found.success, fools, found.within, change)]
+    rows = [{"png": f"{name}-adv.png", "before": int(b), "after": int(a),
+             "wrong_before": bool(b != t), "adversarial": bool(s),
+             "adversarial_as_png": bool(f), "within_budget_before_rounding": bool(w),
+             "largest_change_255": round(float(d), 1)}
+            for name, b, a, t, s, f, w, d in zip(names, before, after, y, found.success, fools,
+                                                 found.within, change)]
     return rows, kept
 
 # %% ../nbs/54_own_pictures.ipynb #c3cd6f18
@@ -166,11 +184,13 @@ def attack_pictures(
         own = image_generators(seed, part.tolist())
         call = partial(ATTACKS[attack], generator=own, return_info=True, **keywords)
         place = None if out is None else Path(out)
-        more, numbers = _one_batch(model, x[part], y[part], call, [names[i] for i in part], place, budget.eps_flow)
+        more, numbers = _one_batch(model, x[part], y[part], call, [names[i] for i in part], place,
+                                   budget.eps_flow)
         rows += more
         kept += [numbers] if save else []
     if save:
-        write_tensors(save, {k: torch.cat([part[k] for part in kept]) for k in kept[0]}, dict(facts or {}))
+        write_tensors(save, {k: torch.cat([part[k] for part in kept]) for k in kept[0]},
+                      dict(facts or {}))
     return rows
 
 
@@ -182,9 +202,12 @@ def outcome(
     right = [row for row in rows if not row["wrong_before"]]
     fooled = sum(row["adversarial_as_png"] for row in right)
     lost = sum(row["adversarial"] and not row["adversarial_as_png"] for row in right)
-    named = {"folder": "their folders", "network": "the network itself, as no folder is named after a class"}[label_from]
-    return (f"{len(rows)} pictures, labelled by {named}: {len(rows) - len(right)} wrong before the attack, "
-            f"{fooled} fooled as PNG, {len(right) - fooled} withstood" + (f" ({lost} by rounding)" if lost else ""))
+    named = {"folder": "their folders",
+             "network": "the network itself, as no folder is named after a class"}[label_from]
+    return (f"{len(rows)} pictures, labelled by {named}: {len(rows) - len(right)} wrong before the "
+            "attack, "
+            f"{fooled} fooled as PNG, {len(right) - fooled} withstood"
+            + (f" ({lost} by rounding)" if lost else ""))
 
 # %% ../nbs/54_own_pictures.ipynb #642abb4a
 def attack_files(
@@ -200,17 +223,22 @@ def attack_files(
     "Attack picture files by the network of a run."
     about, form, first = facts["about"], facts["model"], processes().rank == 0
     names = list(map(str, about.get("classes") or range(form["num_classes"])))
-    sides = about["shape"][1:] if "shape" in about else about.get("size", 32)  # runs of 0.3 knew one side
+    # runs of 0.3 knew one side
+    sides = about["shape"][1:] if "shape" in about else about.get("size", 32)
     files, x = read_pictures(images, sides, form["in_chans"])
     x = x.to(next(network.parameters()).device)
     with frozen(network), torch.no_grad():
-        answers = torch.cat([network(part).argmax(1) for part in x.split(chosen.get("batch_size", 250))])
+        answers = torch.cat([network(part).argmax(1)
+                             for part in x.split(chosen.get("batch_size", 250))])
     y, label_from = label_pictures(files, names, answers)
     called = [os.fsencode(file.name).decode("utf-8", "replace") for file in files]
     told = {**chosen, "budget": asdict(budget), "run": dict(about)}
-    rows = attack_pictures(network, x, y, file_stems(files), out if first else None, budget=budget, save=save if first else None,
-                           facts=told | {"label_from": label_from, "classes": names, "files": called}, **chosen)
-    shown = [{"file": f, "label": names[int(c)], "label_from": label_from, **row, "before": names[row["before"]],
+    rows = attack_pictures(network, x, y, file_stems(files), out if first else None, budget=budget,
+                           save=save if first else None,
+                           facts=told | {"label_from": label_from, "classes": names,
+                                         "files": called}, **chosen)
+    shown = [{"file": f, "label": names[int(c)], "label_from": label_from, **row,
+              "before": names[row["before"]],
               "after": names[row["after"]]} for f, c, row in zip(called, y, rows)]
     if first:
         write_json(Path(out) / "attack.json", {**told, "images": shown})

@@ -230,15 +230,16 @@ class Pareto:
         if self.estimator not in ("window", "batch"):
             raise ValueError(f"unknown estimator {self.estimator!r}: choose 'window' or 'batch'")
         if not 1 <= self.warm_up <= self.window:
-            raise ValueError("expected 1 <= warm_up <= window, since weights move when warm_up of the "
+            raise ValueError("expected 1 <= warm_up <= window, since weights move when warm_up of "
+                             "the "
                              f"window's batches are there, got {self.warm_up} and {self.window}")
 
     def start(self, roles: int) -> State:
         "Equal weights (k,), an empty window (window, k), and how many batches it has seen."
         k = roles + 1
         if roles < 1 or k > self.window:
-            raise ValueError("expected a natural loss, one for each attack, and a window no shorter, "
-                             f"got {k} losses and a window of {self.window}")
+            raise ValueError("expected a natural loss, one for each attack, and a window no "
+                             f"shorter, got {k} losses and a window of {self.window}")
         alpha = torch.full((k,), 1 / k, dtype=torch.float64)
         return {"alpha": alpha, "window": alpha.new_zeros(self.window, k),
                 "seen": alpha.new_zeros(())}

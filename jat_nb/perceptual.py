@@ -40,7 +40,8 @@ def stages(
 
 # %% ../nbs/26_perceptual.ipynb #34e01a04
 @contextmanager
-def _after(modules: Mapping[str, nn.Module], act: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
+def _after(modules: Mapping[str, nn.Module],
+           act: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
     "In a `with` block, show every output of these modules to a function, which may replace it."
     def hook(name: str) -> Callable[..., Tensor | None]:
         return lambda module, given, output: act(name, output)
@@ -61,7 +62,8 @@ def _ran(modules: Mapping[str, nn.Module], found: Mapping[str, Tensor]) -> None:
 def _unit_channels(name: str, a: Tensor) -> Tensor:
     "One stage of Eq. 1 (B, C h w)."
     if a.ndim != 4:
-        raise ValueError(f"expected maps (B, C, h, w) after {name!r}, got {tuple(a.shape)}: name other layers")
+        raise ValueError(f"expected maps (B, C, h, w) after {name!r}, got {tuple(a.shape)}: name "
+                         "other layers")
     places = a.shape[2] * a.shape[3]
     return (F.normalize(_wide(a), dim=1, eps=1e-8) / places**0.5).flatten(1)
 
@@ -100,7 +102,8 @@ class _Near:
 
     def __post_init__(self) -> None: _check_budget(eps=self.eps)
 
-    def prepare(self, x: Tensor) -> "_Near": return replace(self, own=perceptual(self.features, x, self.layers))
+    def prepare(self, x: Tensor) -> "_Near":
+        return replace(self, own=perceptual(self.features, x, self.layers))
 
     def apply(self, x: Tensor, p: Tensor) -> Tensor: return x + p.to(x.dtype)
 
@@ -131,10 +134,12 @@ def fast_lpa(
     y: Tensor,  # True classes (B,), int64
     *,
     features: nn.Module,  # Trained network that measures the distance
-    eps: float | Tensor = 0.02,  # Perceptual distance aimed at (IJSAT section 6.2); one for all or (B,)
+    # Perceptual distance aimed at (IJSAT section 6.2); one for all or (B,)
+    eps: float | Tensor = 0.02,
     step: float | Tensor | None = None,  # First step in the unit of the distance; None: `eps`
     steps: int = 10,  # Steps, one gradient of each network (Laidlaw et al. 2021)
-    xi: float = 1000.0,  # Price of distance beyond `eps` in the last step, logits per unit of distance
+    # Price of distance beyond `eps` in the last step, logits per unit of distance
+    xi: float = 1000.0,
     layers: Sequence[str] | None = None,  # As for `stages`
     loss: Loss | str = margin_loss,  # Per-example loss to climb, or its name in LOSSES
     target: Tensor | None = None,  # Classes (B,) to be mistaken for
@@ -150,7 +155,8 @@ def fast_lpa(
     model = bare(model)
     with torch.inference_mode(False), torch.no_grad(), frozen(model):
         x, y, target = (v if v is None else v.detach().clone() for v in (x, y, target))
-        near, objective, p = near.prepare(x), _Objective(model, y, target, loss), torch.zeros_like(x)
+        near, objective, p = (near.prepare(x), _Objective(model, y, target, loss),
+                              torch.zeros_like(x))
         length = torch.as_tensor(eps if step is None else step)
         if random_start:
             p = near.move(x, p, near.own, _normal(x, generator), torch.as_tensor(eps))
@@ -161,7 +167,8 @@ def fast_lpa(
 
 # %% ../nbs/26_perceptual.ipynb #f449d878
 def fast_pat(
-    model: nn.Module | Callable[[Tensor], Tensor],  # Classifier in train mode, images in [0, 1] to logits
+    # Classifier in train mode, images in [0, 1] to logits
+    model: nn.Module | Callable[[Tensor], Tensor],
     batch: Batch,  # Images, labels and the source of randomness
     *,
     features: nn.Module,  # Trained network that measures the distance

@@ -28,12 +28,15 @@ class _Figure(Figure):
 
 def _images(x: Tensor, most: int = 64) -> Tensor:
     if x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise ValueError(f"expected images (N, 1 or 3, H, W), got shape {tuple(x.shape)}; one image is x[None]")
+        raise ValueError(f"expected images (N, 1 or 3, H, W), got shape {tuple(x.shape)}; one "
+                         "image is x[None]")
     if not 1 <= len(x) <= most:
-        raise ValueError(f"expected 1 to {most} images, got {len(x)}; choose some, for example x[:{most}]")
+        raise ValueError(f"expected 1 to {most} images, got {len(x)}; choose some, for example "
+                         f"x[:{most}]")
     x = x.detach().float().cpu()
     if not (x.min() >= -1e-6 and x.max() <= 1 + 1e-6):
-        raise ValueError(f"expected values in [0, 1], got [{x.min():.3g}, {x.max():.3g}]; undo any normalisation first")
+        raise ValueError(f"expected values in [0, 1], got [{x.min():.3g}, {x.max():.3g}]; undo any "
+                         "normalisation first")
     return x.clamp(0, 1)
 
 def _panel(ax: Axes, image: Tensor, title: str = "") -> None:
@@ -60,7 +63,8 @@ def show_images(
     n, columns = len(x), columns or min(len(x), 10)
     rows = math.ceil(n / columns)
     height = size * x.shape[2] / x.shape[3] + (0.25 if titles is not None else 0.05)
-    fig = _Figure(figsize=(size * columns, height * rows + (0.3 if suptitle else 0)), layout="constrained")
+    fig = _Figure(figsize=(size * columns, height * rows + (0.3 if suptitle else 0)),
+                  layout="constrained")
     axes = fig.subplots(rows, columns, squeeze=False).ravel()
     for ax, image, title in zip(axes, x, _titles(titles, n)): _panel(ax, image, title)
     for ax in axes[n:]: ax.set_axis_off()
@@ -75,7 +79,8 @@ def signed_difference(
 ) -> Tensor:  # Images (B, C, H, W) in [0, 1]: mid-grey where nothing changed
     "The change from `x` to `x_adv`, magnified and drawn around mid-grey."
     if x.shape != x_adv.shape:
-        raise ValueError(f"expected two batches of one shape, got {tuple(x.shape)} and {tuple(x_adv.shape)}")
+        raise ValueError(f"expected two batches of one shape, got {tuple(x.shape)} and "
+                         f"{tuple(x_adv.shape)}")
     return (0.5 + magnify * (x_adv - x)).clamp(0, 1)
 
 # %% ../nbs/01_pictures.ipynb #529096c9
@@ -88,7 +93,8 @@ def flow_to_rgb(
         raise ValueError(f"expected a flow (B, 2, H, W), got shape {tuple(flow.shape)}")
     length = flow.norm(dim=1, keepdim=True)  # (B, 1, H, W)
     if not length.max() <= eps_flow * (1 + 1e-4):
-        raise ValueError(f"the flow moves up to {length.max():.3g} px, beyond eps_flow={eps_flow:g}; pass a larger one")
+        raise ValueError(f"the flow moves up to {length.max():.3g} px, beyond "
+                         f"eps_flow={eps_flow:g}; pass a larger one")
     hue = torch.atan2(flow[:, 1:], flow[:, :1]) * (3 / math.pi)  # (B, 1, H, W), sixths of a turn
     shift = torch.tensor([0.0, 4.0, 2.0], device=flow.device, dtype=flow.dtype).view(1, 3, 1, 1)
     pure = (((hue + shift) % 6 - 3).abs() - 1).clamp(0, 1)  # Eq. 2
@@ -104,13 +110,15 @@ def quiver(
 ) -> Quiver:  # The arrows; the longest spans one stride
     "Arrows of a flow on top of an image: from each output pixel towards the place it reads."
     if flow.ndim != 3 or flow.shape[0] != 2:
-        raise ValueError(f"expected one flow (2, H, W), got shape {tuple(flow.shape)}; take flow[i]")
+        raise ValueError(f"expected one flow (2, H, W), got shape {tuple(flow.shape)}; take "
+                         "flow[i]")
     u, v = flow.detach().float().cpu()
     step = stride or math.ceil(max(u.shape) / 16)
     rows, cols = (torch.arange(step // 2, n, step) for n in u.shape)
     u, v = u[rows][:, cols], v[rows][:, cols]
     scale = max(float(torch.hypot(u, v).max()), 1e-12) / step
-    return ax.quiver(cols.numpy(), rows.numpy(), u.numpy(), v.numpy(), angles="xy", scale_units="xy",
+    return ax.quiver(cols.numpy(), rows.numpy(), u.numpy(), v.numpy(), angles="xy",
+                     scale_units="xy",
                      scale=scale, color=color, width=0.006, headwidth=4)
 
 # %% ../nbs/01_pictures.ipynb #f5ebc997
@@ -120,14 +128,16 @@ def flow_wheel(
 ) -> None:  # Draws only
     "Legend of `flow_to_rgb`: the disc of all displacements, down being down."
     if not eps_flow > 0:
-        raise ValueError(f"expected a radius above 0 px, got {eps_flow}; a budget of zero needs no legend")
+        raise ValueError(f"expected a radius above 0 px, got {eps_flow}; a budget of zero needs no "
+                         "legend")
     t = torch.linspace(-1, 1, 121)
     v, u = torch.meshgrid(t, t, indexing="ij")
     inside = torch.hypot(u, v) <= 1
     disc = flow_to_rgb(torch.stack([u, v])[None] * inside, 1.0)[0]
     ax.imshow(disc.permute(1, 2, 0).numpy(), extent=(-eps_flow, eps_flow, eps_flow, -eps_flow))
     ticks = [-eps_flow, 0, eps_flow]
-    ax.set(xticks=ticks, yticks=ticks, xticklabels=[f"{t:.2g}" for t in ticks], yticklabels=[f"{t:.2g}" for t in ticks])
+    ax.set(xticks=ticks, yticks=ticks, xticklabels=[f"{t:.2g}" for t in ticks],
+           yticklabels=[f"{t:.2g}" for t in ticks])
     ax.set_xlabel("right (px)", fontsize=7)
     ax.set_ylabel("down (px)", fontsize=7)
     ax.tick_params(labelsize=6, length=2)
@@ -145,19 +155,24 @@ def show_attack(
 ) -> Figure:  # Rows: original, attacked, difference, flow; one column per image
     "What an attack did: before, after, the magnified difference and, if given, the flow."
     clean, changed = _images(x, 12), _images(x_adv, 12)
-    rows = {"original": clean, "attacked": changed, f"difference × {magnify:g}": signed_difference(clean, changed, magnify)}
+    rows = {"original": clean, "attacked": changed,
+            f"difference × {magnify:g}": signed_difference(clean, changed, magnify)}
     if flow is not None:
         if flow.shape[0] != len(clean) or flow.shape[2:] != clean.shape[2:]:
-            raise ValueError(f"expected a flow {(len(clean), 2, *clean.shape[2:])}, got {tuple(flow.shape)}")
+            raise ValueError(f"expected a flow {(len(clean), 2, *clean.shape[2:])}, got "
+                             f"{tuple(flow.shape)}")
         flow = flow.detach().float().cpu()
-        eps = float(flow.norm(dim=1).max() if eps_flow is None else eps_flow) or 1.0  # a zero flow is white anyway
+        # a zero flow is white anyway
+        eps = float(flow.norm(dim=1).max() if eps_flow is None else eps_flow) or 1.0
         rows["flow"] = flow_to_rgb(flow, eps)
     n, aspect = len(clean), clean.shape[2] / clean.shape[3]
     wide = n + (flow is not None)
-    fig = _Figure(figsize=(size * wide + 0.3, size * aspect * len(rows) + 0.3), layout="constrained")
+    fig = _Figure(figsize=(size * wide + 0.3, size * aspect * len(rows) + 0.3),
+                  layout="constrained")
     axes = fig.subplots(len(rows), wide, squeeze=False)
     for r, (name, images) in enumerate(rows.items()):
-        for i, title in enumerate(_titles(titles, n)): _panel(axes[r, i], images[i], title if r == 0 else "")
+        for i, title in enumerate(_titles(titles, n)):
+            _panel(axes[r, i], images[i], title if r == 0 else "")
         axes[r, 0].set_ylabel(name, fontsize=9)
     if flow is not None:
         for i in range(n): quiver(axes[-1, i], flow[i])
@@ -210,7 +225,8 @@ def similarity(
 
 # %% ../nbs/01_pictures.ipynb #a701686d
 PALETTE = {"blue": "#2166ac", "red": "#b2182b", "green": "#4d9221",
-           "orange": "#e08214", "purple": "#762a83", "grey": "0.4"}  # Told apart by colour-blind readers
+           # Told apart by colour-blind readers
+           "orange": "#e08214", "purple": "#762a83", "grey": "0.4"}
 
 # %% ../nbs/01_pictures.ipynb #a2aae71c
 def budget_strip(
@@ -234,17 +250,21 @@ def plot_curves(
     budgets: Sequence[float],  # Horizontal axis, K values
     accuracy: Mapping[str, Tensor],  # Curve name to accuracies (K,) in [0, 1]
     *,
-    intervals: Mapping[str, tuple[Tensor, Tensor]] | None = None,  # Curve name to lower and upper ends (K,)
+    # Curve name to lower and upper ends (K,)
+    intervals: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     xlabel: str = "budget",  # Says the unit
     trained_at: float | None = None,  # Dashed line at the budget used in training
     ax: Axes | None = None,  # Axes to draw into; default: a new figure
 ) -> Figure:  # The figure that holds the axes
-    "Accuracy in percent against an attack budget, one line a model or attack, with its interval as a band."
+    """Accuracy in percent against an attack budget, one line a model or attack, with its
+    interval as a band."""
     ax = _Figure(figsize=(5, 2.8), layout="constrained").subplots() if ax is None else ax
     if len(accuracy) > len(PALETTE) or any(torch.as_tensor(a).max() > 1 for a in accuracy.values()):
-        raise ValueError(f"expected at most {len(PALETTE)} curves with values in [0, 1]; split the plot, divide percent by 100")
+        raise ValueError(f"expected at most {len(PALETTE)} curves with values in [0, 1]; split the "
+                         "plot, divide percent by 100")
     for (name, values), color, marker in zip(accuracy.items(), PALETTE.values(), "osD^vx"):
-        ax.plot(budgets, 100 * torch.as_tensor(values), color=color, marker=marker, ms=3.5, lw=1.2, label=name)
+        ax.plot(budgets, 100 * torch.as_tensor(values), color=color, marker=marker, ms=3.5, lw=1.2,
+                label=name)
         if intervals is not None:
             low, high = (100 * torch.as_tensor(end) for end in intervals[name])
             ax.fill_between(budgets, low, high, color=color, alpha=0.15, lw=0)

@@ -59,8 +59,8 @@ def own_device(
         return torch.device("cpu" if device is None else device)
     own = _state().device
     if device is not None and torch.device(device).type != own.type:
-        raise ValueError(f"processes on {own.type!r} were asked to compute on {device}: leave it out or "
-                         f"name {own.type!r}; `accelerate launch --cpu` leaves cards alone")
+        raise ValueError(f"processes on {own.type!r} were asked to compute on {device}: leave it "
+                         f"out or name {own.type!r}; `accelerate launch --cpu` leaves cards alone")
     return own
 
 # %% ../nbs/31_processes.ipynb #f12abff2
@@ -106,7 +106,8 @@ def on_first(
 
 # %% ../nbs/31_processes.ipynb #a2e4fda6
 def timer(
-    seconds: float | Callable[[], float],  # Time from now on; infinite: never up; or what says it whenever asked
+    # Time from now on; infinite: never up; or what says it whenever asked
+    seconds: float | Callable[[], float],
     device: torch.device | str = "cpu",  # Where this process computes
 ) -> Callable[[], bool]:  # Asked by all processes equally often, it answers all alike
     "A question that all processes answer alike: have so many seconds passed?"
@@ -127,8 +128,10 @@ def _can_listen() -> bool:
 @contextmanager
 def until_interrupted(
     seconds: float,  # Time allowed; may be infinite
-) -> Iterator[Callable[[], float]]:  # What `timer` takes for its seconds; raises KeyboardInterrupt at the end if interrupted
-    "Let Ctrl-C end a stretch of work as the end of its time would; where several processes work, it ends them as ever."
+) -> Iterator[Callable[[], float]]:
+    # What `timer` takes for its seconds; raises KeyboardInterrupt at the end if interrupted
+    """Let Ctrl-C end a stretch of work as the end of its time would; where several processes
+    work, it ends them as ever."""
     asked, before = [], signal.getsignal(signal.SIGINT)
     def stop(number: int, _: Any) -> None:
         asked.append(number)

@@ -37,7 +37,8 @@ class Recipe:
     objective: str = "natural"  # Key of OBJECTIVES
     objective_options: Mapping[str, Any] = field(default_factory=dict)  # Keywords of the objective
     attacks: Mapping[str, Sequence] = field(default_factory=dict)  # {role: [[name, keywords], ...]}
-    needs: Mapping[str, str] = field(default_factory=dict)  # {keyword: recipe of a trained network, or its "module:function"}
+    # {keyword: recipe of a trained network, or its "module:function"}
+    needs: Mapping[str, str] = field(default_factory=dict)
     data: str = "cifar10"  # Home: the data set, as for `load`, that the budgets are meant for
     labelled: float = 1.0  # Share of the training images whose labels may be read, the first ones
     unlabelled: float = 0.0  # Share of them, the next ones, that are used without their labels
@@ -66,7 +67,8 @@ class Recipe:
     probe: str = "double_pass"  # Key of ATTACKS: what validation images face after an epoch
     probe_options: Mapping[str, Any] = field(default_factory=lambda: {"steps": 10})  # Keywords
     probe_images: int = 512  # How many it faces; about 4 points of 95 % interval
-    probes: Mapping[str, Sequence] = field(default_factory=dict)  # {name: [attack, keywords]}, for the log
+    # {name: [attack, keywords]}, for the log
+    probes: Mapping[str, Sequence] = field(default_factory=dict)
     essential: tuple[str, ...] = ()  # Fields that no tier may change
 
     def __post_init__(self) -> None: _settle(self)
@@ -213,11 +215,14 @@ def _check_roles(r: Recipe) -> None:
     objective = _objective(r)
     needed, taken = roles(objective), inspect.signature(objective).parameters
     if needed is not None and set(r.attacks) != set(needed):
-        raise ValueError(f"objective {r.objective!r} needs attacks for the roles {list(needed)}, the "
-                         f"recipe has them for {list(r.attacks)}: attacks={{role: [[name, options]]}}")
+        raise ValueError(f"objective {r.objective!r} needs attacks for the roles {list(needed)}, "
+                         f"the recipe has them for {list(r.attacks)}: "
+                         f"attacks={{role: [[name, options]]}}")
     if needed is None and (not r.attacks or set(r.attacks) & set(taken)):
-        raise ValueError(f"objective {r.objective!r} needs attacks for one role or more, under names "
-                         f"other than {', '.join(taken)}, the recipe has them for {list(r.attacks)}: "
+        raise ValueError(f"objective {r.objective!r} needs attacks for one role or more, under "
+                         "names "
+                         f"other than {', '.join(taken)}, the recipe has them for "
+                         f"{list(r.attacks)}: "
                          "attacks={role: [[name, options]]}")
     if isinstance(objective, WithMemory):
         try:
@@ -238,8 +243,8 @@ def _check_needs(r: Recipe) -> None:
     "A recipe for each network that a recipe stands on, and for no other."
     asked = _asked(r)
     if set(r.needs) != set(asked):
-        raise ValueError(f"objective {r.objective!r} and its attacks stand on the networks {asked}, "
-                         f"the recipe names {list(r.needs)}: needs={{keyword: recipe}}")
+        raise ValueError(f"objective {r.objective!r} and its attacks stand on the networks "
+                         f"{asked}, the recipe names {list(r.needs)}: needs={{keyword: recipe}}")
     for keyword, name in r.needs.items():
         _check_kind(f"needs[{keyword!r}]", name, str)
 
@@ -251,7 +256,8 @@ def _check_attacks(r: Recipe) -> None:
         links = given if isinstance(given, list) else []
         pairs = [link for link in links if isinstance(link, list) and len(link) == 2]
         if not pairs or len(pairs) < len(links):
-            raise ValueError(f"expected attacks[{role!r}] to be [[name, options], ...], got {given}")
+            raise ValueError(f"expected attacks[{role!r}] to be [[name, options], ...], got "
+                             f"{given}")
         for name, options in pairs:
             _check_kind(f"the options of {name!r}", options, dict)
             _check_attack("attack", name, options)
@@ -261,9 +267,10 @@ def _check_searches(r: Recipe) -> None:
     "Refuse a search under an objective whose attack climbs a loss of the batch's own."
     tried = [name for links in r.attacks.values() for name, _ in links if name in SEARCHES]
     if tried and r.objective in OWN_LOSS:
-        raise ValueError(f"objective {r.objective!r} gives its attack a loss that belongs to the images of "
-                         f"the batch, attack {tried[0]!r} tries copies of them: take one that climbs a "
-                         "gradient ('rigid' for movements, 'pgd' for pixels), or objective 'klr'")
+        raise ValueError(f"objective {r.objective!r} gives its attack a loss that belongs to the "
+                         f"images of the batch, attack {tried[0]!r} tries copies of them: take one "
+                         "that climbs a gradient ('rigid' for movements, 'pgd' for pixels), or "
+                         "objective 'klr'")
 
 # %% ../nbs/29_recipes.ipynb #228a7821
 def _check_probes(r: Recipe) -> None:
@@ -320,8 +327,8 @@ def _check_model(r: Recipe) -> None:
     if (r.model in BUILDERS) != (r.objective in JUDGES):
         kind = "no classifier" if r.objective in JUDGES else "a classifier"
         some = ", ".join(BUILDERS) if r.objective in JUDGES else "such as 'wrn_28_10_cifar'"
-        raise ValueError(f"objective {r.objective!r} trains {kind}, the recipe has model={r.model!r}: "
-                         f"choose one ({some})")
+        raise ValueError(f"objective {r.objective!r} trains {kind}, the recipe has "
+                         f"model={r.model!r}: choose one ({some})")
 
 
 def _check_recipe(r: Recipe) -> None:
@@ -394,7 +401,8 @@ def make_optimizer(
 class Bound(NamedTuple):
     "The functions that a recipe names, with their options."
 
-    objective: Callable[..., Any]  # objective(model, batch, **attacks) -> scalar loss, or `WithMemory`
+    # objective(model, batch, **attacks) -> scalar loss, or `WithMemory`
+    objective: Callable[..., Any]
     attacks: dict[str, Callable[..., Tensor]]  # By role: attack(model, x, y, target=, generator=)
     probe: Callable[..., Tensor]  # probe(model, x, y, generator=) -> images
     probes: dict[str, Callable[..., Tensor]]  # By name, called as `probe` is
@@ -411,18 +419,21 @@ def _made_by(
 
 def bind(
     recipe: Recipe,  # Names of functions, and their options
-    needs: Mapping[str, nn.Module] | None = None,  # Trained networks, by the keywords of `Recipe.needs`
+    # Trained networks, by the keywords of `Recipe.needs`
+    needs: Mapping[str, nn.Module] | None = None,
 ) -> Bound:  # The functions
     "The functions that a recipe asks for: the one place where names are looked up."
     given = dict(needs or {})
     for keyword in sorted(set(recipe.needs) ^ set(given)):
         name = recipe.needs.get(keyword)
         raise ValueError(f"the recipe has no use for a network {keyword!r}" if name is None else
-                         f"the recipe needs a trained network {keyword!r}: train it with {_made_by(name)} "
-                         f"and pass --needs {keyword}=FOLDER")
+                         f"the recipe needs a trained network {keyword!r}: train it with "
+                         f"{_made_by(name)} and pass --needs {keyword}=FOLDER")
     objective, attacks = _objective(recipe), {}
     for role, links in recipe.attacks.items():
-        attacks[role] = chain([standing_on(ATTACKS[name], given, **options) for name, options in links])
+        attacks[role] = chain([standing_on(ATTACKS[name], given, **options)
+                               for name, options in links])
     probe = standing_on(ATTACKS[recipe.probe], given, **recipe.probe_options)
-    probes = {name: standing_on(ATTACKS[attack], given, **own) for name, (attack, own) in recipe.probes.items()}
+    probes = {name: standing_on(ATTACKS[attack], given, **own)
+              for name, (attack, own) in recipe.probes.items()}
     return Bound(standing_on(objective, given), attacks, probe, probes)

@@ -37,7 +37,8 @@ def check_writable(
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"cannot write in {folder} ({error.strerror}): choose another folder") from error
+        raise ValueError(f"cannot write in {folder} ({error.strerror}): choose another "
+                         "folder") from error
     return folder
 
 # %% ../nbs/06_records.ipynb #32e8e56d
@@ -74,7 +75,8 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, Path):
         return value.as_posix()
-    raise ValueError(f"cannot store {type(value).__name__} {value!r} as JSON; make it numbers, text, lists or dicts")
+    raise ValueError(f"cannot store {type(value).__name__} {value!r} as JSON; make it numbers, "
+                     "text, lists or dicts")
 
 # %% ../nbs/06_records.ipynb #e4f49952
 def write_json(
@@ -218,7 +220,8 @@ class Record:
         except (TypeError, ValueError):
             row = {}
         if set(row) != known:
-            raise ValueError(f"{path} is no record: missing or unknown are {sorted(known ^ set(row))}")
+            raise ValueError(f"{path} is no record: missing or unknown are "
+                             f"{sorted(known ^ set(row))}")
         return cls(**row)
 
 # %% ../nbs/06_records.ipynb #71318af4
@@ -230,7 +233,10 @@ def progress(
     unit: str = "it",  # What an item is called
     show: bool = True,  # Whether there may be a bar at all
 ) -> tqdm:  # Iterates like `iterable`; `.set_postfix(loss=...)` adds figures
-    "A bar with rate and time left in terminals and notebooks; nothing in logs and continuous integration."
+    """A bar with rate and time left in terminals and notebooks; nothing in logs and continuous
+    integration."""
     watched = sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel")
-    quiet = not (show and watched) or bool(os.environ.get("CI")) or os.environ.get("RANK", "0") != "0"
-    return tqdm(iterable, total=total, desc=description, unit=unit, disable=quiet, dynamic_ncols=True)
+    quiet = (not (show and watched) or bool(os.environ.get("CI"))
+             or os.environ.get("RANK", "0") != "0")
+    return tqdm(iterable, total=total, desc=description, unit=unit, disable=quiet,
+                dynamic_ncols=True)

@@ -38,9 +38,12 @@ def _labels(names: Sequence[str]) -> list[str]:
     return [name.rpartition("/")[2] if one else name for name in names]
 
 
-def _on_equal_images(runs: Sequence[Run], columns: Sequence[str], **group: str) -> dict[str, dict[str, Share]]:
-    "Accuracies {recipe: {column: share}}, each recipe on the first images that all of its attacks saw."
-    rows = {name: {c: survivors(runs, name, c, **group) for c in columns} for name in recipe_names(runs, **group)}
+def _on_equal_images(runs: Sequence[Run], columns: Sequence[str],
+                     **group: str) -> dict[str, dict[str, Share]]:
+    """Accuracies {recipe: {column: share}}, each recipe on the first images that all of its
+    attacks saw."""
+    rows = {name: {c: survivors(runs, name, c, **group) for c in columns}
+            for name in recipe_names(runs, **group)}
     rows = {name: {c: share for c, share in row.items() if share} for name, row in rows.items()}
     return {name: {c: share.first(min(s.n for s in row.values())) for c, share in row.items()}
             for name, row in rows.items() if row}
@@ -55,19 +58,23 @@ def attack_bars(
 ) -> Figure:  # A group of bars per recipe, with 95 % intervals
     "Accuracy of every recipe under several attacks, on the same images."
     table = _on_equal_images(runs, columns, data=data, tier=tier)
-    figure = _Figure(figsize=(6.4, 0.9 + 0.17 * (len(columns) + 1) * max(len(table), 1)), layout="constrained")
+    figure = _Figure(figsize=(6.4, 0.9 + 0.17 * (len(columns) + 1) * max(len(table), 1)),
+                     layout="constrained")
     ax, height = figure.subplots(), 0.8 / len(columns)
     for k, (column, color) in enumerate(zip(columns, PALETTE.values())):
         rows = [(i, row[column]) for i, row in enumerate(table.values()) if column in row]
         values = [100 * share.value for _, share in rows]
-        errors = [[abs(100 * share.interval[end] - v) for (_, share), v in zip(rows, values)] for end in (0, 1)]
+        errors = [[abs(100 * share.interval[end] - v) for (_, share), v in zip(rows, values)]
+                  for end in (0, 1)]
         where = [i + (k + 0.5) * height - 0.4 for i, _ in rows]
         if rows:
             ax.barh(where, values, 0.9 * height, xerr=errors, color=color, label=column,
                     error_kw={"ecolor": "0.5", "lw": 1, "capsize": 2})
-    ax.set(yticks=range(len(table)), yticklabels=_labels(list(table)), ylim=(max(len(table), 1) - 0.5, -0.5))
+    ax.set(yticks=range(len(table)), yticklabels=_labels(list(table)),
+           ylim=(max(len(table), 1) - 0.5, -0.5))
     ax.set(xlabel="accuracy (%)", xlim=(0, None))
-    if table: figure.legend(loc="outside upper center", ncols=len(columns), frameon=False, fontsize=8)
+    if table:
+        figure.legend(loc="outside upper center", ncols=len(columns), frameon=False, fontsize=8)
     ax.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -78,11 +85,14 @@ def training_curve(
     "Clean and robust accuracy on the images held out, epoch by epoch; a cross marks a collapse."
     figure = _Figure(figsize=(3.4, 2.2), layout="constrained")
     ax, epochs = figure.subplots(), [row.get("epoch", i + 1) for i, row in enumerate(run.log)]
-    for key, label, color in (("val_clean", "clean", "blue"), ("val_robust", "under the probe", "red")):
+    for key, label, color in (("val_clean", "clean", "blue"),
+                              ("val_robust", "under the probe", "red")):
         values = [100 * row.get(key, math.nan) for row in run.log]
         ax.plot(epochs, values, "o-", ms=3, lw=1.2, color=PALETTE[color], label=label)
-    fallen = [(e, 100 * row["val_robust"]) for e, row in zip(epochs, run.log) if row.get("collapsed")]
-    ax.plot(*zip(*fallen), "x", ms=8, color=PALETTE["orange"], label="collapsed") if fallen else None
+    fallen = [(e, 100 * row["val_robust"]) for e, row in zip(epochs, run.log)
+              if row.get("collapsed")]
+    ax.plot(*zip(*fallen), "x", ms=8, color=PALETTE["orange"],
+            label="collapsed") if fallen else None
     ax.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(-3, 103))
     ax.legend(frameon=False, fontsize=8)
     return figure
@@ -91,7 +101,8 @@ def training_curve(
 def budget_curves(
     runs: Sequence[Run],  # As read
     kind: str = "pixel",  # "pixel" or "flow"
-    names: Sequence[str] | None = None,  # Recipes by full name, at most 6; None: those that their papers show first
+    # Recipes by full name, at most 6; None: those that their papers show first
+    names: Sequence[str] | None = None,
     *,
     data: str = "cifar10",  # Data set
     tier: str = "cpu",  # Tier
@@ -99,20 +110,28 @@ def budget_curves(
 ) -> Figure:  # Accuracy against the budget, in 1/255 or px
     "Accuracy of several recipes against one budget."
     unit, trained_at, shares, budgets = {"pixel": 255, "flow": 1}[kind], None, {}, []
-    found, shown = recipe_names(runs, data=data, tier=tier), {n for p in papers().values() for n in p.shown}
+    found, shown = (recipe_names(runs, data=data, tier=tier),
+                    {n for p in papers().values() for n in p.shown})
     for name in names or sorted(found, key=lambda name: name not in shown):
-        chosen = [r for r in runs if r.usable and (r.name, *r.group) == (name, tier, data) and r.metrics("curves")]
+        chosen = [r for r in runs if r.usable and (r.name, *r.group) == (name, tier, data)
+                  and r.metrics("curves")]
         if not chosen or len(shares) == len(PALETTE): continue
         record = chosen[0].evaluations["curves"]
-        budgets, trained_at = record.metrics[kind]["budgets"], record.config.get("budget", {}).get(f"eps_{kind}")
+        budgets, trained_at = (record.metrics[kind]["budgets"],
+                               record.config.get("budget", {}).get(f"eps_{kind}"))
         keys = [f"{b:.6g}" for b in budgets]
-        shares[name] = [survivors(chosen, name, k, "curves", kind, data=data, tier=tier) for k in keys]
-    if not shares: raise ValueError(f"no curves of {data}, {tier}: run `jat_eval FOLDER --suite curves` first")
+        shares[name] = [survivors(chosen, name, k, "curves", kind, data=data, tier=tier)
+                        for k in keys]
+    if not shares:
+        raise ValueError(f"no curves of {data}, {tier}: run `jat_eval FOLDER --suite curves` first")
     shares = dict(zip(_labels(list(shares)), shares.values()))
     values = {name: torch.tensor([s.value for s in row]) for name, row in shares.items()}
-    ends = {name: tuple(torch.tensor([s.interval[end] for s in row]) for end in (0, 1)) for name, row in shares.items()}
-    return plot_curves([unit * b for b in budgets], values, intervals=ends, trained_at=trained_at and unit * trained_at,
-                       ax=ax, xlabel={"pixel": "pixel budget (1/255)", "flow": "flow budget (px)"}[kind])
+    ends = {name: tuple(torch.tensor([s.interval[end] for s in row]) for end in (0, 1))
+            for name, row in shares.items()}
+    return plot_curves([unit * b for b in budgets], values, intervals=ends,
+                       trained_at=trained_at and unit * trained_at,
+                       ax=ax,
+                       xlabel={"pixel": "pixel budget (1/255)", "flow": "flow budget (px)"}[kind])
 
 # %% ../nbs/42_reports.ipynb #80f16cb2
 def _asked(run: Run, suite: str) -> list[str]:
@@ -120,7 +139,8 @@ def _asked(run: Run, suite: str) -> list[str]:
     if suite not in run.evaluations: return []
     record, usual = run.evaluations[suite], asdict(default_budget(run.about["data"]))
     c, fast = record.config, bool(record.config.get("fast"))
-    words = ["--suite", suite, "--n", c.get("n", 1000), "--steps", c.get("steps", 20), "--seed", record.seed]
+    words = ["--suite", suite, "--n", c.get("n", 1000), "--steps", c.get("steps", 20), "--seed",
+             record.seed]
     for key, scale in (("eps_pixel", 255), ("eps_flow", 1)):
         eps = (c.get("budget") or {}).get(key, usual[key])
         words += [f"--{key.replace('_', '-')}", f"{scale * eps:.6g}"] if eps != usual[key] else []
@@ -134,13 +154,17 @@ def _commands(run: Run) -> list[str]:
     "The command lines that train and judge this run again."
     about, folder = run.about, f"runs/{run.folder}"
     if "weights" in about:
-        words = ["jat_eval", "--weights", about["weights"], "--model", about["model"], "--data", about["data"], "--out", folder]
+        words = ["jat_eval", "--weights", about["weights"], "--model", about["model"], "--data",
+                 about["data"], "--out", folder]
         return [shlex.join([*words, *_asked(run, suite)]) for suite in run.evaluations or [""]]
-    plan = asdict(replace(adapt(recipe(about["name"]), about["data"], about["tier"]), seed=about["seed"]))
+    plan = asdict(replace(adapt(recipe(about["name"]), about["data"], about["tier"]),
+                          seed=about["seed"]))
     made = asdict(run.plan)
-    changed = [f"{k}={json.dumps(v)}" for k, v in made.items() if json.dumps(plan[k]) != json.dumps(v)]
+    changed = [f"{k}={json.dumps(v)}" for k, v in made.items()
+               if json.dumps(plan[k]) != json.dumps(v)]
     words = ["jat_train", "--recipe", about["name"]]
-    for key in ("data", "tier", "images", "seed"): words += [f"--{key}", about[key]] if key in about else []
+    for key in ("data", "tier", "images", "seed"):
+        words += [f"--{key}", about[key]] if key in about else []
     size = about.get("resized", ())
     words += ["--size", *(size if isinstance(size, list) else [size])] if size else []
     if "start" in about: words += ["--init", "FILE"]  # which one says its fingerprint in run.json
@@ -149,7 +173,8 @@ def _commands(run: Run) -> list[str]:
     changed = [text for text in changed if not text.startswith(told)]
     lines = [[*words, *(["--set", *changed] if changed else []), "--out", folder]]
     for suite, record in run.evaluations.items():
-        lines.append(["jat_eval", folder, "--weights", record.config.get("weights", "last"), *_asked(run, suite)])
+        lines.append(["jat_eval", folder, "--weights", record.config.get("weights", "last"),
+                      *_asked(run, suite)])
     return [shlex.join(map(str, line)) for line in lines]
 
 # %% ../nbs/42_reports.ipynb #992e4ded
@@ -200,7 +225,8 @@ def _drawing(figure: Figure, caption: str) -> str:
 def _table(frame: pd.DataFrame, caption: str = "") -> str:
     "A table that scrolls inside the page; intervals in smaller type."
     text = frame.to_html(border=0, justify="left", escape=True)
-    text = re.sub(r"<td>(-?[\d.]+) \((-?[\d.]+) to (-?[\d.]+)\)", r"<td>\1 <small>\2 to \3</small>", text)
+    text = re.sub(r"<td>(-?[\d.]+) \((-?[\d.]+) to (-?[\d.]+)\)", r"<td>\1 <small>\2 to \3</small>",
+                  text)
     above = f"<p class=note>{html.escape(caption)}</p>" if caption else ""
     return f'{above}<div class="wide">{text}</div>'
 
@@ -209,7 +235,8 @@ QUESTIONS = {
     "more effort": "Does accuracy fall, or stay, as the attack takes more steps and more starts?",
     "unbounded": "Does nothing survive a budget eight times as large?",
     "noise": "Does random noise of the same size do less than the attack?",
-    "transfer": "Do attacks made on a twin from another seed do less than attacks on the network itself?",
+    "transfer": "Do attacks made on a twin from another seed do less than attacks on the network "
+                "itself?",
     "autoattack": "Does AutoAttack find at most five points more than the longest PGD?",
     "linearity": "Do the gradients at an image and at a point beside it agree?",
 }  # what each sign of masking asks
@@ -217,13 +244,15 @@ QUESTIONS = {
 # %% ../nbs/42_reports.ipynb #eb81e142
 def masking_checks(
     run: Run,  # One run, with whatever suites it has
-) -> dict[str, dict[str, Any]]:  # By name of the check: "held" (None: not run) and "seen", name to number
+) -> dict[str, dict[str, Any]]:
+    # By name of the check: "held" (None: not run) and "seen", name to number
     "The six signs of masked gradients; AutoAttack's from its own suite if the check left it out."
     rows = {row["check"]: row for row in run.metrics("masking").get("rows", [])}
     longest, auto = run.share("PGD100"), run.share("AutoAttack", "autoattack")
     if rows.get("autoattack", {}).get("held") is None and longest and auto:
         pgd = longest.first(auto.n).value
-        seen = {"AutoAttack": auto.value, "PGD100": pgd, "n": auto.n} | ({"kept": auto.value / pgd} if pgd else {})
+        seen = {"AutoAttack": auto.value, "PGD100": pgd,
+                "n": auto.n} | ({"kept": auto.value / pgd} if pgd else {})
         rows["autoattack"] = {"held": autoattack_agrees(pgd, auto.value, auto.n), "seen": seen}
     return {check: rows.get(check, {"held": None, "seen": {}}) for check in QUESTIONS}
 
@@ -237,10 +266,12 @@ def _masking(runs: Sequence[Run]) -> str:
     for run in runs:
         cells = ""
         for row in masking_checks(run).values():
-            seen = "<br>".join(f"{html.escape(k)} {v:.3g}" for k, v in row["seen"].items() if v is not None)
+            seen = "<br>".join(f"{html.escape(k)} {v:.3g}" for k, v in row["seen"].items()
+                               if v is not None)
             cells += "<td><span class={}>{}</span><small>{}</small></td>".format(*words[row["held"]], seen)
         lines.append(f"<tr><th>{html.escape(_title(run))}</th>{cells}</tr>")
-    questions = "".join(f"<li><b>{check}</b>: {html.escape(asked)}</li>" for check, asked in QUESTIONS.items())
+    questions = "".join(f"<li><b>{check}</b>: {html.escape(asked)}</li>"
+                        for check, asked in QUESTIONS.items())
     head = "".join(f"<th>{check}</th>" for check in ("", *QUESTIONS))
     return (f"<ul>{questions}</ul><div class=wide><table><thead><tr>{head}</tr></thead>"
             f"<tbody>{''.join(lines)}</tbody></table></div>")
@@ -258,10 +289,13 @@ def _drawings(runs: Sequence[Run], **group: str) -> str:
     "The figures of one group, and a small one per training."
     suites = {suite for run in runs if run.usable for suite in run.evaluations}
     columns, drawn = _bars(runs, **group), []
-    if columns: drawn.append(_drawing(attack_bars(runs, columns, **group), f"The same images under {', '.join(columns)}"))
+    if columns:
+        drawn.append(_drawing(attack_bars(runs, columns, **group),
+                              f"The same images under {', '.join(columns)}"))
     words = "Accuracy as the {} budget grows; dashed: the budget of the tables"
     if "curves" in suites:
-        drawn += [_drawing(budget_curves(runs, kind, **group), words.format(kind)) for kind in ("pixel", "flow")]
+        drawn += [_drawing(budget_curves(runs, kind, **group), words.format(kind))
+                  for kind in ("pixel", "flow")]
     trained = "".join(_drawing(training_curve(run), _title(run)) for run in runs if run.log)
     return f"<div class=pair>{''.join(drawn)}</div><h3>Training</h3><div class=grid>{trained}</div>"
 
@@ -286,18 +320,25 @@ def _classes(run: Run) -> list[str]:
 def _group(runs: Sequence[Run], key: str, tier: str, data: str) -> str:
     "What is known of the runs of one paper at one tier on one data set."
     order = {name: i for i, name in enumerate(recipes())}
-    mine = sorted((run for run in runs if (_paper(run), *run.group) == (key, tier, data) and (run.log or run.usable)),
+    mine = sorted((run for run in runs if (_paper(run), *run.group) == (key, tier, data)
+                   and (run.log or run.usable)),
                   key=lambda run: (order.get(run.name, len(order)), run.folder))
     head, link = (f"{papers()[key].title}: " if key else ""), f"{key}-{tier}-{data}"
     names = [run.name for run in mine if run.usable]
-    seeds = "; one seed each" if len(set(names)) == len(names) else " and, where there are several, the seeds"
-    caption = (f"Accuracy in percent, 95 % intervals over the images{seeds}. Union: survived every attack of the suite. "
+    seeds = ("; one seed each" if len(set(names)) == len(names)
+             else " and, where there are several, the seeds")
+    caption = (f"Accuracy in percent, 95 % intervals over the images{seeds}. Union: survived every "
+               "attack of the suite. "
                "AutoAttack may have seen fewer images; the bars below compare on equal ones.")
     parts = [f"<h2 id='{html.escape(link)}'>{html.escape(f'{head}{data}, tier {tier}')}</h2>",
-             _table(overview(mine, data=data, tier=tier), caption), _drawings(mine, data=data, tier=tier)]
-    if checked := [run for run in mine if any(row["held"] is not None for row in masking_checks(run).values())]:
-        note = "Six questions; an honest network answers yes to all. What was measured stands below each answer."
-        parts += ["<h3>Do the gradients hide anything?</h3>", f"<p class=note>{note}</p>", _masking(checked)]
+             _table(overview(mine, data=data, tier=tier), caption),
+             _drawings(mine, data=data, tier=tier)]
+    if checked := [run for run in mine
+                   if any(row["held"] is not None for row in masking_checks(run).values())]:
+        note = ("Six questions; an honest network answers yes to all. What was measured stands "
+                "below each answer.")
+        parts += ["<h3>Do the gradients hide anything?</h3>", f"<p class=note>{note}</p>",
+                  _masking(checked)]
     return "".join([*parts, *(part for run in mine for part in _classes(run))])
 
 # %% ../nbs/42_reports.ipynb #eca0ce8b
@@ -305,25 +346,31 @@ def _facts(run: Run) -> str:
     "How one run was made, and how to make it again."
     machine, versions = run.environment, run.environment.get("versions", {})
     facts = {"recipe": ", ".join(f"{k} {json.dumps(v)}" for k, v in run.recipe.items()),
-             "machine": f"{machine.get('device', 'unknown')}, {machine.get('threads', '?')} threads",
+             "machine": f"{machine.get('device', 'unknown')}, {machine.get('threads', '?')} "
+                        "threads",
              "commit": machine.get("commit") or "unknown",
              "versions": ", ".join(f"{k} {v}" for k, v in versions.items()),
              "seconds": f"{sum(row.get('seconds', 0) for row in run.log):.0f} of training"
-                        + "".join(f", {r.seconds:.0f} of {suite}" for suite, r in run.evaluations.items())}
+                        + "".join(f", {r.seconds:.0f} of {suite}"
+                                  for suite, r in run.evaluations.items())}
     try: commands = "\n".join(_commands(run))
     except (KeyError, TypeError, ValueError): commands = "not one of this package's recipes"
-    listed = "".join(f"<dt>{key}</dt><dd>{html.escape(str(value))}</dd>" for key, value in facts.items())
+    listed = "".join(f"<dt>{key}</dt><dd>{html.escape(str(value))}</dd>"
+                     for key, value in facts.items())
     opened = f"<details><summary>{html.escape(run.folder)}</summary><pre>{html.escape(commands)}</pre>"
     return f"{opened}<dl>{listed}</dl></details>"
 
 # %% ../nbs/42_reports.ipynb #a025f5c6
 def _opening(runs: Sequence[Run], links: dict[str, str]) -> str:
     finished = sum(run.usable for run in runs)
-    problems = "".join(f"<li><b>{html.escape(run.folder)}</b>: {html.escape('; '.join(run.problems))}</li>"
+    problems = "".join(f"<li><b>{html.escape(run.folder)}</b>: "
+                       f"{html.escape('; '.join(run.problems))}</li>"
                        for run in runs if run.problems)
-    return (f"<h1>What {finished} trained network{'s' * (finished != 1)} withstood</h1><p>Robust accuracies with their "
+    return (f"<h1>What {finished} trained network{'s' * (finished != 1)} withstood</h1><p>Robust "
+            "accuracies with their "
             "intervals, beside the numbers of the papers where there are any.</p><nav>"
-            + "".join(f"<a href='#{html.escape(k)}'>{html.escape(v)}</a>" for k, v in links.items()) + "</nav>"
+            + "".join(f"<a href='#{html.escape(k)}'>{html.escape(v)}</a>" for k, v in links.items())
+            + "</nav>"
             + (f"<p>Set aside or incomplete:</p><ul>{problems}</ul>" if problems else ""))
 
 # %% ../nbs/42_reports.ipynb #06ee88fe
@@ -333,11 +380,15 @@ def _beside(runs: Sequence[Run], paper: Paper) -> str:
     used = sorted({(r.about.get("data"), str(r.about.get("variant"))) for r in runs if r.usable})
     words, filled = "<p class=note>Ours on {} pixels, not the published ones.</p>", []
     for number in numbers:
-        table, data = paper_table(paper.key, number, runs), {row.data for row in paper.rows if row.table == number}
+        table, data = (paper_table(paper.key, number, runs),
+                       {row.data for row in paper.rows if row.table == number})
         if not table["ours"].notna().any(): continue
-        note = "".join(words.format(html.escape(v)) for d, v in used if d in data and v != "official")
-        filled.append(f"<h3>Table {number}</h3>{note}" + _table(side_by_side(table).rename_axis([None, None])))
-    return (f"<h2 id='{html.escape(paper.key)}-tables'>{html.escape(paper.title)}: beside the paper</h2>"
+        note = "".join(words.format(html.escape(v)) for d, v in used if d in data
+                       and v != "official")
+        filled.append(f"<h3>Table {number}</h3>{note}"
+                      + _table(side_by_side(table).rename_axis([None, None])))
+    return (f"<h2 id='{html.escape(paper.key)}-tables'>{html.escape(paper.title)}: beside the "
+            "paper</h2>"
             "<p>Columns without a line of the paper are ours.</p>"
             + ("".join(filled) or "<p>No run here belongs to one of its tables.</p>"))
 
@@ -345,22 +396,27 @@ def _beside(runs: Sequence[Run], paper: Paper) -> str:
 def _verdicts(claims: pd.DataFrame, paper: Paper) -> str:
     "A count of the verdicts, then every claim with what speaks for it and against it."
     kinds = {"reproduced": "good", "not reproduced": "bad", "inconclusive": "open"}
-    counts = ", ".join(f"{n} {word}" for word in kinds if (n := int((claims["verdict"] == word).sum())))
+    counts = ", ".join(f"{n} {word}" for word in kinds
+                       if (n := int((claims["verdict"] == word).sum())))
     blocks = []
     for row in claims.itertuples():
         facts = {"Paper": row.printed, "Ours": row.ours, "Why": row.reason}
-        listed = "".join(f"<dt>{key}</dt><dd>{html.escape(text)}</dd>" for key, text in facts.items() if text)
-        blocks.append(f"<details><summary><b>{html.escape(row.id)}</b> <span class={kinds[row.verdict]}>{row.verdict}</span> "
+        listed = "".join(f"<dt>{key}</dt><dd>{html.escape(text)}</dd>"
+                         for key, text in facts.items() if text)
+        blocks.append(f"<details><summary><b>{html.escape(row.id)}</b> <span "
+                      f"class={kinds[row.verdict]}>{row.verdict}</span> "
                       f"<small>{html.escape(row.tier)}</small> {html.escape(row.claim)}</summary>"
                       f"<dl>{listed}</dl></details>")
     head = f"<h2 id='{html.escape(paper.key)}-claims'>{html.escape(paper.title)}: claims</h2>"
     return f"{head}<p>{counts}. Each opens on a click.</p>{''.join(blocks)}"
 
 # %% ../nbs/42_reports.ipynb #06b32bee
-def _section(runs: Sequence[Run], key: str, claims: pd.DataFrame | None) -> tuple[dict[str, str], list[str]]:
+def _section(runs: Sequence[Run], key: str,
+             claims: pd.DataFrame | None) -> tuple[dict[str, str], list[str]]:
     "Links and parts of one paper; of the runs of no paper for an empty key."
     mine = [run for run in runs if _paper(run) == key]
-    groups = sorted({run.group for run in mine if run.usable}, key=lambda g: (TIERS.index(g[0]), g[1]))
+    groups = sorted({run.group for run in mine if run.usable},
+                    key=lambda g: (TIERS.index(g[0]), g[1]))
     title = f"{papers()[key].title}: " if key else ""
     links = {f"{key}-{tier}-{data}": f"{title}{data}, {tier}" for tier, data in groups}
     parts = [_group(mine, key, *group) for group in groups]
@@ -385,7 +441,9 @@ def html_report(
         links, body = links | found, body + parts
     body = [_opening(runs, links | {"again": "How to do it again"}), *body]
     body += ["<h2 id=again>How to do it again</h2>", *map(_facts, runs)]
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    page = (f'<!doctype html><html lang="en"><head>{head}<title>jat_nb report</title>{_STYLE}</head>'
+    head = ('<meta charset="utf-8"><meta name="viewport" content="width=device-width, '
+            'initial-scale=1">')
+    page = (f'<!doctype html><html lang="en"><head>{head}<title>jat_nb '
+            f'report</title>{_STYLE}</head>'
             f'<body><main>{"".join(body)}</main></body></html>\n')
     return write_atomic(path, lambda part: part.write_text(page, encoding="utf-8"))

@@ -44,7 +44,8 @@ class Job:
     sources: Mapping[str, nn.Module] = field(default_factory=dict)  # other networks, by name
     fast: bool = False  # attack a faster copy of the network; the verdict stays the original's
     data: str = ""  # name of the data set, for suites whose attacks depend on it
-    networks: Mapping[str, nn.Module] = field(default_factory=dict)  # those that attacks stand on, by keyword
+    # those that attacks stand on, by keyword
+    networks: Mapping[str, nn.Module] = field(default_factory=dict)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -80,7 +81,8 @@ _OTHERS: Mapping[str, Callable[..., Attack]] = MappingProxyType({
 def attack_from(
     spec: Spec,  # Name of an attack and its options
     given: Mapping[str, float],  # Quantities by name, such as `Job.quantities`
-    networks: Mapping[str, nn.Module] = MappingProxyType({}),  # Trained networks by keyword, such as `Job.networks`
+    # Trained networks by keyword, such as `Job.networks`
+    networks: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> Attack:  # attack(model, x, y, generator=...) -> images
     "The attack that a spec names, at these budgets."
     name, options = spec[0], {k: quantity(v, given) for k, v in spec[1].items()}
@@ -94,7 +96,8 @@ def attack_from(
 def attacks_from(
     columns: Mapping[str, Spec | Sequence[Spec]],  # Column name to a spec, or to several
     given: Mapping[str, float],  # Quantities by name, such as `Job.quantities`
-    networks: Mapping[str, nn.Module] = MappingProxyType({}),  # Trained networks by keyword, such as `Job.networks`
+    # Trained networks by keyword, such as `Job.networks`
+    networks: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> dict[str, Attack | list[Attack]]:  # As `evaluate` takes them
     "The columns of a table, at these budgets."
     found: dict[str, Attack | list[Attack]] = {}
@@ -278,14 +281,18 @@ def _corruptions(suite: Suite, job: Job) -> dict[str, list[Any]]:
     images = (255 * job.x).round().byte()
     return corruption_accuracy(job.model, images, job.y, seed=job.seed, batch_size=job.batch_size,
                                names=suite.options.get("names"),
-                               severities=suite.options.get("severities", (1, 2, 3, 4, 5))).to_dict("list")
+                               severities=suite.options.get("severities",
+                                                            (1, 2, 3, 4, 5))).to_dict("list")
 
 
 def _check_corruptions(suite: Suite, answer: Mapping[str, Any]) -> None:
-    rows = pd.DataFrame({name: answer[name] for name in ("corruption", "severity", "n", "accuracy", "low", "high")})
-    inside = (0 <= rows.low) & (rows.low <= rows.accuracy) & (rows.accuracy <= rows.high) & (rows.high <= 1)
+    rows = pd.DataFrame({name: answer[name]
+                         for name in ("corruption", "severity", "n", "accuracy", "low", "high")})
+    inside = (0 <= rows.low) & (rows.low
+                                <= rows.accuracy) & (rows.accuracy <= rows.high) & (rows.high <= 1)
     if not len(rows) or not inside.all():
-        raise ValueError("an accuracy under a corruption lies in its interval, and the interval in [0, 1]")
+        raise ValueError("an accuracy under a corruption lies in its interval, and the interval in "
+                         "[0, 1]")
 
 # %% ../nbs/39_suites.ipynb #b9215626
 def _check_similarity(suite: Suite, answer: Mapping[str, Any]) -> None:
@@ -308,7 +315,8 @@ class Kind(NamedTuple):
 KINDS: Mapping[str, Kind] = MappingProxyType({
     "table": Kind(_table, _check_table), "raw": Kind(_raw, _check_raw),
     "similarity": Kind(_similarity, _check_similarity),
-    "displacement": Kind(_displacement, _check_displacement), "curves": Kind(_curves, _check_curves),
+    "displacement": Kind(_displacement, _check_displacement),
+    "curves": Kind(_curves, _check_curves),
     "surface": Kind(_surface, _check_surface), "transfer": Kind(_transfer, _check_transfer),
     "masking": Kind(_masking, _check_masking),
     "corruptions": Kind(_corruptions, _check_corruptions)})  # kinds of question by name
@@ -371,8 +379,9 @@ def run_suite(
             raise ValueError(f"the suite {name!r} needs {need}, the job has none: give it {need}")
     for keyword in networks_of(asked):
         if keyword not in job.networks:
-            raise ValueError(f"the suite {name!r} stands on a trained network {keyword!r} and none was given: pass "
-                             f"Job(networks={{{keyword!r}: network}}), or --needs {keyword}=FOLDER to jat_eval")
+            raise ValueError(f"the suite {name!r} stands on a trained network {keyword!r} and none "
+                             f"was given: pass Job(networks={{{keyword!r}: network}}), or --needs "
+                             f"{keyword}=FOLDER to jat_eval")
     return _answer(asked, job)
 
 # %% ../nbs/39_suites.ipynb #2adecad6
@@ -381,7 +390,8 @@ def networks_of(
 ) -> tuple[str, ...]:  # Keywords, each once
     "The trained networks that the attacks of a suite, and of those beside it, stand on."
     asked = suites()[suite] if isinstance(suite, str) else suite
-    specs = [s for what in asked.columns.values() for s in ([what] if isinstance(what[0], str) else what)]
+    specs = [s for what in asked.columns.values()
+             for s in ([what] if isinstance(what[0], str) else what)]
     found = [keyword for name, _ in specs if name in ATTACKS for keyword in networks(ATTACKS[name])]
     found += [keyword for part in asked.also.values() for keyword in networks_of(part)]
     return tuple(dict.fromkeys(found))

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .randomness import Randomness, uniform
-from .warp import affine_flow, generalized_sign, l2inf_norm, per_image, project_disc, random_disc, warp
+from .warp import (affine_flow, generalized_sign, l2inf_norm, per_image, project_disc,
+                         random_disc, warp)
 
 # %% ../nbs/05_threats.ipynb #e01bcbdd
 class Threat(Protocol):
@@ -42,7 +43,8 @@ def _check_budget(**budgets: float | Tensor) -> None:
         number = isinstance(value, (int, float, Tensor))
         v = torch.as_tensor(value).detach().cpu().double() if number else torch.tensor(torch.nan)
         if v.ndim > 1 or not bool(((v >= 0) & v.isfinite()).all()):
-            raise ValueError(f"{name} must be finite and >= 0, one number or one per image (B,), got {value!r}")
+            raise ValueError(f"{name} must be finite and >= 0, one number or one per image (B,), "
+                             f"got {value!r}")
 
 
 def _check_unit(**budgets: float | Tensor) -> None:
@@ -55,7 +57,8 @@ def _check_unit(**budgets: float | Tensor) -> None:
 
 def _check_std(start_std: float | None) -> None:
     "Refuse a deviation that is no number or negative."
-    if start_std is not None and not (isinstance(start_std, (int, float)) and 0 <= start_std < torch.inf):
+    if (start_std is not None
+        and not (isinstance(start_std, (int, float)) and 0 <= start_std < torch.inf)):
         raise ValueError(f"start_std must be None or one finite number >= 0, got {start_std!r}")
 
 
@@ -121,11 +124,14 @@ def _random_ball(like: Tensor, eps: float | Tensor, generator: Randomness) -> Te
 class Pixel:
     "Add a perturbation bounded in the largest-change or the Euclidean norm (JAT section 2, Eq. 3)."
 
-    eps_pixel: float | Tensor = 8 / 255  # budget in image units (JAT section 6); one for all or (B,)
+    # budget in image units (JAT section 6); one for all or (B,)
+    eps_pixel: float | Tensor = 8 / 255
     step_pixel: float | Tensor = 2 / 255  # step in image units (JAT section 6)
     norm: str = "linf"  # "linf" or "l2"
-    start_std: float | None = None  # Gaussian start of this deviation, unit of the budget; None: uniform
-    valid: str = "project"  # how [0, 1] is kept: "project" the perturbation, or "clamp" the sum in `apply`
+    # Gaussian start of this deviation, unit of the budget; None: uniform
+    start_std: float | None = None
+    # how [0, 1] is kept: "project" the perturbation, or "clamp" the sum in `apply`
+    valid: str = "project"
 
     def __post_init__(self) -> None:
         _check_budget(eps_pixel=self.eps_pixel, step_pixel=self.step_pixel)
@@ -146,11 +152,13 @@ class Pixel:
             return self.project(_normal(_wide(x), generator) * self.start_std, x)
         if self.norm == "l2":
             return self.project(_random_ball(_wide(x), self.eps_pixel, generator), x)
-        draws = torch.empty_like(_wide(x)).copy_(uniform(_wide(x), generator))  # in the memory layout of the images
+        # in the memory layout of the images
+        draws = torch.empty_like(_wide(x)).copy_(uniform(_wide(x), generator))
         return self.project((2 * draws - 1) * per_image(self.eps_pixel, draws), x)
 
     def project(self, p: Tensor, base: Tensor) -> Tensor:
-        "The nearest perturbation within the budget; one that keeps the image valid, unless `apply` clamps."
+        """The nearest perturbation within the budget; one that keeps the image valid, unless
+        `apply` clamps."""
         if self.valid == "clamp":
             return _project_ball(p, self.eps_pixel, self.norm)
         return (project_ball_box if self.norm == "l2" else _project_boxes)(p, self.eps_pixel, base)
@@ -161,15 +169,18 @@ class Pixel:
         return moved.clamp(0, 1) if self.valid == "clamp" else moved
 
     def step(self, p: Tensor, grad: Tensor, base: Tensor) -> Tensor:
-        "Move by the sign of the gradient, or along the gradient for the Euclidean norm; then project."
-        unit = grad.sign() if self.norm == "linf" else generalized_sign(grad.flatten(1)).view_as(grad)
+        """Move by the sign of the gradient, or along the gradient for the Euclidean norm; then
+        project."""
+        unit = (grad.sign() if self.norm == "linf"
+                else generalized_sign(grad.flatten(1)).view_as(grad))
         return self.project(torch.addcmul(p, per_image(self.step_pixel, p), unit), base)
 
     def contains(self, base: Tensor, p: Tensor) -> Tensor:
         "Within the budget, and base + p in [0, 1] unless `apply` clamps."
         length = p.flatten(1).norm(dim=1, p=torch.inf if self.norm == "linf" else 2)
         eps, image = per_image(self.eps_pixel, length), self.apply(base, p).flatten(1)
-        return (length <= eps + _ROUNDING) & (image.amin(1) >= -_ROUNDING) & (image.amax(1) <= 1 + _ROUNDING)
+        return (length <= eps + _ROUNDING) & (image.amin(1)
+                                              >= -_ROUNDING) & (image.amax(1) <= 1 + _ROUNDING)
 
 # %% ../nbs/05_threats.ipynb #0be752fb
 @dataclass(frozen=True)
@@ -180,7 +191,8 @@ class Flow:
     step_flow: float | Tensor = 0.15  # step in pixels (JAT section 6)
     norm: str = "l2inf"  # "l2inf": a disc at every pixel; "linf": a box
     padding: str = "border"  # what lies outside the image, see `warp`
-    start_std: float | None = None  # Gaussian start of this deviation, unit of the budget; None: uniform
+    # Gaussian start of this deviation, unit of the budget; None: uniform
+    start_std: float | None = None
 
     def __post_init__(self) -> None:
         _check_budget(eps_flow=self.eps_flow, step_flow=self.step_flow)
@@ -193,7 +205,8 @@ class Flow:
         if not random:
             return flow
         if self.start_std is not None:
-            return self.step(_normal(flow, generator) * self.start_std, flow, x)  # zero gradient: projects
+            # zero gradient: projects
+            return self.step(_normal(flow, generator) * self.start_std, flow, x)
         if self.norm == "l2inf":
             return random_disc(flow.shape, self.eps_flow, generator, like=flow)
         return (2 * uniform(flow, generator) - 1) * per_image(self.eps_flow, flow)
@@ -223,10 +236,12 @@ class Flow:
 class Affine:
     "Resample through an affine map near the identity, each entry bounded (Pareto section 2.2)."
 
-    eps_affine: float | Tensor = 0.3  # bound on each entry, image spans [-1, 1] (Pareto section 4.4, MNIST)
+    # bound on each entry, image spans [-1, 1] (Pareto section 4.4, MNIST)
+    eps_affine: float | Tensor = 0.3
     step_affine: float | Tensor = 0.1  # step in the same unit (Pareto section 4.4, MNIST)
     padding: str = "zeros"  # what lies outside the image, see `warp`
-    start_std: float | None = None  # Gaussian start of this deviation, unit of the budget; None: uniform
+    # Gaussian start of this deviation, unit of the budget; None: uniform
+    start_std: float | None = None
 
     def __post_init__(self) -> None:
         _check_budget(eps_affine=self.eps_affine, step_affine=self.step_affine)
@@ -236,7 +251,8 @@ class Affine:
         "The identity, or a random start: every entry uniform, or Gaussian and projected."
         w = _wide(x).new_zeros(len(x), 2, 3)
         if random and self.start_std is not None:
-            return self.step(_normal(w, generator) * self.start_std, w, x)  # zero gradient: projects
+            # zero gradient: projects
+            return self.step(_normal(w, generator) * self.start_std, w, x)
         return (2 * uniform(w, generator) - 1) * per_image(self.eps_affine, w) if random else w
 
     def apply(self, x: Tensor, p: Tensor) -> Tensor:
@@ -251,14 +267,17 @@ class Affine:
     def step(self, p: Tensor, grad: Tensor, base: Tensor) -> Tensor:
         "Every entry moves by the sign of its gradient; then project."
         eps = per_image(self.eps_affine, p)
-        return torch.minimum(torch.maximum(p + per_image(self.step_affine, p) * grad.sign(), -eps), eps)
+        return torch.minimum(torch.maximum(p + per_image(self.step_affine, p) * grad.sign(), -eps),
+                             eps)
 
     def contains(self, base: Tensor, p: Tensor) -> Tensor:
         "Every entry within the bound."
-        return p.flatten(1).abs().amax(1) <= per_image(self.eps_affine, p)[:, 0, 0] * (1 + _ROUNDING)
+        return p.flatten(1).abs().amax(1) <= per_image(self.eps_affine,
+                                                       p)[:, 0, 0] * (1 + _ROUNDING)
 
 # %% ../nbs/05_threats.ipynb #68d16d7e
-_Stage = list[tuple[Threat, Tensor]]  # threats with their parameters that make one image from another
+# threats with their parameters that make one image from another
+_Stage = list[tuple[Threat, Tensor]]
 
 
 def _is_geometric(threat: Threat) -> bool:
@@ -329,17 +348,22 @@ def check_images(
 ) -> None:  # Nothing: it raises ValueError when they are not
     "Refuse images of the wrong rank, type or range, and name the mend."
     if not isinstance(x, Tensor):
-        raise ValueError(f"expected images as a tensor, got {type(x).__name__}: use torch.as_tensor(x)")
+        raise ValueError(f"expected images as a tensor, got {type(x).__name__}: use "
+                         "torch.as_tensor(x)")
     if x.ndim != 4:
-        raise ValueError(f"expected images (B, C, H, W), got {tuple(x.shape)}: add missing dimensions with x[None]")
+        raise ValueError(f"expected images (B, C, H, W), got {tuple(x.shape)}: add missing "
+                         "dimensions with x[None]")
     if x.dtype not in (torch.float32, torch.float64):
-        mend = "x.float(), and torch.autocast for half precision" if x.is_floating_point() else "x.float() / 255"
+        mend = ("x.float(), and torch.autocast for half precision" if x.is_floating_point()
+                else "x.float() / 255")
         raise ValueError(f"expected float32 or float64 images in [0, 1], got {x.dtype}: use {mend}")
     if x.numel() == 0:
-        raise ValueError(f"expected at least one image with at least one pixel, got {tuple(x.shape)}")
+        raise ValueError("expected at least one image with at least one pixel, got "
+                         f"{tuple(x.shape)}")
     low, high = (float(v) for v in torch.aminmax(x.detach()))
     if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # also false for NaN
-        raise ValueError(f"expected images in [0, 1], got values from {low:.4g} to {high:.4g}: divide bytes by 255, "
+        raise ValueError(f"expected images in [0, 1], got values from {low:.4g} to {high:.4g}: "
+                         "divide bytes by 255, "
                          "keep normalisation inside the model (NormalizedModel), and remove NaN")
 
 # %% ../nbs/05_threats.ipynb #8f51298e
@@ -350,7 +374,8 @@ def check_labels(
 ) -> None:  # Nothing: it raises ValueError when they are not
     "Refuse labels of the wrong shape, type or range, and name the mend."
     if not isinstance(y, Tensor):
-        raise ValueError(f"expected labels as a tensor, got {type(y).__name__}: use torch.as_tensor(y)")
+        raise ValueError(f"expected labels as a tensor, got {type(y).__name__}: use "
+                         "torch.as_tensor(y)")
     if y.shape != x.shape[:1]:
         raise ValueError(f"expected one label per image, shape ({len(x)},), got {tuple(y.shape)}: "
                          "class indices, not one-hot vectors")
@@ -358,5 +383,6 @@ def check_labels(
         raise ValueError(f"expected labels of type int64, got {y.dtype}: use y.long()")
     low, high = (int(v) for v in torch.aminmax(y))
     if low < 0 or (num_classes is not None and high >= num_classes):
-        raise ValueError(f"expected labels from 0 to {'K-1' if num_classes is None else num_classes - 1}, "
-                         f"got {low} to {high}: count classes from 0 and check the model's number of outputs")
+        raise ValueError("expected labels from 0 to "
+                         f"{'K-1' if num_classes is None else num_classes - 1}, got {low} to "
+                         f"{high}: count classes from 0 and check the model's number of outputs")

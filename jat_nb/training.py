@@ -22,8 +22,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .ascent import _check_slope
 from .batches import Batch, Stream, _check_beside, _pieces, batches, num_batches, shares
-from .checkpoints import (RESUME, _TRACED, _in_row, _since_best, _tally, add_stretch, claim, collapsed, function_names,
-                                load_state, publish, restore, run_identity, save_state, state_tensors)
+from .checkpoints import (RESUME, _TRACED, _in_row, _since_best, _tally, add_stretch, claim,
+                                collapsed, function_names,
+                                load_state, publish, restore, run_identity, save_state,
+                                state_tensors)
 from .data import ImageSet, Unlabelled
 from .glow import Glow
 from .losses import correct
@@ -51,7 +53,8 @@ class Memory:
     facts: dict[str, Any] = field(default_factory=dict)  # Plain, for the log
 
 
-def _loss_and_terms(objective: Callable[..., Any], model: nn.Module, piece: Batch, memory: Memory | None,
+def _loss_and_terms(objective: Callable[..., Any], model: nn.Module, piece: Batch,
+                    memory: Memory | None,
                     attacks: Mapping[str, Callable[..., Tensor]]) -> tuple[Tensor, Tensor]:
     "The loss of a part, and what an objective with memory wants to know of it (n,)."
     if memory is None:
@@ -64,13 +67,15 @@ def train_step(
     model: nn.Module,  # Classifier in train mode, perhaps wrapped by `distribute`
     batch: Batch,  # Images in [0, 1], labels, randomness; each process has its share
     optimizer: torch.optim.Optimizer,  # Holds the parameters of `model`
-    objective: Callable[..., Any],  # objective(model, batch, **attacks) -> scalar loss, or `WithMemory`
+    # objective(model, batch, **attacks) -> scalar loss, or `WithMemory`
+    objective: Callable[..., Any],
     attacks: Mapping[str, Callable[..., Tensor]] | None = None,  # By role, handed to the objective
     amp: bool = False,  # bfloat16 in attack and loss, where it is fast
     *,
     clip_norm: float = 0.0,  # A gradient longer than this is shortened to it; 0: never
     accumulate: int = 1,  # Parts in which each process works through its share
-    memory: Memory | None = None,  # Of an objective `WithMemory`, brought up to date; None: a fresh one
+    # Of an objective `WithMemory`, brought up to date; None: a fresh one
+    memory: Memory | None = None,
 ) -> float:  # The loss of the whole batch before the step, nats
     "One update of the weights; a loss or gradient that is not finite raises before it touches any."
     optimizer.zero_grad(set_to_none=True)
@@ -126,8 +131,10 @@ def accuracy(
     return int(total(right)) / len(data)
 
 # %% ../nbs/32_training.ipynb #474f989e
-OnEpoch = Callable[[dict[str, Any], nn.Module], bool | None]  # on_epoch(row, network) -> True to stop
-Judge = Callable[[nn.Module, ImageSet, ImageSet], dict[str, Any]]  # judge(model, validation, few) -> entries of the row
+# on_epoch(row, network) -> True to stop
+OnEpoch = Callable[[dict[str, Any], nn.Module], bool | None]
+# judge(model, validation, few) -> entries of the row
+Judge = Callable[[nn.Module, ImageSet, ImageSet], dict[str, Any]]
 
 
 def _one_answer(model: nn.Module, data: ImageSet) -> bool:
@@ -146,7 +153,8 @@ def judge_classifier(
     amp: bool = False,  # bfloat16 while probing, where it is fast
 ) -> dict[str, Any]:  # val_clean, val_robust, one_answer
     "What an epoch did to a classifier."
-    return {"val_clean": accuracy(model, validation), "val_robust": accuracy(model, few, probe, amp=amp),
+    return {"val_clean": accuracy(model, validation),
+            "val_robust": accuracy(model, few, probe, amp=amp),
             "one_answer": _one_answer(model, few)}
 
 # %% ../nbs/32_training.ipynb #f11c31b3
@@ -272,7 +280,8 @@ def _walk(run: _Run, train: ImageSet | Stream, place: Processes) -> Iterator[Bat
     r, seed, (rank, count) = run.recipe, (run.recipe.seed, len(run.history)), place
     if isinstance(train, Stream):
         return train.epoch(seed, augment=r.augment, part=rank, parts=count)
-    return batches(train, r.batch_size, unlabelled=run.unlabelled, shuffle=True, augment=r.augment, seed=seed,
+    return batches(train, r.batch_size, unlabelled=run.unlabelled, shuffle=True, augment=r.augment,
+                   seed=seed,
                    part=rank, parts=count)
 
 
@@ -285,7 +294,8 @@ def _train_epoch(run: _Run, shared: nn.Module, train: ImageSet | Stream, ticks: 
     for batch in islice(_walk(run, train, processes()), run.iteration, here):
         _batch(run, shared, batch)
         next(ticks, None)
-        run.seconds, images = time.perf_counter() - start, images + round(len(batch.y) / batch.share)
+        run.seconds, images = (time.perf_counter() - start,
+                               images + round(len(batch.y) / batch.share))
         if run.iteration < here and not streamed and time_is_up():
             return None
     if not streamed:  # count also those before a kill
@@ -335,12 +345,14 @@ def _averaging(ema: float) -> Callable[..., None]:
 def _check_unlabelled(recipe: Recipe, unlabelled: Unlabelled | None) -> None:
     "Refuse to leave out, in silence, images that a recipe counts on."
     if recipe.unlabelled and unlabelled is None:
-        raise ValueError(f"the recipe uses a share of {recipe.unlabelled:.3g} of the images without their labels, "
-                         "fit was given none: pass unlabelled=, as `setting` or `few_labels` hands them out; to "
-                         "train without, pass an empty set, or set unlabelled=0 in the recipe")
+        raise ValueError(f"the recipe uses a share of {recipe.unlabelled:.3g} of the images "
+                         "without their labels, fit was given none: pass unlabelled=, as "
+                         "`setting` or `few_labels` hands them out; to train without, pass an "
+                         "empty set, or set unlabelled=0 in the recipe")
 
 
-def _check_fit(model: nn.Module, recipe: Recipe, train: ImageSet | Stream, validation: ImageSet | None,
+def _check_fit(model: nn.Module, recipe: Recipe, train: ImageSet | Stream,
+               validation: ImageSet | None,
                kept: bool) -> None:
     "What would be noticed only after hours otherwise."
     counts = [len(d) for d in (train, validation) if d is not None and not isinstance(d, Stream)]
@@ -355,7 +367,8 @@ def _check_fit(model: nn.Module, recipe: Recipe, train: ImageSet | Stream, valid
         check_rebuildable(model)
 
 # %% ../nbs/32_training.ipynb #dde0f869
-def _start(model: nn.Module, recipe: Recipe, bound: Bound, judge: Judge, per_epoch: int, folder: Path | None,
+def _start(model: nn.Module, recipe: Recipe, bound: Bound, judge: Judge, per_epoch: int,
+           folder: Path | None,
            identity: Mapping[str, Any], about: Mapping[str, Any], device: torch.device,
            unlabelled: Unlabelled | None) -> _Run:
     "A new run, or the one that its folder holds; the same in all processes."
@@ -384,7 +397,8 @@ def _initialise(run: _Run, train: ImageSet | Stream) -> None:
         flow.initialise(first.x, first.generator)
 
 # %% ../nbs/32_training.ipynb #953085f8
-def _train(run: _Run, train: ImageSet | Stream, validation: ImageSet | None, time_is_up: Callable[[], bool],
+def _train(run: _Run, train: ImageSet | Stream, validation: ImageSet | None,
+           time_is_up: Callable[[], bool],
            keep: Callable[[bool], Any]) -> None:
     "Epoch after epoch, until the run or the time is over."
     ticks = iter(progress(range(run.left), description="training", unit="batch"))
@@ -411,16 +425,19 @@ def _functions(recipe: Recipe, needs: Mapping[str, nn.Module], given: Mapping[st
 
 def _judge(recipe: Recipe, bound: Bound) -> Judge:
     "The judge of a recipe: its objective's, else that of classifiers."
-    return JUDGES.get(recipe.objective, partial(judge_classifier, probe=bound.probe, amp=recipe.amp))
+    return JUDGES.get(recipe.objective,
+                      partial(judge_classifier, probe=bound.probe, amp=recipe.amp))
 
 # %% ../nbs/32_training.ipynb #f453a4ba
 def fit(
     model: nn.Module,  # For images in [0, 1]; trained in place, ends in eval mode
-    train: ImageSet | Stream | Iterable | Callable[[], Iterable],  # Moved to the device; or batches (x, y), read anew per epoch
+    # Moved to the device; or batches (x, y), read anew per epoch
+    train: ImageSet | Stream | Iterable | Callable[[], Iterable],
     recipe: Recipe,  # Everything that decides the result, but the initial weights
     *,
     validation: ImageSet | None = None,  # Held-out training images, never the test set
-    unlabelled: Unlabelled | None = None,  # Images without labels, if the recipe uses any; may be empty
+    # Images without labels, if the recipe uses any; may be empty
+    unlabelled: Unlabelled | None = None,
     needs: Mapping[str, nn.Module] | None = None,  # Trained networks, by the recipe's `needs`
     objective: Callable[..., Any] | None = None,  # Instead of the recipe's; `WithMemory` or not
     attacks: Mapping[str, Callable[..., Tensor]] | None = None,  # Instead of the recipe's, by role
@@ -429,8 +446,10 @@ def fit(
     out: str | Path | None = None,  # Folder for log and checkpoints; the same run there is resumed
     about: Mapping[str, Any] | None = None,  # JSON-able facts for run.json, such as a recipe's name
     seconds: float = math.inf,  # Stop after this long, ready to be resumed
-    on_epoch: OnEpoch | None = None,  # on_epoch(row, network) after every epoch, in the first process; True stops
-    patience: int | None = None,  # Stop when so many epochs in a row were no better than the best before
+    # on_epoch(row, network) after every epoch, in the first process; True stops
+    on_epoch: OnEpoch | None = None,
+    # Stop when so many epochs in a row were no better than the best before
+    patience: int | None = None,
     device: str | torch.device | None = None,  # Where to train; None: where the model is
 ) -> list[dict[str, Any]]:  # A row per epoch: loss, lr, seconds, and what the judge says
     "Train a model by a recipe, in one process or in all that were started together."
@@ -438,7 +457,8 @@ def fit(
     if not hasattr(train, "images") and not isinstance(train, Stream):
         train = Stream(train)
     if patience is not None and (patience < 1 or validation is None):
-        raise ValueError(f"patience counts epochs by what validation= says: pass it, and at least 1, got {patience}")
+        raise ValueError("patience counts epochs by what validation= says: pass it, and at least "
+                         f"1, got {patience}")
     with report_lost():
         _check_beside(train, validation, unlabelled)
         _check_fit(model, recipe, train, validation, out is not None)
@@ -447,7 +467,8 @@ def fit(
         bound = _functions(recipe, needs, given)
         model = in_form(bound.objective, model)
         own = {} if out is None else function_names({**given, "judge": judge})
-        identity = run_identity(recipe, model, train, validation, own, unlabelled=unlabelled, needs=needs)
+        identity = run_identity(recipe, model, train, validation, own, unlabelled=unlabelled,
+                                needs=needs)
         alone, where = processes().count == 1, next(model.parameters()).device
         device = own_device(where if device is None and alone else device)
         per_epoch = len(train) if isinstance(train, Stream) else num_batches(
@@ -455,7 +476,8 @@ def fit(
         for network in needs.values():
             network.to(device)
         time_is_up = timer(seconds, device)
-        run = _start(model, recipe, bound, judge or _judge(recipe, bound), per_epoch, folder, identity,
+        run = _start(model, recipe, bound, judge or _judge(recipe, bound), per_epoch, folder,
+                     identity,
                      about or {}, device, unlabelled or None)
         run.on_epoch, run.patience = on_epoch, patience
         keep = partial(_keep, run, folder, identity)

@@ -37,7 +37,8 @@ def _smooth(flow: Tensor, sigma: float) -> Tensor:
 class Elastic(Flow):
     "A rough flow in a box, smoothed before it is used (Kang et al. 2019); all else is a `Flow`."
 
-    eps_flow: float | Tensor = 1.0  # largest component of a displacement, in pixels; one for all or (B,)
+    # largest component of a displacement, in pixels; one for all or (B,)
+    eps_flow: float | Tensor = 1.0
     step_flow: float | Tensor = 0.07  # step in pixels: budget / sqrt(200 steps)
     norm: str = "linf"  # bound of the rough flow, see `Flow`
 
@@ -55,7 +56,8 @@ def elastic(
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
     y: Tensor,  # True classes (B,), int64
     *,
-    eps_flow: float | Tensor = 1.0,  # Largest component of a displacement, in pixels; one for all or (B,)
+    # Largest component of a displacement, in pixels; one for all or (B,)
+    eps_flow: float | Tensor = 1.0,
     step_flow: float | Tensor = 0.07,  # Step in pixels: budget / sqrt(200 steps)
     steps: int = 200,  # Steps, one gradient each (Kang et al. 2019)
     loss: Loss | str = cross_entropy,  # Per-example loss to climb, or its name in LOSSES
@@ -67,8 +69,10 @@ def elastic(
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "Projected ascent on a flow that is smoothed before it is used (Kang et al. 2019)."
-    return ascend(model, x, y, [Elastic(eps_flow, step_flow)], steps=steps, loss=loss, target=target,
-                  random_start=random_start, restarts=restarts, keep_best=keep_best, generator=generator, return_info=return_info)
+    return ascend(model, x, y, [Elastic(eps_flow, step_flow)], steps=steps, loss=loss,
+                  target=target,
+                  random_start=random_start, restarts=restarts, keep_best=keep_best,
+                  generator=generator, return_info=return_info)
 
 # %% ../nbs/18_unseen.ipynb #237ad298
 def _block_dct(planes: Tensor, inverse: bool = False) -> Tensor:
@@ -77,22 +81,29 @@ def _block_dct(planes: Tensor, inverse: bool = False) -> Tensor:
     k = torch.arange(8, dtype=torch.float64, device=planes.device)
     basis = torch.cos(k[:, None] * (2 * k + 1) * torch.pi / 16) / 2  # (frequency, place)
     basis[0] /= math.sqrt(2)
-    blocks, basis = planes.double().reshape(b, c, h // 8, 8, w // 8, 8), basis.T if inverse else basis
+    blocks, basis = (planes.double().reshape(b, c, h // 8, 8, w // 8, 8), basis.T if inverse
+                     else basis)
     return torch.einsum("ki,bchiwj,lj->bchkwl", basis, blocks, basis).reshape(b, c, h, w)
 
 # %% ../nbs/18_unseen.ipynb #7ee67526
-_LUMA = torch.tensor([[16, 11, 10, 16, 24, 40, 51, 61], [12, 12, 14, 19, 26, 58, 60, 55], [14, 13, 16, 24, 40, 57, 69, 56],
-                      [14, 17, 22, 29, 51, 87, 80, 62], [18, 22, 37, 56, 68, 109, 103, 77], [24, 35, 55, 64, 81, 104, 113, 92],
+_LUMA = torch.tensor([[16, 11, 10, 16, 24, 40, 51, 61], [12, 12, 14, 19, 26, 58, 60, 55],
+                      [14, 13, 16, 24, 40, 57, 69, 56],
+                      [14, 17, 22, 29, 51, 87, 80, 62], [18, 22, 37, 56, 68, 109, 103, 77],
+                      [24, 35, 55, 64, 81, 104, 113, 92],
                       [49, 64, 78, 87, 103, 121, 120, 101], [72, 92, 95, 98, 112, 100, 103, 99]])
 _CHROMA = torch.full((8, 8), 99)
-_CHROMA[:4, :4] = torch.tensor([[17, 18, 24, 47], [18, 21, 26, 66], [24, 26, 56, 99], [47, 66, 99, 99]])
-_TABLES = [_LUMA / 255, _CHROMA / 255]  # steps of brightness and colour in image units, row = vertical frequency
-_TO_YCC = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]],
+_CHROMA[:4, :4] = torch.tensor([[17, 18, 24, 47], [18, 21, 26, 66], [24, 26, 56, 99],
+                                [47, 66, 99, 99]])
+# steps of brightness and colour in image units, row = vertical frequency
+_TABLES = [_LUMA / 255, _CHROMA / 255]
+_TO_YCC = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5],
+                        [0.5, -0.418688, -0.081312]],
                        dtype=torch.float64)
 
 
 def _to_planes(x: Tensor, subsample: bool) -> list[Tensor]:
-    "Brightness and colours, sides filled up to multiples of 8; other than three channels stay as they are."
+    """Brightness and colours, sides filled up to multiples of 8; other than three channels stay
+    as they are."""
     colour = x.shape[1] == 3
     side = 16 if colour and subsample else 8
     v = F.pad(x.double(), (0, -x.shape[3] % side, 0, -x.shape[2] % side), mode="replicate")
@@ -114,10 +125,13 @@ _MOST = 2.0  # largest entry under the l1 budget (Kang et al. 2019)
 
 
 def _l1_corner(grad: Tensor, eps: Tensor) -> Tensor:
-    "The point with entries up to 2 and absolute sum up to eps (B, 1) that lies furthest along grad (B, n)."
+    """The point with entries up to 2 and absolute sum up to eps (B, 1) that lies furthest along
+    grad (B, n)."""
     order = grad.abs().argsort(dim=1, descending=True, stable=True)
     spent = _MOST * torch.arange(grad.shape[1], dtype=grad.dtype, device=grad.device)
-    return torch.zeros_like(grad).scatter(1, order, (eps - spent).clamp(0, _MOST).expand_as(grad)) * grad.sign()
+    return torch.zeros_like(grad).scatter(1, order,
+                                          (eps
+                                           - spent).clamp(0, _MOST).expand_as(grad)) * grad.sign()
 
 
 def _l1_start(like: Tensor, eps: Tensor, generator: Randomness) -> Tensor:
@@ -132,7 +146,8 @@ def _l1_start(like: Tensor, eps: Tensor, generator: Randomness) -> Tensor:
 class JPEG:
     "Move the numbers that a JPEG file stores (Kang et al. 2019)."
 
-    eps_quanta: float | Tensor = 0.25  # budget in steps of the file, of which half is used; one for all or (B,)
+    # budget in steps of the file, of which half is used; one for all or (B,)
+    eps_quanta: float | Tensor = 0.25
     step_quanta: float | Tensor = 0.018  # step in the same unit: budget / sqrt(200 steps)
     norm: str = "linf"  # "linf": the largest of the numbers; "l1": the sum, none above 2
     subsample: bool = True  # colour at half the resolution, as files have it
@@ -150,27 +165,32 @@ class JPEG:
         return (2 * uniform(p, generator) - 1) * per_image(self.eps_quanta, p) if random else p
 
     def apply(self, x: Tensor, p: Tensor) -> Tensor:
-        "The image that the changed file shows; at zero parameters its colours are at half resolution."
+        """The image that the changed file shows; at zero parameters its colours are at half
+        resolution."""
         planes, start = [], 0
         for plane, table in zip(_to_planes(x, self.subsample), _TABLES):
             height, width = plane.shape[2:]
             quantum = table.to(plane).repeat(height // 8, width // 8)
             change = p[:, start:start + plane[0].numel()].double().view_as(plane) / 2
             start += plane[0].numel()
-            planes.append(_block_dct((_block_dct(plane) / quantum + change) * quantum, inverse=True))
+            planes.append(_block_dct((_block_dct(plane) / quantum + change) * quantum,
+                                     inverse=True))
         return _from_planes(planes, *x.shape[2:]).clamp(0, 1).to(x.dtype)
 
-    def step(self, p: Tensor, grad: Tensor, base: Tensor) -> Tensor:  # sign step, or towards the best corner
+    def step(self, p: Tensor, grad: Tensor, base: Tensor) -> Tensor:
+        # sign step, or towards the best corner
         eps, step = per_image(self.eps_quanta, p), per_image(self.step_quanta, p)
         if self.norm == "linf":
             return torch.minimum(torch.maximum(p + step * grad.sign(), -eps), eps)
-        share = (step / eps.clamp(min=1e-12)).clamp(max=1) * grad.any(1, keepdim=True)  # no gradient: stay
+        # no gradient: stay
+        share = (step / eps.clamp(min=1e-12)).clamp(max=1) * grad.any(1, keepdim=True)
         return p + share * (_l1_corner(grad, eps) - p)
 
     def contains(self, base: Tensor, p: Tensor) -> Tensor:  # largest number, or sum as well
         eps = per_image(self.eps_quanta, p)[:, 0] * (1 + _ROUNDING)
         largest = p.abs().amax(1)
-        return largest <= eps if self.norm == "linf" else (p.double().abs().sum(1) <= eps) & (largest <= _MOST)
+        return (largest <= eps if self.norm == "linf"
+                else (p.double().abs().sum(1) <= eps) & (largest <= _MOST))
 
 # %% ../nbs/18_unseen.ipynb #238b11ca
 def jpeg(
@@ -178,7 +198,8 @@ def jpeg(
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
     y: Tensor,  # True classes (B,), int64
     *,
-    eps_quanta: float | Tensor = 0.25,  # Budget in steps of the file, of which half is used; one for all or (B,)
+    # Budget in steps of the file, of which half is used; one for all or (B,)
+    eps_quanta: float | Tensor = 0.25,
     step_quanta: float | Tensor = 0.018,  # Step in the same unit: budget / sqrt(200 steps)
     steps: int = 200,  # Steps, one gradient each (Kang et al. 2019)
     norm: str = "linf",  # "linf" or "l1"
@@ -191,8 +212,10 @@ def jpeg(
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "Projected ascent on the coefficients of a JPEG file (Kang et al. 2019)."
-    return ascend(model, x, y, [JPEG(eps_quanta, step_quanta, norm)], steps=steps, loss=loss, target=target,
-                  random_start=random_start, restarts=restarts, keep_best=keep_best, generator=generator, return_info=return_info)
+    return ascend(model, x, y, [JPEG(eps_quanta, step_quanta, norm)], steps=steps, loss=loss,
+                  target=target,
+                  random_start=random_start, restarts=restarts, keep_best=keep_best,
+                  generator=generator, return_info=return_info)
 
 # %% ../nbs/18_unseen.ipynb #9dc93547
 def _draws(x: Tensor, n: int, random: bool, generator: Randomness) -> Tensor:
@@ -209,12 +232,14 @@ def _unit_range(v: Tensor) -> Tensor:
 
 
 def _finer(coarse: Tensor, rough: Tensor) -> Tensor:
-    "Twice the resolution: three new points (B, 3, m, m) beside every old one (B, m, m), neighbours wrap round."
+    """Twice the resolution: three new points (B, 3, m, m) beside every old one (B, m, m),
+    neighbours wrap round."""
     right, down = coarse.roll(-1, 2), coarse.roll(-1, 1)
     middle = (coarse + right + down + right.roll(-1, 1)) / 4 + rough[:, 0]  # mean of a square
     top = (coarse + right + middle + middle.roll(1, 1)) / 4 + rough[:, 1]  # mean of a diamond
     left = (coarse + down + middle + middle.roll(1, 2)) / 4 + rough[:, 2]
-    return torch.stack([torch.stack([coarse, top], 3), torch.stack([left, middle], 3)], dim=2).flatten(3).flatten(1, 2)
+    return torch.stack([torch.stack([coarse, top], 3), torch.stack([left, middle], 3)],
+                       dim=2).flatten(3).flatten(1, 2)
 
 # %% ../nbs/18_unseen.ipynb #f59c6c6c
 def _side(height: int, width: int) -> int:
@@ -223,7 +248,8 @@ def _side(height: int, width: int) -> int:
 
 
 def _fog_map(p: Tensor, height: int, width: int) -> Tensor:
-    "Diamond-square clouds (B, 1, H, W) from numbers in [0, 1] (B, side**2 - 1), coarse scales first."
+    """Diamond-square clouds (B, 1, H, W) from numbers in [0, 1] (B, side**2 - 1), coarse scales
+    first."""
     side = _side(height, width)
     fog = p.new_zeros(len(p), 1, 1)
     while (m := fog.shape[1]) < side:  # a map of m x m took m**2 - 1 numbers
@@ -247,7 +273,8 @@ class Fog:
         return _draws(x, _side(*x.shape[2:]) ** 2 - 1, random, generator)
 
     def apply(self, x: Tensor, p: Tensor) -> Tensor:
-        "Image plus fog, rescaled; at strength 0 every channel stretched until its brightest value is 1."
+        """Image plus fog, rescaled; at strength 0 every channel stretched until its brightest
+        value is 1."""
         strength = per_image(self.strength, x)
         peak = x.amax((2, 3), keepdim=True) + strength  # (B, C, 1, 1)
         foggy = (x + strength * _fog_map(p, *x.shape[2:])) / torch.where(peak > 0, peak, 1)
@@ -278,11 +305,13 @@ def fog(
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "Projected ascent on the shape of fog (Kang et al. 2019)."
     return ascend(model, x, y, [Fog(strength, step_fog)], steps=steps, loss=loss, target=target,
-                  random_start=random_start, restarts=restarts, keep_best=keep_best, generator=generator, return_info=return_info)
+                  random_start=random_start, restarts=restarts, keep_best=keep_best,
+                  generator=generator, return_info=return_info)
 
 # %% ../nbs/18_unseen.ipynb #25ae0ab1
 def _convolve(maps: Tensor, kernels: Tensor) -> Tensor:
-    "Maps (B, K, H, W) with kernels (B, K, k, k) of odd side, zero outside, summed over K: (B, 1, H, W)."
+    """Maps (B, K, H, W) with kernels (B, K, k, k) of odd side, zero outside, summed over K: (B,
+    1, H, W)."""
     height, width = maps.shape[2:]
     side, middle = kernels.shape[3], kernels.shape[3] // 2
     size = (height + side - 1, width + side - 1)
@@ -291,13 +320,15 @@ def _convolve(maps: Tensor, kernels: Tensor) -> Tensor:
     return out[:, :, middle:middle + height, middle:middle + width]
 
 
-_CORNERS = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (2, 0), (3, 0)]  # where the seven grids of flakes begin
+# where the seven grids of flakes begin
+_CORNERS = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (2, 0), (3, 0)]
 
 
 def _flake_shapes(draws: Tensor) -> Tensor:
     "Seven soft lines of 13 x 13 pixels for each image, from 22 uniform numbers (B, 22)."
     line = 2 + 4 * draws[:, :14].view(-1, 7, 1, 1, 2)  # rows and columns from the middle to the end
-    line = line * torch.where(draws[:, 21:, None, None, None] < 0.5, line.new_tensor([1, -1]), 1)  # one wind an image
+    # one wind an image
+    line = line * torch.where(draws[:, 21:, None, None, None] < 0.5, line.new_tensor([1, -1]), 1)
     width = 1 + 2 * (draws[:, 14:21] > 0.6).to(draws) + 2 * (draws[:, 14:21] > 0.9)
     k = torch.arange(-6, 7, dtype=draws.dtype, device=draws.device)
     place = torch.stack(torch.meshgrid(k, k, indexing="ij"), dim=-1)  # (13, 13, 2)
@@ -309,19 +340,22 @@ def _flake_shapes(draws: Tensor) -> Tensor:
 def _block_mean(flakes: Tensor) -> Tensor:
     "Mean of every block of 8 x 8 flakes, spread over its flakes; blocks at the rim may be smaller."
     mean = F.avg_pool2d(flakes, 8, ceil_mode=True, count_include_pad=False)
-    return mean.repeat_interleave(8, 2).repeat_interleave(8, 3)[:, :, :flakes.shape[2], :flakes.shape[3]]
+    return mean.repeat_interleave(8, 2).repeat_interleave(8, 3)[:, :, :flakes.shape[2],
+                                                                :flakes.shape[3]]
 
 # %% ../nbs/18_unseen.ipynb #87f61ab3
 @dataclass(frozen=True)
 class Snow:
     "Let it snow where it hurts (Kang et al. 2019)."
 
-    strength: float | Tensor = 0.095  # brightness of a flake at full intensity, where white is 1; one or (B,)
+    # brightness of a flake at full intensity, where white is 1; one or (B,)
+    strength: float | Tensor = 0.095
     step_snow: float | Tensor = 0.002236  # step of the intensities, which lie in [0, 1]
     max_density: float = 0.2  # largest mean intensity in a block of 8 x 8 flakes
 
     def __post_init__(self) -> None:
-        _check_budget(strength=self.strength, step_snow=self.step_snow, max_density=self.max_density)
+        _check_budget(strength=self.strength, step_snow=self.step_snow,
+                      max_density=self.max_density)
 
     def _parts(self, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         "Intensities (B, 7, h, w), and the numbers that the shapes were drawn from (B, 22)."
@@ -339,7 +373,8 @@ class Snow:
         "Many faint flakes, few bright ones (B, n); without randomness the same for every image."
         height, width = (math.ceil(n / 4) for n in x.shape[2:])
         u = _draws(x, 7 * height * width + 22, random, generator)
-        return self._settle(x, torch.cat([(-u[:, :-22] / self.max_density).exp(), u[:, -22:]], dim=1))
+        return self._settle(x, torch.cat([(-u[:, :-22] / self.max_density).exp(), u[:, -22:]],
+                                         dim=1))
 
     def snow(self, x: Tensor, p: Tensor) -> Tensor:
         "The flakes alone (B, 1, H, W), at strength 1."
@@ -351,16 +386,19 @@ class Snow:
 
     def apply(self, x: Tensor, p: Tensor) -> Tensor:
         "Image whitened by a quarter, plus flakes; at strength 0 the whitening alone."
-        weights = x.new_tensor([0.2126, 0.7152, 0.0722]) if x.shape[1] == 3 else x.new_full((x.shape[1],), 1 / x.shape[1])
+        weights = (x.new_tensor([0.2126, 0.7152, 0.0722]) if x.shape[1] == 3
+                   else x.new_full((x.shape[1],), 1 / x.shape[1]))
         grey = (x * weights.view(1, -1, 1, 1)).sum(1, keepdim=True)
         white = 0.75 * x + 0.25 * torch.maximum(x, 1.5 * grey + 0.5)
         return (white + per_image(self.strength, x) * self.snow(x, p)).clamp(0, 1).to(x.dtype)
 
-    def step(self, p: Tensor, grad: Tensor, base: Tensor) -> Tensor:  # by the sign; then range and density
+    def step(self, p: Tensor, grad: Tensor, base: Tensor) -> Tensor:
+        # by the sign; then range and density
         moved = p[:, :-22] + per_image(self.step_snow, p) * grad[:, :-22].sign()
         return self._settle(base, torch.cat([moved, p[:, -22:]], dim=1))
 
-    def contains(self, base: Tensor, p: Tensor) -> Tensor:  # intensities in [0, 1], and no block denser than allowed
+    def contains(self, base: Tensor, p: Tensor) -> Tensor:
+        # intensities in [0, 1], and no block denser than allowed
         density = _block_mean(self._parts(base, p)[0]).flatten(1).amax(1)
         return (p.amin(1) >= 0) & (p.amax(1) <= 1) & (density <= self.max_density * (1 + _ROUNDING))
 
@@ -370,7 +408,8 @@ def snow(
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
     y: Tensor,  # True classes (B,), int64
     *,
-    strength: float | Tensor = 0.095,  # Brightness of a flake at full intensity, where white is 1; one or (B,)
+    # Brightness of a flake at full intensity, where white is 1; one or (B,)
+    strength: float | Tensor = 0.095,
     step_snow: float | Tensor = 0.002236,  # Step of the intensities, which lie in [0, 1]
     steps: int = 200,  # Steps, one gradient each (Kang et al. 2019)
     loss: Loss | str = cross_entropy,  # Per-example loss to climb, or its name in LOSSES
@@ -383,11 +422,13 @@ def snow(
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "Projected ascent on the intensities of snowflakes (Kang et al. 2019)."
     return ascend(model, x, y, [Snow(strength, step_snow)], steps=steps, loss=loss, target=target,
-                  random_start=random_start, restarts=restarts, keep_best=keep_best, generator=generator, return_info=return_info)
+                  random_start=random_start, restarts=restarts, keep_best=keep_best,
+                  generator=generator, return_info=return_info)
 
 # %% ../nbs/18_unseen.ipynb #6f903160
 def _gabor_kernels(draws: Tensor) -> Tensor:
-    "Waves under a bell, superposed in up to ten directions (B, 1, 23, 23), from four uniform numbers (B, 4)."
+    """Waves under a bell, superposed in up to ten directions (B, 1, 23, 23), from four uniform
+    numbers (B, 4)."""
     width, waves, angle, sides = draws.view(-1, 4, 1, 1).unbind(1)  # each (B, 1, 1)
     sides = (10 * sides).floor().clamp(max=9) + 1
     k = torch.linspace(-0.5, 0.5, 23, dtype=draws.dtype, device=draws.device)
@@ -395,7 +436,8 @@ def _gabor_kernels(draws: Tensor) -> Tensor:
     directions = [torch.pi * (angle + i / sides) for i in range(10)]
     phases = [(3 + 2.75 * waves) * (column * a.cos() + row * a.sin()) for a in directions]
     ripples = sum((2 * torch.pi * phase).cos() * (i < sides) for i, phase in enumerate(phases))
-    return ((-(row.square() + column.square()) / (2 * (0.1 + 0.3 * width) ** 2)).exp() * ripples)[:, None]
+    return ((-(row.square() + column.square()) / (2 * (0.1 + 0.3 * width) ** 2)).exp()
+            * ripples)[:, None]
 
 
 def _even_contrast(v: Tensor) -> Tensor:
@@ -409,16 +451,20 @@ def _even_contrast(v: Tensor) -> Tensor:
 class Gabor:
     "Ripples around a few points, whose heights the adversary chooses (Kang et al. 2019)."
 
-    strength: float | Tensor = 0.066  # largest change of a value, in image units; one for all or (B,)
+    # largest change of a value, in image units; one for all or (B,)
+    strength: float | Tensor = 0.066
     step_gabor: float | Tensor = 0.002236  # step of the heights, which lie in [-1, 1]
 
-    def __post_init__(self) -> None: _check_budget(strength=self.strength, step_gabor=self.step_gabor)
+    def __post_init__(self) -> None:
+        _check_budget(strength=self.strength, step_gabor=self.step_gabor)
 
     def _parts(self, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        "Heights (B, n), where they may differ from zero (B, n), and four numbers for the kernel (B, 4)."
+        """Heights (B, n), where they may differ from zero (B, n), and four numbers for the
+        kernel (B, 4)."""
         heights, places = p[:, :-4].chunk(2, dim=1)
         few = math.ceil(heights.shape[1] / 14)  # one point in 14
-        return heights, places <= places.kthvalue(few, dim=1, keepdim=True).values, p[:, -4:].detach()
+        return (heights, places <= places.kthvalue(few, dim=1, keepdim=True).values,
+                p[:, -4:].detach())
 
     def init(self, x: Tensor, random: bool = True, generator: Randomness = None) -> Tensor:
         "Heights, places and kernel (B, 2 H W + 4); without randomness the same for every image."
@@ -441,7 +487,8 @@ class Gabor:
         moved = (heights + per_image(self.step_gabor, p) * grad[:, :n].sign()).clamp(-1, 1) * chosen
         return torch.cat([moved, p[:, n:]], dim=1)
 
-    def contains(self, base: Tensor, p: Tensor) -> Tensor:  # heights in [-1, 1] and zero outside the chosen places
+    def contains(self, base: Tensor, p: Tensor) -> Tensor:
+        # heights in [-1, 1] and zero outside the chosen places
         heights, chosen, _ = self._parts(p)
         return (heights.abs().amax(1) <= 1) & ~(heights.bool() & ~chosen).any(1)
 
@@ -451,7 +498,8 @@ def gabor(
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]
     y: Tensor,  # True classes (B,), int64
     *,
-    strength: float | Tensor = 0.066,  # Largest change of a value, in image units; one for all or (B,)
+    # Largest change of a value, in image units; one for all or (B,)
+    strength: float | Tensor = 0.066,
     step_gabor: float | Tensor = 0.002236,  # Step of the heights, which lie in [-1, 1]
     steps: int = 200,  # Steps, one gradient each (Kang et al. 2019)
     loss: Loss | str = cross_entropy,  # Per-example loss to climb, or its name in LOSSES
@@ -464,15 +512,19 @@ def gabor(
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "Projected ascent on the heights of ripples (Kang et al. 2019)."
     return ascend(model, x, y, [Gabor(strength, step_gabor)], steps=steps, loss=loss, target=target,
-                  random_start=random_start, restarts=restarts, keep_best=keep_best, generator=generator, return_info=return_info)
+                  random_start=random_start, restarts=restarts, keep_best=keep_best,
+                  generator=generator, return_info=return_info)
 
 # %% ../nbs/18_unseen.ipynb #04455505
-_WEATHER = 0.0316  # step of fog, snow and ripples times the root of the number of steps (Kang et al. 2019)
+# step of fog, snow and ripples times the root of the number of steps (Kang et al. 2019)
+_WEATHER = 0.0316
 _LADDERS: dict[str, tuple[str, dict[str, Any], str, str, tuple[float, ...]]] = {
-    "L2": ("pgd", {"norm": "l2"}, "eps", "step", tuple(levels / 255 for levels in (40, 80, 160, 320, 640, 2560))),
+    "L2": ("pgd", {"norm": "l2"}, "eps", "step",
+           tuple(levels / 255 for levels in (40, 80, 160, 320, 640, 2560))),
     "Elastic": ("elastic", {}, "eps_flow", "step_flow", (0.125, 0.25, 0.5, 1.0, 2.0, 8.0)),
     "JPEG": ("jpeg", {}, "eps_quanta", "step_quanta", (0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0)),
-    "JPEG-l1": ("jpeg", {"norm": "l1"}, "eps_quanta", "step_quanta", (2.0, 8.0, 64.0, 256.0, 512.0, 1024.0)),
+    "JPEG-l1": ("jpeg", {"norm": "l1"}, "eps_quanta", "step_quanta",
+                (2.0, 8.0, 64.0, 256.0, 512.0, 1024.0)),
     "Fog": ("fog", {}, "strength", "step_fog", (0.22, 0.38, 0.6, 1.2)),
     "Snow": ("snow", {}, "strength", "step_snow", (0.095, 0.17, 0.3, 1.7)),
     "Gabor": ("gabor", {}, "strength", "step_gabor", (0.03, 0.066, 0.15)),
@@ -481,13 +533,15 @@ _LADDERS: dict[str, tuple[str, dict[str, Any], str, str, tuple[float, ...]]] = {
 
 def unseen_attacks(
     steps: int = 200,  # Steps of every attack (Kang et al. 2019)
-) -> dict[str, list[tuple[str, dict[str, Any]]]]:  # Name in ATTACKS and keywords for every budget, by column
+) -> dict[str, list[tuple[str, dict[str, Any]]]]:
+    # Name in ATTACKS and keywords for every budget, by column
     "The unseen attacks at growing budgets for images of 32 pixels."
     if steps < 1: raise ValueError(f"expected at least one step, got steps={steps}")
     root, columns = math.sqrt(steps), {}
     for column, (attack, fixed, budget, step, values) in _LADDERS.items():
         paces = {value: (_WEATHER if budget == "strength" else value) / root for value in values}
-        columns[column] = [(attack, {**fixed, "steps": steps, budget: value, step: pace}) for value, pace in paces.items()]
+        columns[column] = [(attack, {**fixed, "steps": steps, budget: value, step: pace})
+                           for value, pace in paces.items()]
     return columns
 
 # %% ../nbs/18_unseen.ipynb #13eda9f0
@@ -496,6 +550,8 @@ def avg_accuracy(
     columns: Sequence[str],  # Which of them to average, each once
 ) -> tuple[float, tuple[str, ...]]:  # The mean, and the columns it is the mean of
     "Mean over named columns (IJSAT, resolution D-I11)."
-    if not columns or isinstance(columns, str) or len(set(columns)) < len(columns) or set(columns) - set(row):
-        raise ValueError(f"expected columns of the row, each once, got {columns!r}: the row has {', '.join(row)}")
+    if (not columns or isinstance(columns, str) or len(set(columns)) < len(columns)
+        or set(columns) - set(row)):
+        raise ValueError(f"expected columns of the row, each once, got {columns!r}: the row has "
+                         f"{', '.join(row)}")
     return sum(row[column] for column in columns) / len(columns), tuple(columns)

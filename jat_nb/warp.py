@@ -22,7 +22,8 @@ def _check_field(x: Tensor, flow: Tensor, padding: str) -> None:
         raise ValueError(f"expected x (B, C, H, W) and flow (B, 2, H, W) of the same size, "
                          f"got {tuple(x.shape)} and {tuple(flow.shape)}")
     if x.dtype not in _DTYPES or flow.dtype not in _DTYPES:
-        raise ValueError(f"expected floating point images and flow, got {x.dtype} and {flow.dtype}: use x.float()")
+        raise ValueError(f"expected floating point images and flow, got {x.dtype} and "
+                         f"{flow.dtype}: use x.float()")
     if padding not in _PADDINGS:
         raise ValueError(f"unknown padding {padding!r}: choose one of {', '.join(_PADDINGS)}")
 
@@ -42,17 +43,22 @@ def warp(
     x: Tensor,  # Images (B, C, H, W), any floating dtype, CPU or CUDA
     flow: Tensor,  # Displacements (B, 2, H, W) in pixels: channel 0 right, channel 1 down
     *,
-    padding: str = "border",  # What lies outside: "border" (JAT), "zeros" (rotations) or "reflection"
+    # What lies outside: "border" (JAT), "zeros" (rotations) or "reflection"
+    padding: str = "border",
 ) -> Tensor:  # Warped images, shape and dtype of `x`, differentiable in `x` and `flow`
     "Backward bilinear warp: output pixel p reads the input at p + flow(p) (JAT section 3.1)."
     _check_field(x, flow, padding)
     height, width = x.shape[2:]
-    away = flow.to(_wide(x.device)).nan_to_num(0.0).clamp(-1e6, 1e6)  # the kernel's backward pass crashes on NaN and infinity
+    # the kernel's backward pass crashes on NaN and infinity
+    away = flow.to(_wide(x.device)).nan_to_num(0.0).clamp(-1e6, 1e6)
     position = _pixel_grid(height, width, x.device) + away  # (B, 2, H, W)
-    grid = torch.stack([(2 * position[:, i] + 1) / n - 1 for i, n in enumerate((width, height))], dim=3)  # edges at -1, 1
+    # edges at -1, 1
+    grid = torch.stack([(2 * position[:, i] + 1) / n - 1 for i, n in enumerate((width, height))],
+                       dim=3)
     out = F.grid_sample(x.to(grid.dtype), grid, padding_mode=padding, align_corners=False)
     still = (away == 0).all(dim=1, keepdim=True)
-    return (out + ((x - out) * still).detach()).to(x.dtype)  # what does not move is not even rounded
+    # what does not move is not even rounded
+    return (out + ((x - out) * still).detach()).to(x.dtype)
 
 # %% ../nbs/03_warp.ipynb #3c87e571
 def l2inf_norm(
@@ -68,8 +74,10 @@ def generalized_sign(
 ) -> Tensor:  # Unit vectors, and zero where `v` is zero; shape of `v`
     "Direction of each vector: the sign of a vector field (JAT Eq. 8)."
     peak = v.abs().amax(dim, keepdim=True)
-    unit = v / torch.where(peak > 0, peak, 1)  # scaled first: squares of tiny gradients would vanish
-    return unit / torch.where(peak > 0, unit.square().sum(dim, keepdim=True), 1).sqrt()  # norm(dim) is far slower
+    # scaled first: squares of tiny gradients would vanish
+    unit = v / torch.where(peak > 0, peak, 1)
+    # norm(dim) is far slower
+    return unit / torch.where(peak > 0, unit.square().sum(dim, keepdim=True), 1).sqrt()
 
 # %% ../nbs/03_warp.ipynb #62822d3d
 def per_image(
@@ -79,7 +87,8 @@ def per_image(
     "Shape a budget so that it broadcasts over everything but the batch."
     if isinstance(value, (int, float)):
         return like.new_full([1] * like.ndim, value)  # without a copy that a GPU would wait for
-    return torch.as_tensor(value, dtype=like.dtype, device=like.device).reshape(-1, *[1] * (like.ndim - 1))
+    return torch.as_tensor(value, dtype=like.dtype,
+                           device=like.device).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def project_disc(
@@ -94,18 +103,21 @@ def project_disc(
 def random_disc(
     shape: tuple[int, ...] | torch.Size,  # Shape of the flow (B, 2, H, W)
     eps: float | Tensor,  # Radius in pixels; one for all or (B,)
-    generator: Randomness = None,  # Source of randomness: one for the batch, or a sequence of one per image
+    # Source of randomness: one for the batch, or a sequence of one per image
+    generator: Randomness = None,
     *,
     like: Tensor | None = None,  # Tensor that gives dtype and device; float32 on the CPU without it
 ) -> Tensor:  # Random displacements (B, 2, H, W), uniform in the disc at every pixel
     "Independent displacements, uniform in a disc of radius `eps` (JAT Algorithm 1, line 1)."
     draws = uniform((torch.empty(0) if like is None else like).new_empty(tuple(shape)), generator)
-    rho, phi = per_image(eps, draws).squeeze(1) * draws[:, 0].sqrt(), 2 * torch.pi * draws[:, 1]  # (B, H, W)
+    # (B, H, W)
+    rho, phi = per_image(eps, draws).squeeze(1) * draws[:, 0].sqrt(), 2 * torch.pi * draws[:, 1]
     return torch.stack([rho * phi.cos(), rho * phi.sin()], dim=1)
 
 # %% ../nbs/03_warp.ipynb #4998002c
 def affine_flow(
-    matrix: Tensor,  # Affine maps (B, 2, 3) from normalised output to input coordinates; eye(2, 3) moves nothing
+    # Affine maps (B, 2, 3) from normalised output to input coordinates; eye(2, 3) moves nothing
+    matrix: Tensor,
     height: int,  # Rows of the image
     width: int,  # Columns of the image
 ) -> Tensor:  # Displacements (B, 2, H, W) in pixels
@@ -132,6 +144,7 @@ def rigid_flow(
     p = _pixel_grid(height, width, angle_deg.device) - centre  # (2, H, W)
     theta = torch.deg2rad(angle_deg.to(p.dtype))
     c, s = torch.cos(theta), torch.sin(theta)
-    back = torch.stack([torch.stack([c, s], -1), torch.stack([-s, c], -1)], dim=1)  # R(-theta), (B, 2, 2)
+    # R(-theta), (B, 2, 2)
+    back = torch.stack([torch.stack([c, s], -1), torch.stack([-s, c], -1)], dim=1)
     moved = p - torch.stack([right_px, down_px], dim=1).to(p.dtype)[:, :, None, None]
     return (torch.einsum("bij,bjhw->bihw", back, moved) - p).to(angle_deg.dtype)

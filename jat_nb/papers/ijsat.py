@@ -24,7 +24,8 @@ from ..catalogue import Row, setting
 from ..checkpoints import publish
 from ..data import ImageSet
 from ..differences import Score, Share
-from ..generators import Discriminator, Generator, LatentSet, Projected, project, render, train_gan
+from ..generators import (Discriminator, Generator, LatentSet, Projected, project, render,
+                               train_gan)
 from ..judging import open_classifier, open_run
 from ..models import read_tensors, tensor_hash, write_tensors
 from ..objectives import OBJECTIVES, networks
@@ -53,12 +54,16 @@ FLOW = Recipe(objective="likelihood", model="glow", epochs=60,
               essential=("schedule", "batch_size"))  # IJSAT appendix A.1; length and width are ours
 NEEDS = {"flow": "ijsat/glow", "features": "ijsat/small-normal"}  # recipes of trained networks
 VAE = "ijsat/vae-gan"  # the recipe that stands in for the flow in one row of Table 2
-VAE_GAN = Recipe(objective="vae_gan", model="vae_gan", model_options={"width": 64, "code": 128, "classes": 10}, epochs=60,
-                 batch_size=128, optimizer="adamw", lr=1e-3, weight_decay=0.0, clip_norm=1000.0, schedule="constant",
-                 augment=("flip",), essential=("schedule", "weight_decay"))  # the code is the spec's, the rest ours
+VAE_GAN = Recipe(objective="vae_gan", model="vae_gan",
+                 model_options={"width": 64, "code": 128, "classes": 10}, epochs=60,
+                 batch_size=128, optimizer="adamw", lr=1e-3, weight_decay=0.0, clip_norm=1000.0,
+                 schedule="constant",
+                 # the code is the spec's, the rest ours
+                 augment=("flip",), essential=("schedule", "weight_decay"))
 
 # %% ../../nbs/52_ijsat.ipynb #20afbcc8
-_BARE = Recipe(model="resnet18_cifar", epochs=120, milestones=(75, 90, 100), lr=0.1, weight_decay=2e-4,
+_BARE = Recipe(model="resnet18_cifar", epochs=120, milestones=(75, 90, 100), lr=0.1,
+               weight_decay=2e-4,
                probe="pgd", probe_options=PGD[1])  # IJSAT section 6.1
 
 
@@ -67,7 +72,8 @@ def _method(objective: str, *links: Spec, bare: Recipe = _BARE, **options: Any) 
     attacks = {"attack": list(links)} if links else {}
     standing = [OBJECTIVES[objective], *(ATTACKS[name] for name, _ in links)]
     needs = {keyword: NEEDS[keyword] for function in standing for keyword in networks(function)}
-    return replace(bare, objective=objective, objective_options=options, attacks=attacks, needs=needs)
+    return replace(bare, objective=objective, objective_options=options, attacks=attacks,
+                   needs=needs)
 
 
 def _wider(times: int) -> Spec:
@@ -81,9 +87,11 @@ def _robust() -> dict[str, Recipe]:
                   needs={"flow": NEEDS["flow"]})
     return {"normal": _BARE, "at": _method("adversarial", PGD),
             "at-16": _method("adversarial", _wider(2)), "at-32": _method("adversarial", _wider(4)),
-            "at-jsa": _method("adversarial", JSA), "at-jsa-mixup": _method("attack_then_mix", JSA, tau=0.1),
+            "at-jsa": _method("adversarial", JSA),
+            "at-jsa-mixup": _method("attack_then_mix", JSA, tau=0.1),
             "ijsat": _method("robust_mixup", JSA, tau=0.1), "iat": _method("iat", PGD, tau=0.1),
-            "trades": _method("trades", _NOISY, beta=6.0), "trades-jsa": _method("klr", JSA, weight=6.0),
+            "trades": _method("trades", _NOISY, beta=6.0),
+            "trades-jsa": _method("klr", JSA, weight=6.0),
             "mart": _method("mart", PGD, beta=6.0), "mart-jsa": _method("mart", JSA, beta=6.0),
             "latent-at": _method("adversarial", OM_PGD), "dmat-jsa": two}
 
@@ -111,16 +119,21 @@ def _corrupted() -> dict[str, Recipe]:
     l2 = ("pgd", {"norm": "l2", "eps": 0.1, "step": 0.025, "steps": 10})
     mild = ("pgd", {"eps": 4 / 255, "step": 1 / 255, "steps": 5})
     return {"small-normal": _RLAT, "small-linf": _method("adversarial", ("pgd", _TINY), bare=_RLAT),
-            "small-l2": _method("adversarial", l2, bare=_RLAT), "small-fast-pat": _method("fast_pat", bare=_RLAT, eps=0.02),
-            "small-advprop": _method("advprop", mild, bare=_RLAT), "small-rlat": _method("rlat", bare=_RLAT, eps=0.08),
+            "small-l2": _method("adversarial", l2, bare=_RLAT),
+            "small-fast-pat": _method("fast_pat", bare=_RLAT, eps=0.02),
+            "small-advprop": _method("advprop", mild, bare=_RLAT),
+            "small-rlat": _method("rlat", bare=_RLAT, eps=0.08),
             "small-ijsat": _method("robust_mixup", joint, bare=_RLAT, tau=0.1)}
 
 # %% ../../nbs/52_ijsat.ipynb #d9b9f73d
 _HERE = "jat_nb.papers.ijsat:"
-GAN, DRAWN = _HERE + "make_gan", _HERE + "make_drawn"  # what makes the networks that are trained by no recipe
+# what makes the networks that are trained by no recipe
+GAN, DRAWN = _HERE + "make_gan", _HERE + "make_drawn"
 _HALF = {"eps": 4 / 255, "step": 1 / 255, "steps": 5}  # IJSAT section 6.1, OM-ImageNet
-_OM = Recipe(model="resnet18_cifar", data="drawn", epochs=20, batch_size=64, lr=0.4, weight_decay=5e-4,
-             schedule="piecewise", knots=((0, 0.0), (1, 1.0), (6, 0.1), (12, 0.01), (15, 0.001), (20, 0.00025)),
+_OM = Recipe(model="resnet18_cifar", data="drawn", epochs=20, batch_size=64, lr=0.4,
+             weight_decay=5e-4,
+             schedule="piecewise",
+             knots=((0, 0.0), (1, 1.0), (6, 0.1), (12, 0.01), (15, 0.001), (20, 0.00025)),
              augment=(), probe="pgd", probe_options=_HALF)
 
 
@@ -131,19 +144,23 @@ def _generated() -> dict[str, Recipe]:
     pgd, noisy = ("pgd", _HALF), ("pgd", {**_HALF, "start_std": 0.001})
     two = {"pixel": [pgd], "latent": [short]}
     return {"at-jsa-gan": replace(_method("adversarial", JSA, bare=plain), needs={"flow": GAN}),
-            "dmat": replace(plain, objective="average", attacks={"pixel": [PGD], "latent": [OM_PGD]}, needs={"flow": GAN}),
+            "dmat": replace(plain, objective="average",
+                            attacks={"pixel": [PGD], "latent": [OM_PGD]}, needs={"flow": GAN}),
             "drawn-normal": _OM, "drawn-at": _method("adversarial", pgd, bare=_OM),
             "drawn-dmat": replace(_OM, objective="average", attacks=two, needs={"flow": DRAWN}),
-            "drawn-iat": _method("iat", pgd, bare=_OM, tau=0.1), "drawn-trades": _method("trades", noisy, bare=_OM, beta=6.0),
+            "drawn-iat": _method("iat", pgd, bare=_OM, tau=0.1),
+            "drawn-trades": _method("trades", noisy, bare=_OM, beta=6.0),
             "drawn-mart": _method("mart", pgd, bare=_OM, beta=6.0),
-            "drawn-ijsat": replace(_method("robust_mixup_codes", joint, bare=_OM, tau=0.1), needs={"flow": DRAWN})}
+            "drawn-ijsat": replace(_method("robust_mixup_codes", joint, bare=_OM, tau=0.1),
+                                   needs={"flow": DRAWN})}
 
 # %% ../../nbs/52_ijsat.ipynb #431c291b
 def _named() -> dict[str, Recipe]:
     "All recipes by full name."
     single = {"robust-mixup": _method("robust_mixup", PGD, tau=0.1),
               "latent-mixup": _method("robust_mixup", OM_PGD, tau=0.1)}
-    every = {"glow": FLOW, "vae-gan": VAE_GAN, **_robust(), **single, **_augmented(), **_corrupted(), **_generated()}
+    every = {"glow": FLOW, "vae-gan": VAE_GAN, **_robust(), **single, **_augmented(),
+             **_corrupted(), **_generated()}
     return {f"ijsat/{name}": r for name, r in every.items()}
 
 
@@ -152,23 +169,28 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(_named())
 # %% ../../nbs/52_ijsat.ipynb #68339d13
 def _photographs(about: Mapping[str, Any]) -> ImageSet:
     "The training images of a classifier with these facts in its run."
-    return setting("ijsat/dmat", data=about["data"], tier=about["tier"], images=about.get("images")).train
+    return setting("ijsat/dmat", data=about["data"], tier=about["tier"],
+                   images=about.get("images")).train
 
 
-def _keep(out: Path, name: str, about: Mapping[str, Any], flow: Projected, row: Mapping[str, Any]) -> Path:
+def _keep(out: Path, name: str, about: Mapping[str, Any], flow: Projected,
+          row: Mapping[str, Any]) -> Path:
     "A generator and its codes as a finished run."
     form = flow.generator.form
     options = {"width": form["width"], "code": form["code"], "count": len(flow.codes)}
-    flow.metadata = {"name": "projected", "in_chans": form["shape"][0], "size": form["shape"][1], "options": options}
+    flow.metadata = {"name": "projected", "in_chans": form["shape"][0], "size": form["shape"][1],
+                     "options": options}
     recipe = {"objective": "likelihood", "model": "projected", "data": about["data"], "epochs": 1}
     publish(out, flow, [{"epoch": 1, **row}])
-    return write_json(out / "run.json", {"recipe": recipe, "model": flow.metadata, "about": {**about, "name": name}}).parent
+    return write_json(out / "run.json", {"recipe": recipe, "model": flow.metadata,
+                                         "about": {**about, "name": name}}).parent
 
 
 def _codes(generator: nn.Module, images: Tensor, look: Callable[[Tensor], Tensor], path: Path,
            **options: Any) -> tuple[Tensor, Tensor]:
     "The codes of many images and what Eq. 5 of chapter 27 gives, kept part by part."
-    run = {**options, "generator": tensor_hash(generator.state_dict()), "images": tensor_hash({"": images})}
+    run = {**options, "generator": tensor_hash(generator.state_dict()),
+           "images": tensor_hash({"": images})}
     kept, header = read_tensors(path) if path.exists() else ({}, run)
     kept = kept if header == run else {}
     for rows in torch.arange(len(images)).split(256)[len(kept):]:
@@ -183,7 +205,8 @@ def _codes(generator: nn.Module, images: Tensor, look: Callable[[Tensor], Tensor
 def make_gan(
     out: str | Path,  # Folder of the run
     *,
-    features: str | Path,  # Run of the classifier that compares images, such as one of ijsat/small-normal
+    # Run of the classifier that compares images, such as one of ijsat/small-normal
+    features: str | Path,
     data: str = "cifar10",  # Data set, as for `jat_train`
     tier: str = "paper",  # As for `jat_train`: which of its images get codes
     images: int | None = None,  # As for `jat_train`
@@ -194,26 +217,31 @@ def make_gan(
     seed: int = 0,  # Of weights, game and searches
     device: str = "cpu",  # Where to compute
 ) -> Path:  # The folder
-    "Train a generator, search the code of every training image, and keep both as a run (IJSAT appendix A.2)."
+    """Train a generator, search the code of every training image, and keep both as a run (IJSAT
+    appendix A.2)."""
     about = {"data": data, "tier": tier, "seed": seed} | ({"images": images} if images else {})
     look, out = partial(perceptual, open_classifier(features, device=device)[1]), Path(out)
     photographs = _photographs(about).to(device)
     shape, about["variant"] = photographs.images.shape[1:], photographs.variant
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        players = [Generator(shape, width=width).to(device), Discriminator(shape, width=max(1, width // 2)).to(device)]
+        players = [Generator(shape, width=width).to(device),
+                   Discriminator(shape, width=max(1, width // 2)).to(device)]
     train_gan(*players, photographs.images, steps=steps, seed=seed, path=out / "game.safetensors")
-    z, loss = _codes(players[0], photographs.images, look, out / "codes.safetensors", steps=search, restarts=restarts)
+    z, loss = _codes(players[0], photographs.images, look, out / "codes.safetensors", steps=search,
+                     restarts=restarts)
     off = [(render(players[0], part.to(device)).mul(255) - own).abs().mean() / 255
            for part, own in zip(z.split(256), photographs.images.split(256))]
-    row = {"loss": loss.mean().item(), "projection_l1": torch.stack(off).mean().item(), "steps": steps}
+    row = {"loss": loss.mean().item(), "projection_l1": torch.stack(off).mean().item(),
+           "steps": steps}
     return _keep(out, GAN, about, Projected(players[0], photographs.images, z.to(device)), row)
 
 # %% ../../nbs/52_ijsat.ipynb #d254dd33
 def _in_colour(generator: Generator) -> Generator:
     "The same generator with three channels."
     if generator.shape[0] == 3: return generator
-    found = Generator((3, *generator.shape[1:]), width=generator.form["width"], code=generator.form["code"]).eval()
+    found = Generator((3, *generator.shape[1:]), width=generator.form["width"],
+                      code=generator.form["code"]).eval()
     state = generator.state_dict()
     last = {name: state[name].repeat_interleave(3, 0) for name in ("last.2.weight", "last.2.bias")}
     found.load_state_dict(state | last)
@@ -225,7 +253,8 @@ def _write_pictures(data: LatentSet, folder: Path) -> Tensor:
     images = data.x.mul(255).round().byte()
     for name in data.classes: (folder / name).mkdir(parents=True, exist_ok=True)
     for i, (image, label) in enumerate(zip(images, data.labels.tolist())):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / data.classes[label] / f"{i:06d}.png")
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / data.classes[label]
+                                                             / f"{i:06d}.png")
     return images
 
 
@@ -242,10 +271,12 @@ def make_drawn(
     parts = dict(zip(("train", "test"), drawn.split(len(drawn) // 6)))
     images = torch.cat([_write_pictures(own, out / part) for part, own in parts.items()])
     known = Projected(drawn.generator, images, torch.cat([own.z for own in parts.values()]))
-    return _keep(out, DRAWN, {**about, "data": out.name, "variant": "folder"}, known, {"loss": 0.0, "images": len(images)})
+    return _keep(out, DRAWN, {**about, "data": out.name, "variant": "folder"}, known,
+                 {"loss": 0.0, "images": len(images)})
 
 # %% ../../nbs/52_ijsat.ipynb #2d4d5e80
-_ONE = {"Normal Training": "normal", "AT [PGD-5]": "at", "IAT": "iat", "TRADES": "trades", "MART": "mart",
+_ONE = {"Normal Training": "normal", "AT [PGD-5]": "at", "IAT": "iat", "TRADES": "trades",
+        "MART": "mart",
         "IJSAT": "ijsat"}
 _FOUR = {"Normal Training": "normal", "AT [PGD10]": "at", "AT [PGD10] eps=16/255": "at-16",
          "AT [PGD10] eps=32/255": "at-32", "AT [JSA10]": "at-jsa", "AT [JSA10-GAN]": "at-jsa-gan",
@@ -253,13 +284,16 @@ _FOUR = {"Normal Training": "normal", "AT [PGD10]": "at", "AT [PGD10] eps=16/255
          "IJSAT": "ijsat"}
 _FIVE = {f"{name}{tail}": f"{name.lower()}{tail.lower().replace(' + ', '-')}"
          for name in ("AT", "TRADES", "MART") for tail in ("", " + JSA")}
-_CLEAN_HALF = {"Normal Training": "normal", "Cutout": "cutout", "Input Mixup": "mixup", "Randomized-LA": "randomized-la",
+_CLEAN_HALF = {"Normal Training": "normal", "Cutout": "cutout", "Input Mixup": "mixup",
+               "Randomized-LA": "randomized-la",
                "Adversarial-LA": "adversarial-la", "VAE-GAN": "vae-gan", "IJSAT": "ijsat"}
-_CORRUPTED_HALF = {"Normal Training": "normal", "Linf AT": "linf", "L2 AT": "l2", "Fast PAT": "fast-pat",
+_CORRUPTED_HALF = {"Normal Training": "normal", "Linf AT": "linf", "L2 AT": "l2",
+                   "Fast PAT": "fast-pat",
                    "AdvProp": "advprop", "RLAT": "rlat", "IJSAT": "ijsat"}
 _TWO = {f"{label}, left half, no image-space perturbation for IJSAT": f"long-{name}"
         for label, name in _CLEAN_HALF.items()}
-_TWO |= {f"{label}, right half, IJSAT trained with eps=1/255": f"small-{name}" for label, name in _CORRUPTED_HALF.items()}
+_TWO |= {f"{label}, right half, IJSAT trained with eps=1/255": f"small-{name}"
+         for label, name in _CORRUPTED_HALF.items()}
 
 
 _DMAT = {"DMAT": "dmat"}
@@ -270,7 +304,8 @@ def _rows(table: int, names: Mapping[str, str], data: str = "cifar10") -> tuple[
     return tuple(Row(table, label, f"ijsat/{name}", data) for label, name in names.items())
 
 
-ROWS: tuple[Row, ...] = (*_rows(1, _ONE | _DMAT), *_rows(2, _TWO), *_rows(3, _THREE, "drawn"), *_rows(4, _FOUR),
+ROWS: tuple[Row, ...] = (*_rows(1, _ONE | _DMAT), *_rows(2, _TWO), *_rows(3, _THREE, "drawn"),
+                         *_rows(4, _FOUR),
                          *_rows(5, _FIVE), *_rows(6, _DMAT | {"DMAT + JSA": "dmat-jsa"}),
                          *_rows(7, _ONE | _DMAT, "cifar100"))
 
@@ -282,14 +317,16 @@ _BUDGET = {"L2": "eps", "Elastic": "eps_flow", "JPEG": "eps_quanta"}
 def _unseen() -> dict[str, Spec]:
     "One rung of three ladders."
     ladders = unseen_attacks()
-    return {column: next(spec for spec in ladders[column] if spec[1][_BUDGET[column]] == SINGLE[column])
+    return {column: next(spec for spec in ladders[column]
+                         if spec[1][_BUDGET[column]] == SINGLE[column])
             for column in ("Elastic", "JPEG", "L2")}
 
 
 def _ladders() -> dict[str, Spec]:
     "Three ladders in full, columns named by their rungs."
     ladders = unseen_attacks()
-    return {f"{column} {spec[1][budget]:.4g}": spec for column, budget in _BUDGET.items() for spec in ladders[column]}
+    return {f"{column} {spec[1][budget]:.4g}": spec for column, budget in _BUDGET.items()
+            for spec in ladders[column]}
 
 # %% ../../nbs/52_ijsat.ipynb #a1dc29cc
 _RUNGS = {"Fog": ("strength", 0.22), "Snow": ("strength", 0.095), "Elastic": ("eps_flow", 1.0),
@@ -298,8 +335,10 @@ _RUNGS = {"Fog": ("strength", 0.22), "Snow": ("strength", 0.095), "Elastic": ("e
 
 def _ten() -> dict[str, Spec]:
     "The columns of Table 3."
-    fifty, ladders = {"eps": "0.5 eps_pixel", "step": "0.125 eps_pixel", "steps": 50}, unseen_attacks()
-    found = {"clean": ("clean", {}), "FGSM": ("fgsm", {"eps": "0.5 eps_pixel"}), "PGD-50": ("pgd", fifty),
+    fifty, ladders = ({"eps": "0.5 eps_pixel", "step": "0.125 eps_pixel", "steps": 50},
+                      unseen_attacks())
+    found = {"clean": ("clean", {}), "FGSM": ("fgsm", {"eps": "0.5 eps_pixel"}),
+             "PGD-50": ("pgd", fifty),
              "MIA": ("mi_fgsm", fifty), "OM-PGD-50": ("om_pgd", {**LATENT, "steps": 50})}
     found |= {column: next(spec for spec in ladders[column] if spec[1][budget] == value)
               for column, (budget, value) in _RUNGS.items()}
@@ -312,7 +351,8 @@ _STRONG: Spec = ("pgd", {**_PGD20[1], "steps": 100, "restarts": 5, "keep_best": 
 _CLEAN: dict[str, Spec] = {"Clean": ("clean", {})}
 OWN_SUITES: Mapping[str, Suite] = MappingProxyType({
     "ijsat": Suite({**_CLEAN, "PGD20": _PGD20, "JSA50": ("jsa", {**_STEPPED, "steps": 50}),
-                    "OM-PGD50": ("om_pgd", {**LATENT, "steps": 50}), "PGD50": ("pgd", {**_PGD20[1], "steps": 50})}),
+                    "OM-PGD50": ("om_pgd", {**LATENT, "steps": 50}),
+                    "PGD50": ("pgd", {**_PGD20[1], "steps": 50})}),
     "ijsat-unseen": Suite({**_CLEAN, **_unseen()}, options={"n": 200}),
     "ijsat-strong": Suite({**_CLEAN, "PGD100x5": _STRONG}, options={"n": 200}),
     "ijsat-drawn": Suite(_ten(), options={"n": 200}),
@@ -341,23 +381,29 @@ def corrupted(
     data: str,  # Data set it was judged on
     tier: str,  # Tier
 ) -> Share | None:  # For each seed; None if the corruptions were not measured
-    "Mean accuracy over the corrupted sets, with the error of as many independent images as one set has."
+    """Mean accuracy over the corrupted sets, with the error of as many independent images as one
+    set has."""
     mine = [run for run in runs if run.usable and run.name == name and run.group == (tier, data)]
     found = [answer for run in mine if (answer := run.metrics("ijsat-corruptions"))]
     if not found: return None
-    return Share(tuple(sum(a["accuracy"]) / len(a["accuracy"]) for a in found), min(min(a["n"]) for a in found))
+    return Share(tuple(sum(a["accuracy"]) / len(a["accuracy"]) for a in found),
+                 min(min(a["n"]) for a in found))
 
 
 AVERAGE_OF_SIX = partial(averaged, columns=SIX)
 SCORES: Mapping[str, str] = MappingProxyType({
     "Corrupted": "jat_nb.papers.ijsat:corrupted",
-    "Average": "jat_nb.papers.ijsat:averaged", "Average of six": "jat_nb.papers.ijsat:AVERAGE_OF_SIX"})
+    "Average": "jat_nb.papers.ijsat:averaged",
+    "Average of six": "jat_nb.papers.ijsat:AVERAGE_OF_SIX"})
 COLUMNS: Mapping[str, str] = MappingProxyType(
-    dict.fromkeys(OWN_SUITES["ijsat"].columns, "ijsat") | {"AutoAttack": "autoattack", "PGD100x5": "ijsat-strong"}
+    dict.fromkeys(OWN_SUITES["ijsat"].columns, "ijsat")
+    | {"AutoAttack": "autoattack", "PGD100x5": "ijsat-strong"}
     | dict.fromkeys(_unseen(), "ijsat-unseen") | dict.fromkeys(_ten(), "ijsat-drawn"))
 SYNONYMS: Mapping[str, str] = MappingProxyType({
-    "Standard": "Clean", "AA": "AutoAttack", "Avg": "Average", "5:Avg": "Average of six", "7:Avg": "Average of six",
-    "3:Standard": "drawn clean", **{f"3:{name.removeprefix('drawn ')}": name for name in list(_ten())[1:]}})
+    "Standard": "Clean", "AA": "AutoAttack", "Avg": "Average", "5:Avg": "Average of six",
+    "7:Avg": "Average of six",
+    "3:Standard": "drawn clean",
+    **{f"3:{name.removeprefix('drawn ')}": name for name in list(_ten())[1:]}})
 CORRECTIONS: Mapping[tuple[int, str, str], float] = MappingProxyType({
     (1, "MART", "L2"): 20.47, (1, "AT [PGD-5]", "JPEG"): 26.76,
     (4, "AT [PGD10] eps=32/255", "Average"): 24.37})  # resolutions D-I07, D-I06 and D-I09

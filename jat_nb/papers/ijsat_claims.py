@@ -19,7 +19,8 @@ from ..checkpoints import overfitting_gap
 from ..claims import Check, Claim, Evidence, Finding, Where
 from ..joint_space import om_pgd
 from ..mixing import attack_then_mix, robust_mixup
-from .ijsat import (COLUMNS, CORRECTIONS, LATENT, OWN_SUITES, PGD, RECIPES, ROWS, SCORES,
+from .ijsat import (COLUMNS, CORRECTIONS, LATENT, OWN_SUITES, PGD, RECIPES, ROWS,
+                                 SCORES,
                                  SYNONYMS)
 from ..randomness import image_generators
 from ..results import Run
@@ -58,7 +59,8 @@ def _ask_mixing(suite: Suite, job: Job) -> dict[str, Any]:
 def _check_numbers(suite: Suite, answer: Mapping[str, Any]) -> None:
     "A finite number for each batch or image under every name."
     for name, values in answer.items():
-        if name != "n" and not (len(values) == answer["n"] and torch.tensor(values).isfinite().all()):
+        if (name != "n"
+            and not (len(values) == answer["n"] and torch.tensor(values).isfinite().all())):
             raise ValueError(f"{name}: expected {answer['n']} finite numbers")
 
 
@@ -89,14 +91,16 @@ LEVELS = Kind(_ask_levels, _check_numbers)  # centroid of every image's change, 
 
 # %% ../../nbs/53_ijsat_claims.ipynb #fa61d808
 def _fallen(run: Run) -> tuple[float, float]:
-    "Points that a run has fallen from its peak under the probe, and the variance of such a difference."
+    """Points that a run has fallen from its peak under the probe, and the variance of such a
+    difference."""
     gap = overfitting_gap(run.log)
     ends = (run.log[-1]["val_robust"], run.log[-1]["val_robust"] + gap)
     return 100 * gap, 1e4 * sum(p * (1 - p) for p in ends) / run.plan.probe_images
 
 
 def _overfits_less(e: Evidence, check: Check) -> Iterator[Finding]:
-    "How much further the second network has fallen from its peak than the first; nothing if neither fell by a point."
+    """How much further the second network has fallen from its peak than the first; nothing if
+    neither fell by a point."""
     found = [[_fallen(run) for run in e.of(where[0], data=check.data)] for where in check.at]
     names = [e.short(e.full(where[0])) for where in check.at]
     words = f"points fallen from the peak under the probe, {names[1]} less {names[0]}"
@@ -119,7 +123,8 @@ _HERE = "jat_nb.papers.ijsat_claims:"
 _ATTACKS = ("PGD20", "AutoAttack", "JSA50", "Elastic", "JPEG", "L2")
 
 
-def _above(one: str, other: str, *columns: str, by: float = 0.0, data: str = "") -> tuple[Check, ...]:
+def _above(one: str, other: str, *columns: str, by: float = 0.0,
+           data: str = "") -> tuple[Check, ...]:
     "The first network ahead of the second in some columns, by so many points."
     return tuple(Check("gap", ((one, c), (other, c)), data, at_least=by) for c in columns)
 
@@ -141,57 +146,81 @@ def missing(
     yield Finding(check.options["what"])
 
 # %% ../../nbs/53_ijsat_claims.ipynb #dfbf6212
-_TIED = 1e-4  # nats within which both sides of Eq. 1 are equal: a share of 0 or 1 leaves one image and no blend
+# nats within which both sides of Eq. 1 are equal: a share of 0 or 1 leaves one image and no blend
+_TIED = 1e-4
 _TEN = ("FGSM", "PGD-50", "MIA", "OM-PGD-50", "Fog", "Snow", "Elastic", "Gabor", "JPEG", "L2")
 _MODELS = ("normal", "at", "iat", "trades", "mart", "at-jsa", "ijsat")
 _ROBUST = _MODELS[1:]
 _ATTACK = (
-    Claim("IC1", "The flow reconstructs every image to 1e-4, the projection onto a generator does not", (
+    Claim("IC1",
+          "The flow reconstructs every image to 1e-4, the projection onto a generator does not", (
         Check(_HERE + "_round_trip", (), at_most=10.0), _not_here("projection onto a generator"))),
-    Claim("IC2", "With as many steps JSA is as strong as the stronger of PGD and OM-PGD, to a point", tuple(
+    Claim("IC2",
+          "With as many steps JSA is as strong as the stronger of PGD and OM-PGD, to a point",
+          tuple(
         Check("gap", ((name, single), (name, "JSA50")), at_least=-1.0) for name in _MODELS
         for single in ("PGD50", "OM-PGD50"))),
-    Claim("IC3", "Training on JSA beats training on PGD under six attacks and costs at most 2 points of clean accuracy", (
+    Claim("IC3",
+          "Training on JSA beats training on PGD under six attacks and costs at most 2 points of "
+          "clean accuracy", (
         *_above("at-jsa", "at", *_ATTACKS), *_above("at-jsa", "at", "Clean", by=-2.0)),
         "+3.30, +2.76, +1.39, +14.51, +2.03, +3.94; clean -1.40"),
     Claim("IC4", "JSA through a flow beats JSA through a generator, but under L2", (
-        *_above("at-jsa", "at-jsa-gan", "Clean", *_ATTACKS[:-1]), *_above("at-jsa-gan", "at-jsa", "L2")),
+        *_above("at-jsa", "at-jsa-gan", "Clean", *_ATTACKS[:-1]),
+        *_above("at-jsa-gan", "at-jsa", "L2")),
           "clean +6.32, PGD20 +6.11, L2 -3.40"),
-    Claim("IC5", "The gain is not a wider budget: 16/255 costs 10 clean points and is within one point under PGD20; "
+    Claim("IC5",
+          "The gain is not a wider budget: 16/255 costs 10 clean points and is within one point "
+          "under PGD20; "
           "32/255 collapses", (*_above("at-jsa", "at-16", "Clean", by=10.0),
                                _within(("at-16", "PGD20"), ("at-jsa", "PGD20"), 1.0),
                                Check("level", (("at-32", "Clean"),), at_most=40.0)),
           "68.91 and 82.75; 52.78 and 53.15; 37.11"),
     Claim("IC6", "Mixing after the attack does not raise accuracy under PGD20, Robust Mixup does", (
-        *_above("at-jsa", "at-jsa-mixup", "PGD20"), *_above("ijsat", "at-jsa", "PGD20")), "53.15, 53.12, 53.68"),
-    Claim("IC7", "Attacking the blend finds a higher loss than blending the attacked, in 95 of 100 batches", tuple(
+        *_above("at-jsa", "at-jsa-mixup", "PGD20"), *_above("ijsat", "at-jsa", "PGD20")),
+          "53.15, 53.12, 53.68"),
+    Claim("IC7",
+          "Attacking the blend finds a higher loss than blending the attacked, in 95 of 100 "
+          "batches", tuple(
         Check("beyond", ((name, "excess", "ijsat-mixing"),), at_least=95.0, options={
-            "above": -_TIED, "what": "batches in which the attack on the blend finds no less"}) for name in ("normal", "at"))),
+            "above": -_TIED, "what": "batches in which the attack on the blend finds no less"})
+        for name in ("normal", "at"))),
     Claim("IC8", "IJSAT overfits less than training on JSA without mixing", (
         Check(_HERE + "_overfits_less", (("ijsat",), ("at-jsa",)), at_least=0.0),)))
 
 # %% ../../nbs/53_ijsat_claims.ipynb #21ada9b7
 _RIVALS, _EXACT = ("iat", "trades", "mart"), ("Clean", "PGD20", "AutoAttack", "JSA50", "Elastic")
 _TABLES = (
-    Claim("IC9", "IJSAT beats AT under six attacks and has the best average of five methods; TRADES is best and IJSAT second "
+    Claim("IC9",
+          "IJSAT beats AT under six attacks and has the best average of five methods; TRADES is "
+          "best and IJSAT second "
           "under AutoAttack and JSA50", (
               *_above("ijsat", "at", *_ATTACKS),
-              *(check for rival in (*_RIVALS, "dmat") for check in _above("ijsat", rival, "Average")),
+              *(check for rival in (*_RIVALS, "dmat")
+                for check in _above("ijsat", rival, "Average")),
               *_above("trades", "ijsat", "AutoAttack", "JSA50"),
-              *(check for rival in ("iat", "mart", "dmat") for check in _above("ijsat", rival, "AutoAttack", "JSA50"))),
+              *(check for rival in ("iat", "mart", "dmat")
+                for check in _above("ijsat", rival, "AutoAttack", "JSA50"))),
           "averages 49.25; 49.13, 47.67, 47.00, 46.05"),
-    Claim("IC10", "IAT has the best clean accuracy of the robust networks, and less than AT under PGD20", (
-        *(check for rival in ("at", "trades", "mart", "ijsat") for check in _above("iat", rival, "Clean")),
+    Claim("IC10",
+          "IAT has the best clean accuracy of the robust networks, and less than AT under PGD20", (
+        *(check for rival in ("at", "trades", "mart", "ijsat")
+          for check in _above("iat", rival, "Clean")),
         *_above("at", "iat", "PGD20")), "86.45; 47.88 and 49.85"),
-    Claim("IC11", "JSA within AT, TRADES and MART helps under PGD20, AutoAttack, Elastic and L2, does not hurt under JPEG, and "
+    Claim("IC11",
+          "JSA within AT, TRADES and MART helps under PGD20, AutoAttack, Elastic and L2, does not "
+          "hurt under JPEG, and "
           "costs at most 1.5 clean points", tuple(
               check for name in ("at", "trades", "mart")
-              for check in (*_above(f"{name}-jsa", name, "PGD20", "AutoAttack", "Elastic", "L2", "JPEG"),
+              for check in (*_above(f"{name}-jsa", name, "PGD20", "AutoAttack", "Elastic", "L2",
+                                    "JPEG"),
                             *_above(f"{name}-jsa", name, "Clean", by=-1.5)))),
     Claim("IC12", "DMAT gains from the exact manifold but under JPEG and L2", (
         *_above("dmat-jsa", "dmat", *_EXACT), *_above("dmat", "dmat-jsa", "JPEG", "L2")),
           "+3.72, +4.57, +9.29, +5.31, +2.99; -11.67, -9.80"),
-    Claim("IC13", "On CIFAR-100 IJSAT is best under PGD20, Elastic, JPEG, L2 and on average, MART under AutoAttack", (
+    Claim("IC13",
+          "On CIFAR-100 IJSAT is best under PGD20, Elastic, JPEG, L2 and on average, MART under "
+          "AutoAttack", (
         *(check for rival in ("at", *_RIVALS) for check in _above(
             "ijsat", rival, "PGD20", "Elastic", "JPEG", "L2", "Average of six", data="cifar100")),
         *_above("mart", "ijsat", "AutoAttack", data="cifar100"))))
@@ -209,60 +238,86 @@ def _above_drawn(one: str, others: tuple[str, ...], *columns: str) -> tuple[Chec
 def _twice(e: Evidence, check: Check) -> Iterator[Finding]:
     "The accuracy of one place less twice that of another, in points."
     one, other = (e.share(where, check.data) for where in check.at)
-    words = f"{e.short(e.full(check.at[0][0]))} less twice {e.short(e.full(check.at[1][0]))}, {check.at[0][1]}"
+    words = (f"{e.short(e.full(check.at[0][0]))} less twice {e.short(e.full(check.at[1][0]))}, "
+             f"{check.at[0][1]}")
     if one is None or other is None:
         yield Finding(words, **check.bounds)
         return
-    value, widths = 100 * (one.value - 2 * other.value), [high - low for low, high in (one.interval, other.interval)]
+    value, widths = (100 * (one.value - 2 * other.value),
+                     [high - low for low, high in (one.interval, other.interval)])
     half = 50 * math.hypot(widths[0], 2 * widths[1])
     yield Finding(words, value, value - half, value + half, **check.bounds)
 
 
-_WITHSTAND = tuple(Check(_HERE + "_twice", ((f"drawn-{one}", "drawn OM-PGD-50"), (f"drawn-{other}", "drawn OM-PGD-50")),
+_WITHSTAND = tuple(Check(_HERE + "_twice", ((f"drawn-{one}", "drawn OM-PGD-50"),
+                                            (f"drawn-{other}", "drawn OM-PGD-50")),
                          "drawn", at_least=0.0)
-                   for one in ("dmat", "ijsat") for other in _DRAWN if other not in ("dmat", "ijsat"))
+                   for one in ("dmat", "ijsat") for other in _DRAWN
+                   if other not in ("dmat", "ijsat"))
 
 # %% ../../nbs/53_ijsat_claims.ipynb #e879bf0b
 _ELSEWHERE = (
-    Claim("IC14", "On generated images only DMAT and IJSAT withstand attacks on the code: more than twice as often as others",
+    Claim("IC14",
+          "On generated images only DMAT and IJSAT withstand attacks on the code: more than twice "
+          "as often as others",
           _WITHSTAND, "20.53, 23.92; at most 10.04"),
-    Claim("IC15", "On generated images IJSAT is best under all ten attacks, IAT above AT under the six unseen ones, DMAT best "
-          "without attack", (*_above_drawn("ijsat", _DRAWN, *_TEN), *_above_drawn("iat", ("at",), *_TEN[4:]),
+    Claim("IC15",
+          "On generated images IJSAT is best under all ten attacks, IAT above AT under the six "
+          "unseen ones, DMAT best without attack",
+          (*_above_drawn("ijsat", _DRAWN, *_TEN), *_above_drawn("iat", ("at",), *_TEN[4:]),
                              *_above_drawn("dmat", _DRAWN, "clean"))),
     Claim("IC16", "Blended latent attacks are a better augmentation than their rivals", (
         *_above("long-ijsat", "long-normal", "Clean"),), "96.9 against 95.2"),
-    Claim("IC17", "On corrupted images IJSAT is above pixel training, and that above natural training", (
-        *_above("small-ijsat", "small-linf", "Corrupted"), *_above("small-linf", "small-normal", "Corrupted")),
+    Claim("IC17",
+          "On corrupted images IJSAT is above pixel training, and that above natural training", (
+        *_above("small-ijsat", "small-linf", "Corrupted"),
+        *_above("small-linf", "small-normal", "Corrupted")),
           "84.6, 82.7, 74.3"),
     Claim("IC18", "JSA50 and AutoAttack differ by at most 3 points on robust networks", tuple(
         _within((name, "JSA50"), (name, "AutoAttack"), 3.0) for name in _ROBUST)))
 _CODES = (
     Claim("IC19", "The finer the level, the higher the frequencies of its change", tuple(
-        Check("differ", (("normal", f"level {k}", "ijsat-levels"), ("normal", f"level {k + 1}", "ijsat-levels")),
-              at_least=0.0, options={"what": f"centroid in thousandths, level {k} less level {k + 1}", "times": 1000,
+        Check("differ", (("normal", f"level {k}", "ijsat-levels"),
+                         ("normal", f"level {k + 1}", "ijsat-levels")),
+              at_least=0.0,
+              options={"what": f"centroid in thousandths, level {k} less level {k + 1}",
+                       "times": 1000,
                                      "mean": True}) for k in (1, 2))),
-    Claim("IC20", "Training on latent attacks alone keeps clean accuracy and gives almost no robustness to pixels", (
+    Claim("IC20",
+          "Training on latent attacks alone keeps clean accuracy and gives almost no robustness to "
+          "pixels", (
         Check("level", (("latent-at", "PGD20"),), at_most=5.0), *_above("at", "latent-at", "PGD20"),
         *_above("latent-at", "at", "Clean"))),
     Claim("IC21", "Natural training survives none of the attacks but Elastic", (
-        *(Check("level", (("normal", column),), at_most=1.0) for column in ("PGD20", "AutoAttack", "JSA50", "JPEG", "L2")),
+        *(Check("level", (("normal", column),), at_most=1.0)
+          for column in ("PGD20", "AutoAttack", "JSA50", "JPEG", "L2")),
         Check("level", (("normal", "Elastic"),), at_least=5.0)), "0 five times; 29.61"),
-    Claim("IC22", "JSA concentrates what the network looks at", (_not_here("entropy of Grad-CAM maps"),)),
+    Claim("IC22", "JSA concentrates what the network looks at",
+          (_not_here("entropy of Grad-CAM maps"),)),
     Claim("IC23", "Accuracy under PGD rises most in training when JSA joins DMAT", (
         _not_here("snapshots of eight trainings"),)),
     Claim("IC24", "IJSAT has better clean accuracy than TRADES and MART", (
-        *_above("ijsat", "trades", "Clean"), *_above("ijsat", "mart", "Clean")), "83.16, 82.86, 82.81"),
-    Claim("IC25", "On generated images TRADES, MART and IJSAT are best under FGSM, PGD and MIA", tuple(
+        *_above("ijsat", "trades", "Clean"), *_above("ijsat", "mart", "Clean")),
+          "83.16, 82.86, 82.81"),
+    Claim("IC25", "On generated images TRADES, MART and IJSAT are best under FGSM, PGD and MIA",
+          tuple(
         check for one in ("trades", "mart", "ijsat")
         for check in _above_drawn(one, ("normal", "at", "dmat", "iat"), *_TEN[:3]))),
-    Claim("IC26", "JSA does not raise clean accuracy, as the tables have it and the text does not", tuple(
-        Check("gap", ((name, "Clean"), (f"{name}-jsa", "Clean")), at_least=0.0) for name in ("at", "trades", "mart")),
+    Claim("IC26", "JSA does not raise clean accuracy, as the tables have it and the text does not",
+          tuple(
+        Check("gap", ((name, "Clean"), (f"{name}-jsa", "Clean")), at_least=0.0)
+        for name in ("at", "trades", "mart")),
         "-1.40, -0.16, -1.48"))
 CLAIMS = (*_ATTACK, *_TABLES, *_ELSEWHERE, *_CODES)  # IC1 to IC26, in order
 
 # %% ../../nbs/53_ijsat_claims.ipynb #20a3af12
 _STUDIES = {"ijsat-mixing": Suite(kind=_HERE + "MIXING", options={"batch_size": 50}),
-            "ijsat-levels": Suite({"OM-PGD": ("om_pgd", LATENT)}, kind=_HERE + "LEVELS", options={"n": 100})}
-PAPER = Paper("ijsat", "Interpolated Joint Space Adversarial Training for Robust and Generalizable Defenses", RECIPES, ROWS,
-              COLUMNS, OWN_SUITES | _STUDIES, CLAIMS, SYNONYMS, scores=SCORES, corrections=CORRECTIONS,
-              shown=tuple(f"ijsat/{name}" for name in ("normal", "at", "at-jsa", "ijsat", "trades")))
+            "ijsat-levels": Suite({"OM-PGD": ("om_pgd", LATENT)}, kind=_HERE + "LEVELS",
+                                  options={"n": 100})}
+PAPER = Paper("ijsat",
+              "Interpolated Joint Space Adversarial Training for Robust and Generalizable Defenses",
+              RECIPES, ROWS,
+              COLUMNS, OWN_SUITES | _STUDIES, CLAIMS, SYNONYMS, scores=SCORES,
+              corrections=CORRECTIONS,
+              shown=tuple(f"ijsat/{name}"
+                          for name in ("normal", "at", "at-jsa", "ijsat", "trades")))
