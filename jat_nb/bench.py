@@ -168,8 +168,9 @@ def _contenders(p: Plan) -> dict[str, Callable[[int], Any]]:
     return {"bare": partial(bare_passes, model, x, y), **attacks}
 
 # %% ../nbs/58_bench.ipynb #6c95c809
-def measure_floor(p: Plan) -> dict[str, Any]:
-    # sizes in; raw seconds, findings "attack / floor", passes of each attack
+def measure_floor(
+    p: Plan,  # Sizes
+) -> dict[str, Any]:  # Raw seconds, findings "attack / floor", passes of each attack
     "Time of each attack over the time of its model passes."
     calls = _contenders(p)
     with half_precision(p.device):
@@ -202,8 +203,9 @@ def _peaks(p: Plan, rounds: int) -> dict[str, list[float]]:
     return peaks
 
 # %% ../nbs/58_bench.ipynb #b5a5e880
-def measure_memory(p: Plan) -> dict[str, Any]:
-    # sizes in; raw bytes, findings; both empty without /proc
+def measure_memory(
+    p: Plan,  # Sizes
+) -> dict[str, Any]:  # Raw bytes, findings; both empty without /proc
     "Peak memory of each attack over that of the bare passes, beyond model and images."
     if p.device == "cpu" and not Path("/proc/self/clear_refs").exists():
         return {"bytes": {}, "findings": {}}
@@ -226,8 +228,9 @@ def _trained(p: Plan) -> dict[str, Recipe]:
     return {name: known[name] for name in p.recipes}
 
 
-def measure_training(p: Plan) -> dict[str, Any]:
-    # sizes in; raw seconds, images per second, findings
+def measure_training(
+    p: Plan,  # Sizes
+) -> dict[str, Any]:  # Raw seconds, images per second, findings
     "Time of one update by each recipe over that of a natural one."
     model, x, y = _stage(p, p.train_model)
     batch, trained = Batch(x, y, torch.Generator(p.device)), _trained(p)
@@ -306,8 +309,9 @@ def paired_difference(
     return dict(zip(("median", "low", "high"), (100 * v for v in difference(*shares))))
 
 # %% ../nbs/58_bench.ipynb #a9c34914
-def measure_peers(p: Plan) -> dict[str, Any]:
-    # sizes in; raw seconds, accuracies and n, findings by network
+def measure_peers(
+    p: Plan,  # Sizes
+) -> dict[str, Any]:  # Raw seconds, accuracies and n, findings by network
     "PGD here, in other libraries and in other precisions: time and accuracy on the same images."
     data, x, y = _test_images(p, p.n)
     eps, count = default_budget(data).eps_pixel, 2 * p.rounds
@@ -339,8 +343,9 @@ def measure_peers(p: Plan) -> dict[str, Any]:
     return every
 
 # %% ../nbs/58_bench.ipynb #998dfae1
-def measure_modes(p: Plan) -> dict[str, Any]:
-    # sizes in; raw seconds, images per second, findings "fp32 / mode"
+def measure_modes(
+    p: Plan,  # Sizes
+) -> dict[str, Any]:  # Raw seconds, images per second, findings "fp32 / mode"
     "Gradient passes of several networks in several precisions."
     every: dict[str, Any] = {"seconds": {}, "images_per_second": {}, "findings": {}}
     for name in p.mode_models:
@@ -371,8 +376,9 @@ def half_budget(
     return (low + high) / 2
 
 # %% ../nbs/58_bench.ipynb #373b8445
-def measure_active(p: Plan) -> dict[str, Any]:
-    # sizes in; raw seconds, images sent forward, findings
+def measure_active(
+    p: Plan,  # Sizes
+) -> dict[str, Any]:  # Raw seconds, images sent forward, findings
     "A worst case of four attacks with and without skipping images whose verdict is known."
     data, x, y = _test_images(p, p.n // 4)
     model = pretrained(f"{data}-natural").to(p.device, memory_format=torch.channels_last)
@@ -394,8 +400,9 @@ def measure_active(p: Plan) -> dict[str, Any]:
                          "equal verdicts": dict.fromkeys(("median", "low", "high"), same.item())}}
 
 # %% ../nbs/58_bench.ipynb #3a0eb4a3
-def measure_scaling(p: Plan) -> dict[str, Any]:
-    # sizes in; raw seconds, findings "slope against axis"
+def measure_scaling(
+    p: Plan,  # Sizes
+) -> dict[str, Any]:  # Raw seconds, findings "slope against axis"
     "Cost of the double-pass against batch size, image side and steps, as slopes on log-log axes."
     sizes = {"batch size": p.sizes, "image side": p.sides, "steps": p.lengths}
     every: dict[str, Any] = {"seconds": {}, "sizes": {k: list(v) for k, v in sizes.items()},

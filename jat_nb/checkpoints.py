@@ -27,8 +27,7 @@ from .batches import Stream
 from .data import ImageSet, Unlabelled
 from .generators import LatentSet
 from .models import (BUILDERS, NormalizedModel, create, load_weights, plain_state,
-                           read_tensors, tensor_hash,
-                           unwrap, write_tensors)
+                           read_tensors, tensor_hash, unwrap, write_tensors)
 from .recipes import Recipe
 from .records import check_writable, write_atomic, write_json
 

@@ -32,8 +32,7 @@ from .claims import judge_claims
 from .data import Budget, default_budget, load
 from .glow import Glow
 from .judging import (adopt, classifies, ending, find_runs, judge, needed_runs, networks_for,
-                            open_classifier,
-                            open_own, run_facts, sources_for, unfinished)
+                            open_classifier, open_own, run_facts, sources_for, unfinished)
 from .own_pictures import attack_files, attack_options, check_apart
 from .processes import on_first, processes, until_interrupted
 from .recipes import Recipe, bind, make_optimizer
@@ -46,8 +45,7 @@ from .training import fit, train_step
 # %% ../nbs/55_cli.ipynb #fbba480d
 def _kind(anno: Any) -> dict[str, Any]:
     "How argparse reads words of a type."
-    if anno is bool:
-        return {"action": "store_true"}
+    if anno is bool: return {"action": "store_true"}
     if anno == bool | None:
         return {"action": BooleanOptionalAction}
     if get_origin(anno) is Literal:
@@ -133,14 +131,12 @@ def _check(**least: tuple[float | None, float]) -> None:
 # %% ../nbs/55_cli.ipynb #1c5247d4
 def _threads(threads: int | None) -> None:
     _check(threads=(threads, 1))
-    if threads:
-        torch.set_num_threads(threads)
+    if threads: torch.set_num_threads(threads)
 
 # %% ../nbs/55_cli.ipynb #69b30816
 def _say(*words: Any) -> None:
     "Print, in the first process only."
-    if processes().rank == 0:
-        print(*words, flush=True)
+    if processes().rank == 0: print(*words, flush=True)
 
 # %% ../nbs/55_cli.ipynb #c3d08015
 def run_folder(
@@ -481,8 +477,7 @@ def jat_attack(
     facts, network = (open_classifier(run, weights, device) if own is None
                       else open_own(weights, **own))
     if save and Path(save).is_dir():
-        raise ValueError(f"{save} is a folder: --save takes the file to write, such as "
-                         f"{save}/set.safetensors")
+        raise ValueError(f"{save} is a folder: --save takes a file, such as {save}/set.safetensors")
     check_writable(Path(save or out).parent), check_writable(out)
     _say(attack_files(network.to(device), facts, images, out, attack=attack, steps=steps, loss=loss,
                       batch_size=batch_size,

@@ -102,19 +102,13 @@ class Evaluation:
     def n(self) -> int: return self.correct.shape[1]  # images
 
     @property
-    def accuracy(self) -> Tensor:
-        # share that survived each entry (A,)
-        return self.correct.double().mean(dim=1)
+    def accuracy(self) -> Tensor: return self.correct.double().mean(dim=1)  # share left (A,)
 
     @property
-    def interval(self) -> tuple[Tensor, Tensor]:
-        # (A,) each
-        return wilson_interval(self.correct.sum(dim=1), self.n)
+    def interval(self) -> tuple[Tensor, Tensor]: return wilson_interval(self.correct.sum(1), self.n)
 
     @property
-    def union(self) -> Tensor:
-        # whether each image survived every entry (N,)
-        return self.correct.all(dim=0)
+    def union(self) -> Tensor: return self.correct.all(dim=0)  # survived every entry (N,)
 
     def table(self) -> pd.DataFrame:
         "One row per entry and one for the union; `text` is what belongs into a report."
@@ -122,15 +116,13 @@ class Evaluation:
         low, high = (100 * end for end in wilson_interval(survived, self.n))
         rows = {"accuracy (%)": 100 * survived.double() / self.n, "low (%)": low, "high (%)": high}
         frame = pd.DataFrame({k: v.tolist() for k, v in rows.items()}, index=[*self.names, "Union"])
-        frame["n"], per_image = (self.n,
-                                 torch.cat([self.passes, self.passes.sum(dim=0, keepdim=True)])
-                                 / self.n)
+        frame["n"] = self.n
+        per_image = torch.cat([self.passes, self.passes.sum(dim=0, keepdim=True)]) / self.n
         frame["forward / n"], frame["back / n"] = per_image[:, 0].tolist(), per_image[:, 1].tolist()
         frame["zero gradient"] = self._blind_counts()
         notes = [f"; zero gradient at {k}" if k else "" for k in frame["zero gradient"]]
-        frame["text"] = [f"{a:.1f} ({lo:.1f} to {hi:.1f}, n = {self.n}{note})"
-                         for (a, lo, hi), note in zip(frame.values[:, :3], notes)]
-        return frame
+        return frame.assign(text=[f"{a:.1f} ({lo:.1f} to {hi:.1f}, n = {self.n}{note})"
+                                  for (a, lo, hi), note in zip(frame.values[:, :3], notes)])
 
     def _blind_counts(self) -> list[int]:
         "Images whose gradient was zero throughout, per entry, and in at least one entry."
@@ -140,8 +132,7 @@ class Evaluation:
     def per_class(self, names: Sequence[str] | None = None) -> pd.DataFrame:
         """Accuracy (%) of each entry and of the union, one row per class, and the images of the
         class."""
-        if self.labels is None:
-            raise ValueError("this evaluation kept no labels: evaluate anew, or pass labels=")
+        if self.labels is None: raise ValueError("no labels were kept: evaluate anew")
         n = self.labels.bincount(minlength=len(names or ()))
         rows = zip([*self.names, "Union"], torch.cat([self.correct, self.union[None]]).double())
         share = {name: (100 * self.labels.bincount(row, len(n)) / n).tolist() for name, row in rows}
@@ -321,8 +312,7 @@ class _Trial:
     def attack(self, name: str, attack: Attack, part: int, standing: Tensor) -> Tensor:
         "Which images were broken, were asked for a gradient, had one that was not zero (3, N)."
         found = torch.zeros(3, len(self.x), dtype=torch.bool)
-        block = getattr(attack, "block", None)
-        for rows in _shares(standing, block, self.batch_size):
+        for rows in _shares(standing, getattr(attack, "block", None), self.batch_size):
             with _watched(self.target) as moved:
                 broken, done = self.broken(self.target, name, attack, part, rows)
             if (again := done & ~broken).any():

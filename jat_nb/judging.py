@@ -51,8 +51,8 @@ def run_facts(
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         missing = {"data", "variant", "tier"} - set(facts.get("about", ()))
-        missing |= {"epochs"} - set(facts.get("recipe", ())) if "weights" not in facts.get("about",
-                                                                                           ()) else set()
+        if "weights" not in facts.get("about", ()):
+            missing |= {"epochs"} - set(facts.get("recipe", ()))
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error}): restore it, or train again with "
                          "jat_train") from error

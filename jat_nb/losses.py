@@ -28,7 +28,8 @@ def check_logits(
     if not good or not logits.is_floating_point():
         inside = ""
         if isinstance(logits, (Mapping, tuple, list)):
-            inside = f" of {', '.join(v if isinstance(v, str) else type(v).__name__ for v in logits)}"
+            kinds = [v if isinstance(v, str) else type(v).__name__ for v in logits]
+            inside = f" of {', '.join(kinds)}"
         seen = (f"{tuple(logits.shape)} {logits.dtype}" if isinstance(logits, Tensor)
                 else type(logits).__name__ + inside)
         raise ValueError(f"expected the model to return logits ({n}, K), got {seen}: wrap the "

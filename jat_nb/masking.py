@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from .attacks import fgsm
 from .autoattack import autoattack_at
 from .evaluation import (Attack, Evaluation, clean, evaluate, fast_copy, ggsm_at, joint_at,
-                               pgd_at,
-                               raw_accuracy)
+                               pgd_at, raw_accuracy)
 from .losses import cross_entropy
 from .models import frozen
 from .randomness import Randomness, image_generators

@@ -23,8 +23,7 @@ from .batches import Batch, batches
 from .data import ImageSet
 from .glow import Glow, round_trip_error
 from .losses import (bilateral_labels, cross_entropy, most_confusing_target, random_target,
-                           smooth_labels,
-                           soft_cross_entropy, uniform_labels)
+                           smooth_labels, soft_cross_entropy, uniform_labels)
 from .models import frozen, unwrap
 from .randomness import Randomness, image_generators
 

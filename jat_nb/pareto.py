@@ -230,9 +230,8 @@ class Pareto:
         if self.estimator not in ("window", "batch"):
             raise ValueError(f"unknown estimator {self.estimator!r}: choose 'window' or 'batch'")
         if not 1 <= self.warm_up <= self.window:
-            raise ValueError("expected 1 <= warm_up <= window, since weights move when warm_up of "
-                             "the "
-                             f"window's batches are there, got {self.warm_up} and {self.window}")
+            raise ValueError("expected 1 <= warm_up <= window, since weights move from warm_up "
+                             f"batches on, got {self.warm_up} and {self.window}")
 
     def start(self, roles: int) -> State:
         "Equal weights (k,), an empty window (window, k), and how many batches it has seen."

@@ -178,27 +178,30 @@ def _commands(run: Run) -> list[str]:
     return [shlex.join(map(str, line)) for line in lines]
 
 # %% ../nbs/42_reports.ipynb #992e4ded
-_STYLE = """<style>:root{color-scheme:light dark;--ink:#1d2330;--soft:#5b6475;--line:#d9dde5;--card:#f6f7f9;--page:#fff;
---blue:#2166ac;--red:#b2182b;--green:#4d9221;--orange:#e08214;--purple:#762a83}
-@media(prefers-color-scheme:dark){:root{--ink:#e4e7ee;--soft:#9aa3b5;--line:#363d4b;--card:#1d222c;--page:#14181f;
---blue:#6cabe8;--red:#f0787f;--green:#8bc964;--orange:#f0a54a;--purple:#c08bd0}}
-*{box-sizing:border-box}body{font:16px/1.55 system-ui,sans-serif;color:var(--ink);background:var(--page);margin:0}
-main{max-width:70rem;margin:auto;padding:1.5rem 1rem 4rem}h1{font-size:1.8rem;line-height:1.2;margin:.5rem 0}
-h2{margin:2.5rem 0 .5rem;padding-top:.6rem;border-top:1px solid var(--line)}h3{margin:1.6rem 0 .4rem}
-nav{display:flex;flex-wrap:wrap;gap:.3rem 1.1rem;margin:1rem 0}a{color:var(--blue)}p,li{max-width:46rem}
-.note,small{color:var(--soft)}.wide{overflow-x:auto;margin:.6rem 0}
-table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums}td,th{padding:.3rem .7rem .3rem 0;
-border-bottom:1px solid var(--line);text-align:left;vertical-align:top;white-space:nowrap}thead th{color:var(--soft);
-font-weight:600}tbody th:first-child{position:sticky;left:0;background:var(--page)}
-.grid,.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr));gap:1rem;margin:1rem 0}
-.pair{grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));align-items:start}td small{display:block}
-figure{margin:0;padding:.8rem;background:var(--card);border-radius:.5rem}figcaption{font-size:.86rem;color:var(--soft)}
-svg{width:100%;height:auto;display:block}svg text{fill:currentColor!important;
-font-family:system-ui,sans-serif!important}pre{background:var(--card);padding:.7rem .9rem;border-radius:.5rem;
-overflow-x:auto;font-size:.82rem}summary{cursor:pointer;padding:.35rem 0;overflow-wrap:anywhere}
-.good{color:var(--green)}.bad{color:var(--red)}.open{color:var(--orange)}
-.good,.bad,.open{font-weight:600}dl{display:grid;grid-template-columns:auto 1fr;gap:.1rem .9rem;font-size:.86rem}
-dd{margin:0;overflow-wrap:anywhere}
+_STYLE = """<style>:root{color-scheme:light dark;--ink:#1d2330;--soft:#5b6475;--line:#d9dde5;
+--card:#f6f7f9;--page:#fff;--blue:#2166ac;--red:#b2182b;--green:#4d9221;--orange:#e08214;
+--purple:#762a83}@media(prefers-color-scheme:dark){:root{--ink:#e4e7ee;--soft:#9aa3b5;
+--line:#363d4b;--card:#1d222c;--page:#14181f;--blue:#6cabe8;--red:#f0787f;--green:#8bc964;
+--orange:#f0a54a;--purple:#c08bd0}}*{box-sizing:border-box}body{
+font:16px/1.55 system-ui,sans-serif;color:var(--ink);background:var(--page);margin:0}main{
+max-width:70rem;margin:auto;padding:1.5rem 1rem 4rem}h1{font-size:1.8rem;line-height:1.2;
+margin:.5rem 0}h2{margin:2.5rem 0 .5rem;padding-top:.6rem;border-top:1px solid var(--line)}h3{
+margin:1.6rem 0 .4rem}nav{display:flex;flex-wrap:wrap;gap:.3rem 1.1rem;margin:1rem 0}a{
+color:var(--blue)}p,li{max-width:46rem}.note,small{color:var(--soft)}.wide{overflow-x:auto;
+margin:.6rem 0}table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums}
+td,th{padding:.3rem .7rem .3rem 0;border-bottom:1px solid var(--line);text-align:left;
+vertical-align:top;white-space:nowrap}thead th{color:var(--soft);font-weight:600}
+tbody th:first-child{position:sticky;left:0;background:var(--page)}.grid,.pair{display:grid;
+grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr));gap:1rem;margin:1rem 0}.pair{
+grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));align-items:start}td small{
+display:block}figure{margin:0;padding:.8rem;background:var(--card);border-radius:.5rem}figcaption{
+font-size:.86rem;color:var(--soft)}svg{width:100%;height:auto;display:block}svg text{
+fill:currentColor!important;font-family:system-ui,sans-serif!important}pre{background:var(--card);
+padding:.7rem .9rem;border-radius:.5rem;overflow-x:auto;font-size:.82rem}summary{cursor:pointer;
+padding:.35rem 0;overflow-wrap:anywhere}.good{color:var(--green)}.bad{color:var(--red)}.open{
+color:var(--orange)}.good,.bad,.open{font-weight:600}dl{display:grid;
+grid-template-columns:auto 1fr;gap:.1rem .9rem;font-size:.86rem}dd{margin:0;
+overflow-wrap:anywhere}
 </style>"""
 
 # %% ../nbs/42_reports.ipynb #988065de
@@ -219,7 +222,8 @@ def _svg(figure: Figure, label: str) -> str:
 
 # %% ../nbs/42_reports.ipynb #5bdbf32a
 def _drawing(figure: Figure, caption: str) -> str:
-    return f"<figure>{_svg(figure, caption)}<figcaption>{html.escape(caption)}</figcaption></figure>"
+    words = html.escape(caption)
+    return f"<figure>{_svg(figure, caption)}<figcaption>{words}</figcaption></figure>"
 
 # %% ../nbs/42_reports.ipynb #1e634cc9
 def _table(frame: pd.DataFrame, caption: str = "") -> str:
@@ -268,7 +272,8 @@ def _masking(runs: Sequence[Run]) -> str:
         for row in masking_checks(run).values():
             seen = "<br>".join(f"{html.escape(k)} {v:.3g}" for k, v in row["seen"].items()
                                if v is not None)
-            cells += "<td><span class={}>{}</span><small>{}</small></td>".format(*words[row["held"]], seen)
+            kind, word = words[row["held"]]
+            cells += f"<td><span class={kind}>{word}</span><small>{seen}</small></td>"
         lines.append(f"<tr><th>{html.escape(_title(run))}</th>{cells}</tr>")
     questions = "".join(f"<li><b>{check}</b>: {html.escape(asked)}</li>"
                         for check, asked in QUESTIONS.items())
@@ -313,7 +318,8 @@ def _classes(run: Run) -> list[str]:
         if isinstance(rows, dict) and rows and all(isinstance(row, dict) for row in rows.values()):
             table = pd.DataFrame.from_dict(rows, orient="index").rename(columns={"n": "images"})
             title = html.escape(f"{_title(run)}: every class, {suite}")
-            shown.append(f"<details><summary>{title}</summary>{_table(table.round(1).astype(str))}</details>")
+            text = _table(table.round(1).astype(str))
+            shown.append(f"<details><summary>{title}</summary>{text}</details>")
     return shown
 
 # %% ../nbs/42_reports.ipynb #9be24097
@@ -357,8 +363,8 @@ def _facts(run: Run) -> str:
     except (KeyError, TypeError, ValueError): commands = "not one of this package's recipes"
     listed = "".join(f"<dt>{key}</dt><dd>{html.escape(str(value))}</dd>"
                      for key, value in facts.items())
-    opened = f"<details><summary>{html.escape(run.folder)}</summary><pre>{html.escape(commands)}</pre>"
-    return f"{opened}<dl>{listed}</dl></details>"
+    opened = f"<details><summary>{html.escape(run.folder)}</summary>"
+    return f"{opened}<pre>{html.escape(commands)}</pre><dl>{listed}</dl></details>"
 
 # %% ../nbs/42_reports.ipynb #a025f5c6
 def _opening(runs: Sequence[Run], links: dict[str, str]) -> str:

@@ -146,8 +146,7 @@ class Pixel:
 
     def init(self, x: Tensor, random: bool = True, generator: Randomness = None) -> Tensor:
         "Zeros, or a random start: uniform in the ball, or Gaussian; then projected."
-        if not random:
-            return torch.zeros_like(_wide(x))
+        if not random: return torch.zeros_like(_wide(x))
         if self.start_std is not None:
             return self.project(_normal(_wide(x), generator) * self.start_std, x)
         if self.norm == "l2":
@@ -179,8 +178,8 @@ class Pixel:
         "Within the budget, and base + p in [0, 1] unless `apply` clamps."
         length = p.flatten(1).norm(dim=1, p=torch.inf if self.norm == "linf" else 2)
         eps, image = per_image(self.eps_pixel, length), self.apply(base, p).flatten(1)
-        return (length <= eps + _ROUNDING) & (image.amin(1)
-                                              >= -_ROUNDING) & (image.amax(1) <= 1 + _ROUNDING)
+        valid = (image.amin(1) >= -_ROUNDING) & (image.amax(1) <= 1 + _ROUNDING)
+        return (length <= eps + _ROUNDING) & valid
 
 # %% ../nbs/05_threats.ipynb #0be752fb
 @dataclass(frozen=True)

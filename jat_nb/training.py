@@ -23,9 +23,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .ascent import _check_slope
 from .batches import Batch, Stream, _check_beside, _pieces, batches, num_batches, shares
 from .checkpoints import (RESUME, _TRACED, _in_row, _since_best, _tally, add_stretch, claim,
-                                collapsed, function_names,
-                                load_state, publish, restore, run_identity, save_state,
-                                state_tensors)
+                                collapsed, function_names, load_state, publish, restore,
+                                run_identity, save_state, state_tensors)
 from .data import ImageSet, Unlabelled
 from .glow import Glow
 from .losses import correct

@@ -20,8 +20,7 @@ from ..claims import Check, Claim, Evidence, Finding, Where
 from ..joint_space import om_pgd
 from ..mixing import attack_then_mix, robust_mixup
 from .ijsat import (COLUMNS, CORRECTIONS, LATENT, OWN_SUITES, PGD, RECIPES, ROWS,
-                                 SCORES,
-                                 SYNONYMS)
+                                 SCORES, SYNONYMS)
 from ..randomness import image_generators
 from ..results import Run
 from ..suites import Job, Kind, Spec, Suite, attack_from
@@ -275,6 +274,8 @@ _ELSEWHERE = (
           "84.6, 82.7, 74.3"),
     Claim("IC18", "JSA50 and AutoAttack differ by at most 3 points on robust networks", tuple(
         _within((name, "JSA50"), (name, "AutoAttack"), 3.0) for name in _ROBUST)))
+
+# %% ../../nbs/53_ijsat_claims.ipynb #7c1e52d1
 _CODES = (
     Claim("IC19", "The finer the level, the higher the frequencies of its change", tuple(
         Check("differ", (("normal", f"level {k}", "ijsat-levels"),

@@ -23,8 +23,7 @@ from ..explain import decision_value, plane, signed_plane
 from ..losses import cross_entropy
 from ..models import pretrained
 from .srt import (COLUMNS, COUNTS, FRACTIONS, LAMBDAS, LENGTHS, NUMBERS, OWN_SUITES,
-                               RATES, RECIPES, ROWS,
-                               SYNONYMS, UPDATES)
+                               RATES, RECIPES, ROWS, SYNONYMS, UPDATES)
 from ..randomness import image_generators
 from ..recipes import Recipe
 from ..results import Run
