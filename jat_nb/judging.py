@@ -48,6 +48,8 @@ def run_facts(
 ) -> dict[str, Any]:  # "recipe", "about" and "model", as written when the training began
     "What a run is, from its run.json."
     path = Path(run) / "run.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{run} is no run, it has no run.json: jat_train --out makes one")
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         missing = {"data", "variant", "tier"} - set(facts.get("about", ()))
