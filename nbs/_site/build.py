@@ -32,7 +32,7 @@ import links
 import pages
 from book import NOTEBOOKS, ROOT, SITE, Book, BuildError, settings
 
-PLAIN = re.compile(r'<span class="(?:[nopw]|nn|pre)">([^<]*)</span>')
+PLAIN = re.compile(r'<span class="(?:[nopw]|nn|mi|mf|sa|si|pre)">([^<]*)</span>')
 CELL = re.compile(r'<(t[dh])([^>]*)><p>((?:(?!</?p).)*)</p>\s*</\1>', re.S)  # a table cell that is one paragraph
 
 UNUSED = re.compile(r'<symbol id="svg-(?:pencil|eye)".*?</symbol>', re.S)
@@ -83,7 +83,7 @@ def pack(path: Path) -> None:
 
 
 def lighten(path: Path) -> None:
-    """Take off what changes little: marks of names, operators and white space in code, of inline code, of lone paragraphs
+    """Take off what changes little: marks of names, numbers, operators and space in code, of inline code, of lone paragraphs
     in tables; icons that no page shows and space between tags above the text. Pictures are named as they were packed."""
     above, start, text = path.read_text(encoding="utf-8").partition("<article")
     above = re.sub(r">\s+<", "><", UNUSED.sub("", above))
