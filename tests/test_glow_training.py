@@ -222,7 +222,7 @@ def test_the_shell_trains_a_flow(run, capsys):
     rows = read_jsonl(run / "log.jsonl")
     assert [row["epoch"] for row in rows] == [1, 2] and rows[1]["val_bits_per_dim"] < rows[0]["val_bits_per_dim"] < 8.5
     facts, flow = open_run(run)
-    assert isinstance(flow, Glow) and flow.shape == (1, 32, 32) and facts["about"]["size"] == 32
+    assert isinstance(flow, Glow) and flow.shape == (1, 32, 32) and facts["about"]["shape"] == [1, 32, 32]
     assert not classifies(run) and sources_for(run.parent, "jat", [run]) == []
     assert jat_train(recipe=["toy/glow"], out=str(run), tier="smoke", images=64, device="cpu") == 0
     said = capsys.readouterr().out

@@ -7,7 +7,7 @@ import pytest
 from conftest import NOTEBOOKS, ROOT
 from nbdev.test import test_nb as run_cells
 
-SLOW_IMPORTS = ["accelerate", "cvxpy", "matplotlib.pyplot", "pandas", "sklearn.datasets", "timm", "torch", "torchvision"]
+SLOW_IMPORTS = ["cvxpy", "matplotlib.pyplot", "pandas", "sklearn.datasets", "timm", "torch", "torchvision"]
 
 
 @pytest.fixture(scope="module")

@@ -123,7 +123,7 @@ def test_a_page_holds_all_the_code_of_its_chapter(book: Book) -> None:
         assert all(re.fullmatch(r"#\| hide\nimport nbdev; ?nbdev.nbdev_export\(\)", source) for source in left_out), chapter.page
 
 
-@pytest.mark.parametrize("page", ["02_randomness", "12_rigid"])
+@pytest.mark.parametrize("page", ["02_randomness", "05_threats"])
 def test_a_page_runs_as_copied(page: str, tmp_path: Path) -> None:
     (tmp_path / "page.py").write_text("\n".join(blocks(DOCS / f"{page}.html")), encoding="utf-8")
     run = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300,

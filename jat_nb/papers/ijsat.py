@@ -128,7 +128,8 @@ def _corrupted() -> dict[str, Recipe]:
 # %% ../../nbs/52_ijsat.ipynb #d9b9f73d
 _HERE = "jat_nb.papers.ijsat:"
 # what makes the networks that are trained by no recipe
-GAN, DRAWN = _HERE + "make_gan", _HERE + "make_drawn"
+GAN = _HERE + "make_gan"  # what makes a generator that others stand on
+DRAWN = _HERE + "make_drawn"  # what makes a set that a generator draws
 _HALF = {"eps": 4 / 255, "step": 1 / 255, "steps": 5}  # IJSAT section 6.1, OM-ImageNet
 _OM = Recipe(model="resnet18_cifar", data="drawn", epochs=20, batch_size=64, lr=0.4,
              weight_decay=5e-4,
