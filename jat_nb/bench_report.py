@@ -31,7 +31,8 @@ _LIMITS = (("floor", "", "<=", 1.05), ("memory", "", "<=", 1.1),
            ("peers", "accuracy ", "<=", 0.3),
            ("modes", "fp32 / bf16", ">=", 2.0), ("active", "all / ", ">=", 1.5),
            ("active", "equal", ">=", 1.0),
-           ("fast", "fast / ", "<=", 0.5), ("fast", "accuracy ", "<=", 0.3))
+           ("fast", "fast / ", "<=", 0.5), ("fast", "accuracy ", "<=", 0.3),
+           ("flow", "jat_nb / normflows", "<=", 1.0))
 
 # %% ../nbs/59_bench_report.ipynb #83ccb23a
 def targets(

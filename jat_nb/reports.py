@@ -81,10 +81,15 @@ def attack_bars(
 # %% ../nbs/42_reports.ipynb #85ed9134
 def training_curve(
     run: Run,  # One run, finished or not
-) -> Figure:  # Accuracy against the epoch
-    "Clean and robust accuracy on the images held out, epoch by epoch; a cross marks a collapse."
+) -> Figure:  # Accuracy against the epoch; for a flow, bits per dimension
+    "What was measured on the images held out, epoch by epoch; a cross marks a collapse."
     figure = _Figure(figsize=(3.4, 2.2), layout="constrained")
     ax, epochs = figure.subplots(), [row.get("epoch", i + 1) for i, row in enumerate(run.log)]
+    if any("val_bits_per_dim" in row for row in run.log):
+        bits = [row.get("val_bits_per_dim", math.nan) for row in run.log]
+        ax.plot(epochs, bits, "o-", ms=3, lw=1.2, color=PALETTE["blue"])
+        ax.set(xlabel="epoch", ylabel="bits per dimension, held out")
+        return figure
     for key, label, color in (("val_clean", "clean", "blue"),
                               ("val_robust", "under the probe", "red")):
         values = [100 * row.get(key, math.nan) for row in run.log]

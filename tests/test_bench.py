@@ -12,13 +12,13 @@ from conftest import ASCENTS, ROOT
 
 from jat_nb import bench, bench_report
 from jat_nb.attacks import ATTACKS
-from jat_nb.bench import MEASUREMENTS, PLANS, Plan, floor_passes, half_budget, paired_difference, step_cost
+from jat_nb.bench import MEASUREMENTS, PLANS, Plan, half_budget, paired_difference
 from jat_nb.bench_report import run_bench, targets
 from jat_nb.evaluation import evaluate, pgd_at
 from jat_nb.models import create
 from jat_nb.catalogue import recipe as published
 from jat_nb.records import Record
-from jat_nb.timing import Rounds, interleave, slope, spread
+from jat_nb.timing import Rounds, floor_passes, interleave, slope, spread, step_cost
 
 COMMITTED = sorted((ROOT / "nbs" / "results").glob("bench_*.json"))
 

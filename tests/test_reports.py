@@ -12,6 +12,7 @@ from jat_nb.catalogue import adapt
 from jat_nb.differences import Share, difference
 from jat_nb.papers.jat import CLAIMS, PAPER, RECIPES, ROWS
 from jat_nb.records import Record, append_jsonl, write_json
+from conftest import ROOT
 from jat_nb.reports import attack_bars, budget_curves, html_report, training_curve
 from jat_nb.results import (Run, overview, paper_table, published, read_runs, recipe_names,
                             side_by_side, survivors)
@@ -494,3 +495,11 @@ def test_figures_draw_what_is_there(all_good, tmp_path):
     assert collapse.get_label() == "collapsed" and list(collapse.get_xdata()) == [4]
     assert not attack_bars(all_good, ("PGD7",)).axes[0].patches
     assert isinstance(all_good[0], Run)
+
+
+def test_a_flow_shows_its_bits():
+    "A flow has no accuracy: one line, bits of the images held out."
+    [run] = [run for run in read_runs(ROOT / "nbs/results/ijsat_cpu") if run.name == "ijsat/glow"]
+    [line] = (axes := training_curve(run).axes[0]).lines
+    assert "bits" in axes.get_ylabel() and list(line.get_ydata()) == [row["val_bits_per_dim"] for row in run.log]
+    assert line.get_ydata()[-1] < line.get_ydata()[0] < 8
