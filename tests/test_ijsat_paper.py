@@ -12,6 +12,7 @@ from jat_nb.claims import Claim, Evidence, verdict
 from jat_nb.cli import jat_train
 from jat_nb.data import default_budget, load
 from jat_nb.generators import Generator
+from jat_nb.explain import grad_cam
 from jat_nb.glow import Glow
 from jat_nb.judging import classifies, open_run, unfinished
 from jat_nb.models import pretrained, read_tensors, write_tensors
@@ -77,14 +78,23 @@ def test_budgets_are_rungs_of_the_ladders():
     assert set(SIX) < set(SEVEN) and set(SEVEN) - set(SIX) == {"JSA50"}
 
 
-@pytest.mark.parametrize("name", ["ijsat", "ijsat-levels", "ijsat-mixing"])
+@pytest.mark.parametrize("name", ["ijsat", "ijsat-levels", "ijsat-mixing", "ijsat-maps"])
 def test_suites_answer_alike_twice_and_survive_a_file(job, name):
     suite = replace(papers()["ijsat"].suites[name], options={"batch_size": 3} if name == "ijsat-mixing" else {})
     answer = run_suite(suite, job)
     check_answer(suite, json.loads(json.dumps(answer)))
     again = run_suite(suite, replace(job, batch_size=4))
     assert answer.get("correct", answer) == again.get("correct", again)  # passes depend on the batches, verdicts do not
-    assert networks_of(suite) == (() if name == "ijsat-mixing" else ("flow",))
+    assert networks_of(suite) == (() if name in ("ijsat-mixing", "ijsat-maps") else ("flow",))
+
+
+def test_the_study_of_maps_is_the_entropy_of_each_image(job):
+    "Image by image, against Grad-CAM of that image alone and the entropy written out."
+    answer = run_suite(replace(papers()["ijsat"].suites["ijsat-maps"], options={}), job)
+    for k, spread in enumerate(answer["entropy"]):
+        share = grad_cam(job.model, job.x[k:k + 1], job.y[k:k + 1]).double().flatten()
+        share = share[share > 0] / share.sum()
+        assert spread == pytest.approx(float(-(share * share.log()).sum()), abs=1e-4)
 
 
 def test_a_damaged_study_is_refused(job):
