@@ -18,6 +18,7 @@ from jat_nb.judging import classifies, open_run, unfinished
 from jat_nb.models import pretrained, read_tensors, write_tensors
 from jat_nb.papers import ijsat as module
 from jat_nb.papers.ijsat import DRAWN, FLOW, GAN, OWN_SUITES, RECIPES, ROWS, SEVEN, SINGLE, SIX, VAE, make_drawn, make_gan
+from jat_nb.papers import ijsat_claims
 from jat_nb.papers.ijsat_claims import CLAIMS, PAPER, centroid, mixing_excess
 from jat_nb.recipes import bind
 from jat_nb.records import Record, read_jsonl
@@ -93,6 +94,7 @@ def test_the_study_of_maps_is_the_entropy_of_each_image(job):
     answer = run_suite(replace(papers()["ijsat"].suites["ijsat-maps"], options={}), job)
     for k, spread in enumerate(answer["entropy"]):
         share = grad_cam(job.model, job.x[k:k + 1], job.y[k:k + 1]).double().flatten()
+        assert answer["speaks"][k] == float(share.any())
         share = share[share > 0] / share.sum()
         assert spread == pytest.approx(float(-(share * share.log()).sum()), abs=1e-4)
 
@@ -258,3 +260,13 @@ def test_more_than_twice_is_judged_with_both_errors(best, answer):
     first = next(f for f in e.findings(claim) if f.what.startswith("drawn-dmat less twice drawn-at"))
     assert_close(first.value, 100 * (best - 80) / 200)
     assert first.low < first.value < first.high and first.high - first.low > 10
+
+
+def test_empty_maps_are_compared_with_nothing(monkeypatch):
+    "Three images; one map of the second network is empty, so two differences remain."
+    kept = {("at", "entropy"): [5.0, 6.0, 1.0], ("at", "speaks"): [1.0, 1.0, 1.0],
+            ("at-jsa", "entropy"): [4.0, 6.9, 0.8], ("at-jsa", "speaks"): [1.0, 0.0, 1.0]}
+    monkeypatch.setattr(ijsat_claims, "recorded", lambda e, where, data="": kept[where[:2]])
+    [claim] = [claim for claim in papers()["ijsat"].claims if claim.id == "IC22"]
+    [found] = ijsat_claims._spread_of_maps(None, claim.checks[0])
+    assert found.value == pytest.approx(1000 * (1.0 + 0.2) / 2) and "2 images" in found.text
