@@ -305,8 +305,8 @@ def _finished(runs: Sequence[str]) -> list[Path]:
             found.append(check_writable(run))
     if not found:
         raise ValueError(f"no finished run of a classifier in or below {', '.join(runs)} ({why}): "
-                         "train one to the end "
-                         "before judging; what a flow learned is in its log.jsonl")
+                         "train one to the end before judging; "
+                         "what a flow learned is in its log.jsonl")
     return found
 
 # %% ../nbs/55_cli.ipynb #48cf7d2e

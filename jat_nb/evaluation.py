@@ -389,8 +389,7 @@ def _pieces(x: Tensor | Iterable, y: Tensor | None, entries: Mapping[str, Sequen
     if processes().count > 1: agree({"images": [first, "in all"], "labels": ""})
     if not first:
         raise ValueError("expected at least one image, the stream held none: a generator is used "
-                         "up "
-                                   "after one pass; make a new one, or pass a DataLoader")
+                         "up after one pass; make a new one, or pass a DataLoader")
 
 # %% ../nbs/34_evaluation.ipynb #1c7fe703
 def _judge(model: nn.Module, x: Tensor | Iterable, y: Tensor | None, suite: _Suite, *, raw: bool,
