@@ -61,8 +61,7 @@ def pgd(
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "Projected gradient ascent on the pixels (Madry et al. 2018; JAT Eq. 3)."
     return ascend(model, x, y, [Pixel(eps, step, norm, start_std)], steps=steps, loss=loss,
-                  target=target,
-                  random_start=random_start, restarts=restarts, keep_best=keep_best,
+                  target=target, random_start=random_start, restarts=restarts, keep_best=keep_best,
                   generator=generator, return_info=return_info)
 
 # %% ../nbs/10_attacks.ipynb #a0d3c548
@@ -112,8 +111,7 @@ def ggsm(
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "Generalised gradient sign method: projected ascent on the flow (JAT Algorithm 1)."
     return ascend(model, x, y, [Flow(eps, step, norm, padding)], steps=steps, loss=loss,
-                  target=target,
-                  random_start=random_start, restarts=restarts, keep_best=keep_best,
+                  target=target, random_start=random_start, restarts=restarts, keep_best=keep_best,
                   generator=generator, return_info=return_info)
 
 # %% ../nbs/10_attacks.ipynb #2a97e9d5
@@ -174,11 +172,9 @@ def double_pass(
     pixel budgets above 1, and steps < 1.
     """
     threats = joint_threats(eps_pixel=eps_pixel, eps_flow=eps_flow, step_pixel=step_pixel,
-                            step_flow=step_flow,
-                            order=order)
+                            step_flow=step_flow, order=order)
     return ascend(model, x, y, threats, steps=steps, schedule="alternating", loss=loss,
-                  target=target,
-                  random_start=random_start, restarts=restarts, keep_best=keep_best,
+                  target=target, random_start=random_start, restarts=restarts, keep_best=keep_best,
                   generator=generator, return_info=return_info)
 
 # %% ../nbs/10_attacks.ipynb #a8aa4653
@@ -203,11 +199,9 @@ def one_pass(
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "Joint attack that moves flow and pixels with one shared gradient (JAT section 6.2)."
     threats = joint_threats(eps_pixel=eps_pixel, eps_flow=eps_flow, step_pixel=step_pixel,
-                            step_flow=step_flow,
-                            order=order)
+                            step_flow=step_flow, order=order)
     return ascend(model, x, y, threats, steps=steps, schedule="simultaneous", loss=loss,
-                  target=target,
-                  random_start=random_start, restarts=restarts, keep_best=keep_best,
+                  target=target, random_start=random_start, restarts=restarts, keep_best=keep_best,
                   generator=generator, return_info=return_info)
 
 # %% ../nbs/10_attacks.ipynb #a255c9cf
@@ -236,8 +230,7 @@ def cascade(
                    step_flow=step_flow)
     threats = joint_threats(**budgets, order=order)
     options = dict(steps=steps, loss=loss, target=target, random_start=random_start,
-                   restarts=restarts,
-                   keep_best=keep_best, generator=generator)
+                   restarts=restarts, keep_best=keep_best, generator=generator)
     if not independent:
         return ascend(model, x, y, threats, schedule="sequential", return_info=return_info,
                       **options)

@@ -192,8 +192,7 @@ def preact_resnet18_cifar(
 ) -> PreActResNet:  # 11,171,146 parameters as it stands
     "Pre-activation ResNet-18 for 32 x 32 images."
     return PreActResNet(64, (64, 128, 256, 512), 2, num_classes=num_classes, in_chans=in_chans,
-                        norm=norm,
-                        final_norm=False)
+                        norm=norm, final_norm=False)
 
 # %% ../nbs/20_backbones.ipynb #a12d854f
 def wide_resnet(
@@ -209,8 +208,7 @@ def wide_resnet(
         raise ValueError("expected a depth of 10, 16, 22, ... and a width of at least 1, got "
                          f"{depth} and {width}")
     return PreActResNet(16, [16 * width, 32 * width, 64 * width], (depth - 4) // 6,
-                        num_classes=num_classes,
-                        in_chans=in_chans, norm=norm)
+                        num_classes=num_classes, in_chans=in_chans, norm=norm)
 
 # %% ../nbs/20_backbones.ipynb #601cd1e0
 def _register_wrn(depth: int, width: int) -> None:

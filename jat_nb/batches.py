@@ -207,9 +207,9 @@ def shares(
 ) -> tuple[int, int]:  # Labelled and unlabelled images in each batch
     "A batch in proportion to the sets (SRT section 5; the labelled part is rounded down)."
     if batch_size < 1 + bool(unlabelled):
-        raise ValueError(f"expected batch_size of at least {1 + bool(unlabelled)}, got "
-                         f"{batch_size}: with and without labels "
-                         "there must be room for an image each")
+        raise ValueError(f"expected batch_size of at least {1 + bool(unlabelled)}, "
+                         f"got {batch_size}: "
+                         "with and without labels there must be room for an image each")
     with_labels = (max(1, batch_size * labelled // (labelled + unlabelled)) if unlabelled
                    else batch_size)
     return with_labels, max(batch_size - with_labels, 1 if unlabelled else 0)
@@ -314,8 +314,8 @@ def _check_pair(i: int, batch: Any) -> None:
     two = isinstance(batch, Batch) or (isinstance(batch, (tuple, list)) and len(batch) == 2)
     if not two or not all(isinstance(part, Tensor) and part.ndim for part in batch[:2]):
         raise ValueError(f"expected batches (x, y) of two tensors, batch {i} is {_seen(batch)}: "
-                         "bring it "
-                         "into this form where it is loaded, such as in a DataLoader's collate_fn")
+                         "bring it into this form where it is loaded, "
+                         "such as in a DataLoader's collate_fn")
     if len(batch[0]) != len(batch[1]):
         raise ValueError(f"expected a label for each image, batch {i} has {len(batch[0])} images "
                          f"and {len(batch[1])} labels: check where it is loaded")
@@ -328,8 +328,8 @@ def pairs(
     "Images and labels of a stream, cut anew where a size is given."
     if isinstance(stream, (ImageSet, Tensor, str)) or not isinstance(stream, Iterable):
         raise ValueError(f"expected batches (x, y) to walk through, got {type(stream).__name__}: a "
-                         "DataLoader, a list, a generator; batches(data, 128) makes them of an "
-                         "ImageSet")
+                         "DataLoader, a list, a generator; "
+                         "batches(data, 128) makes them of an ImageSet")
     x, y = torch.empty(0), torch.empty(0)
     for i, batch in enumerate(stream):
         _check_pair(i, batch)
@@ -338,8 +338,8 @@ def pairs(
             continue
         if len(y) and batch[0].shape[1:] != x.shape[1:]:
             raise ValueError(f"expected images of one size, got {tuple(batch[0].shape[1:])} in "
-                             f"batch {i} after {tuple(x.shape[1:])}: resize or crop where they are "
-                             "loaded")
+                             f"batch {i} after {tuple(x.shape[1:])}: "
+                             "resize or crop where they are loaded")
         x, y = (torch.cat([x, batch[0]]), torch.cat([y, batch[1]])) if len(y) else batch[:2]
         while len(y) >= size:
             yield x[:size], y[:size]

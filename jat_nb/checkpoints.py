@@ -223,8 +223,8 @@ def _said(folder: Path) -> list[dict[str, Any]]:
     try:
         said = [_settings(json.loads(file.read_text(encoding="utf-8")))] if file.exists() else []
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged ({error}): restore it, or choose "
-                         "another `out`") from error
+        raise ValueError(f"{file} is damaged ({error}): "
+                         "restore it, or choose another `out`") from error
     try:
         return said + ([_settings(read_tensors(resume)[1])] if resume.exists() else [])
     except ValueError:

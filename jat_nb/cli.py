@@ -212,8 +212,7 @@ def _train_one(s: Setting, needs: dict[str, nn.Module], about: dict[str, Any], o
         _say(f"{title}: {_measure(s, needs, device)}")
     with until_interrupted(deadline - time.perf_counter()) as seconds:
         history = fit(s.model, s.train, s.recipe, validation=s.validation, unlabelled=s.unlabelled,
-                      needs=needs,
-                      out=out, about=about, device=device, seconds=seconds)
+                      needs=needs, out=out, about=about, device=device, seconds=seconds)
     left = on_first(lambda: unfinished(out))  # the first process writes the log
     _say(f"{title}: {ending(history, s.recipe, left)}, in {out}")
     return not left
@@ -305,8 +304,8 @@ def _finished(runs: Sequence[str]) -> list[Path]:
             found.append(check_writable(run))
     if not found:
         raise ValueError(f"no finished run of a classifier in or below {', '.join(runs)} ({why}): "
-                         "train one to the end "
-                         "before judging; what a flow learned is in its log.jsonl")
+                         "train one to the end before judging; "
+                         "what a flow learned is in its log.jsonl")
     return found
 
 # %% ../nbs/55_cli.ipynb #48cf7d2e
@@ -404,8 +403,7 @@ def jat_eval(
     """Judge trained runs. Each suite's answers are written into the run's folder; those already
     there are kept."""
     _threads(threads), _check(n=(n, 1), steps=(steps, 1), batch_size=(batch_size, 1),
-                              seed=(seed, 0),
-                              eps_pixel=(eps_pixel, 0), eps_flow=(eps_flow, 0))
+                              seed=(seed, 0), eps_pixel=(eps_pixel, 0), eps_flow=(eps_flow, 0))
     for name in (s for s in suite or () if s not in suites()):
         raise ValueError(f"unknown suite {name!r}: choose from {', '.join(suites())}")
     own = _said(weights, model=model, data=data, classes=classes, size=size, mean=mean, std=std,

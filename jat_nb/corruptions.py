@@ -271,15 +271,15 @@ def cifar10_c(
                    and (f / "labels.npy").exists()), None)
     if folder is None:
         raise FileNotFoundError(f"CIFAR-10-C/{name}.npy and labels.npy are in none of "
-                                f"{[str(f.parent) for f in folders]}: set JAT_DATA, or use "
-                                "`corrupt`")
+                                f"{[str(f.parent) for f in folders]}: "
+                                "set JAT_DATA, or use `corrupt`")
     images = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
     labels = np.load(folder / "labels.npy", allow_pickle=False)
     if (images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or len(images) % 5
         or len(labels) != len(images)):
         raise ValueError(f"{folder / name}.npy holds {images.dtype} {images.shape} with "
-                         f"{len(labels)} labels, "
-                         "not five times as many images (32, 32, 3): download it again")
+                         f"{len(labels)} labels, not five times as many images (32, 32, 3): "
+                         "download it again")
     part = slice((severity - 1) * len(images) // 5, severity * len(images) // 5)
     pixels = torch.from_numpy(images[part].copy()).permute(0, 3, 1, 2).contiguous()
     classes = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())

@@ -331,8 +331,8 @@ def _read(name: str, files: list[tuple[Path, int]], classes: list[str],
                              "make them one size by size=SIDE (in the shell --size SIDE)")
         images[i] = one
     if images is None:
-        raise FileNotFoundError(f"{name!r} holds no pictures; expected files such as "
-                                "CLASS/NAME.png")
+        raise FileNotFoundError(f"{name!r} holds no pictures; "
+                                "expected files such as CLASS/NAME.png")
     kind = "jpeg" if {p.suffix.lower() for p, _ in files} <= {".jpg", ".jpeg"} else "folder"
     side = size if size is None or isinstance(size, int) else " x ".join(map(str, size))
     return ImageSet(name, torch.from_numpy(images), torch.tensor([label for _, label in files]),

@@ -389,8 +389,7 @@ def _pieces(x: Tensor | Iterable, y: Tensor | None, entries: Mapping[str, Sequen
     if processes().count > 1: agree({"images": [first, "in all"], "labels": ""})
     if not first:
         raise ValueError("expected at least one image, the stream held none: a generator is used "
-                         "up "
-                                   "after one pass; make a new one, or pass a DataLoader")
+                         "up after one pass; make a new one, or pass a DataLoader")
 
 # %% ../nbs/34_evaluation.ipynb #1c7fe703
 def _judge(model: nn.Module, x: Tensor | Iterable, y: Tensor | None, suite: _Suite, *, raw: bool,
@@ -418,8 +417,7 @@ def _judge(model: nn.Module, x: Tensor | Iterable, y: Tensor | None, suite: _Sui
             found.append((*judged, y.cpu()))
     correct, blind, passes, labels = zip(*found)
     return Evaluation(tuple(entries), torch.cat(correct, dim=1), sum(passes), seed,
-                      torch.cat(blind, dim=1),
-                      torch.cat(labels))
+                      torch.cat(blind, dim=1), torch.cat(labels))
 
 # %% ../nbs/34_evaluation.ipynb #b572a651
 def evaluate(
@@ -439,8 +437,7 @@ def evaluate(
 ) -> Evaluation:  # On the CPU
     "Attack every image with every entry of a suite, and count on the images which survived."
     return _judge(model, x, y, suite, raw=False, batch_size=batch_size, seed=seed, active=active,
-                  device=device,
-                  fast=fast, progress=progress)
+                  device=device, fast=fast, progress=progress)
 
 # %% ../nbs/34_evaluation.ipynb #27a91032
 def raw_accuracy(

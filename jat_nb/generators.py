@@ -203,8 +203,8 @@ def train_gan(
     if (images.dtype != torch.uint8 or not len(images)
         or min(steps, batch_size, critic_steps, save_every) < 1):
         raise ValueError(f"expected images as bytes and counts of at least 1, got {len(images)} "
-                         "images of "
-                         f"{images.dtype} and {steps}, {batch_size}, {critic_steps}, {save_every}")
+                         f"images of {images.dtype} and "
+                         f"{steps}, {batch_size}, {critic_steps}, {save_every}")
     nets = (generator.train(), discriminator.train())
     adams = [torch.optim.Adam(net.parameters(), lr=lr, betas=betas) for net in nets]
     options = {"batch_size": batch_size, "critic_steps": critic_steps, "amp": amp}

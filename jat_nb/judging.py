@@ -289,8 +289,7 @@ def judge(
     others = {path.name: open_run(path, weights, device)[1] for path in sources}
     networks = {keyword: open_run(needs[keyword], "last", device)[1] for keyword in asked}
     job = Job(model, test.x.to(device), test.labels.to(device), budget, steps, seed, batch_size,
-              others, fast=fast,
-              data=about["data"], networks=networks)
+              others, fast=fast, data=about["data"], networks=networks)
     start = time.perf_counter()
     with counted(model) as count, torch.autocast(device.split(":")[0], torch.bfloat16, enabled=amp):
         record.metrics = run_suite(suite, job)

@@ -286,8 +286,7 @@ def _autoattack_row(model: nn.Module, x: Tensor, y: Tensor, pgd: Tensor, eps: fl
     longest = pgd.double().mean().item()
     kept = {"kept": auto / longest} if longest else {}
     return _row("autoattack", demand, autoattack_agrees(longest, auto, len(x)), AutoAttack=auto,
-                PGD=longest,
-                n=len(x), **kept)
+                PGD=longest, n=len(x), **kept)
 
 # %% ../nbs/37_masking.ipynb #d2e3ee60
 def masking_report(

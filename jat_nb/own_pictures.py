@@ -205,8 +205,7 @@ def outcome(
     named = {"folder": "their folders",
              "network": "the network itself, as no folder is named after a class"}[label_from]
     return (f"{len(rows)} pictures, labelled by {named}: {len(rows) - len(right)} wrong before the "
-            "attack, "
-            f"{fooled} fooled as PNG, {len(right) - fooled} withstood"
+            f"attack, {fooled} fooled as PNG, {len(right) - fooled} withstood"
             + (f" ({lost} by rounding)" if lost else ""))
 
 # %% ../nbs/54_own_pictures.ipynb #642abb4a

@@ -86,12 +86,12 @@ def _on_support(P: NDArray, mean: NDArray, r: float, support: NDArray,
                 near: NDArray) -> NDArray | None:
     "The solution of Eq. 3 nearest to `near` (k,), or None if it breaks a constraint."
     u, size = np.flatnonzero(support), int(support.sum())
-    A = np.vstack([np.where(u == 0, 0.0, mean[u]), np.ones(size)])
-    system = np.block([[2 * P[np.ix_(u, u)], A.T], [A, np.zeros((2, 2))]])
+    Q = np.vstack([np.where(u == 0, 0.0, mean[u]), np.ones(size)])
+    system = np.block([[2 * P[np.ix_(u, u)], Q.T], [Q, np.zeros((2, 2))]])
     start = np.r_[near[u], 0.0, 0.0]
     missing = np.r_[np.zeros(size), r, 1.0] - system @ start
     found = (start + np.linalg.lstsq(system, missing, rcond=1e-13)[0])[:size]
-    if np.abs(A @ found - (r, 1.0)).max() > 1e-7 or found.min() < -1e-8:
+    if np.abs(Q @ found - (r, 1.0)).max() > 1e-7 or found.min() < -1e-8:
         return None
     alpha = np.zeros(len(mean))
     alpha[u] = found.clip(min=0)

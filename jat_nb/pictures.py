@@ -118,8 +118,7 @@ def quiver(
     u, v = u[rows][:, cols], v[rows][:, cols]
     scale = max(float(torch.hypot(u, v).max()), 1e-12) / step
     return ax.quiver(cols.numpy(), rows.numpy(), u.numpy(), v.numpy(), angles="xy",
-                     scale_units="xy",
-                     scale=scale, color=color, width=0.006, headwidth=4)
+                     scale_units="xy", scale=scale, color=color, width=0.006, headwidth=4)
 
 # %% ../nbs/01_pictures.ipynb #f5ebc997
 def flow_wheel(

@@ -219,11 +219,9 @@ def _check_roles(r: Recipe) -> None:
                          f"the recipe has them for {list(r.attacks)}: "
                          f"attacks={{role: [[name, options]]}}")
     if needed is None and (not r.attacks or set(r.attacks) & set(taken)):
-        raise ValueError(f"objective {r.objective!r} needs attacks for one role or more, under "
-                         "names "
-                         f"other than {', '.join(taken)}, the recipe has them for "
-                         f"{list(r.attacks)}: "
-                         "attacks={role: [[name, options]]}")
+        raise ValueError(f"objective {r.objective!r} needs attacks for one role or more, "
+                         f"under names other than {', '.join(taken)}, the recipe has them for "
+                         f"{list(r.attacks)}: attacks={{role: [[name, options]]}}")
     if isinstance(objective, WithMemory):
         try:
             objective.start(len(r.attacks))

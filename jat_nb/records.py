@@ -37,8 +37,8 @@ def check_writable(
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"cannot write in {folder} ({error.strerror}): choose another "
-                         "folder") from error
+        raise ValueError(f"cannot write in {folder} ({error.strerror}): "
+                         "choose another folder") from error
     return folder
 
 # %% ../nbs/06_records.ipynb #32e8e56d

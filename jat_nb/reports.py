@@ -339,8 +339,8 @@ def _group(runs: Sequence[Run], key: str, tier: str, data: str) -> str:
     seeds = ("; one seed each" if len(set(names)) == len(names)
              else " and, where there are several, the seeds")
     caption = (f"Accuracy in percent, 95 % intervals over the images{seeds}. Union: survived every "
-               "attack of the suite. "
-               "AutoAttack may have seen fewer images; the bars below compare on equal ones.")
+               "attack of the suite. AutoAttack may have seen fewer images; "
+               "the bars below compare on equal ones.")
     parts = [f"<h2 id='{html.escape(link)}'>{html.escape(f'{head}{data}, tier {tier}')}</h2>",
              _table(overview(mine, data=data, tier=tier), caption),
              _drawings(mine, data=data, tier=tier)]
@@ -378,8 +378,8 @@ def _opening(runs: Sequence[Run], links: dict[str, str]) -> str:
                        f"{html.escape('; '.join(run.problems))}</li>"
                        for run in runs if run.problems)
     return (f"<h1>What {finished} trained network{'s' * (finished != 1)} withstood</h1><p>Robust "
-            "accuracies with their "
-            "intervals, beside the numbers of the papers where there are any.</p><nav>"
+            "accuracies with their intervals, beside the numbers of the papers where there are "
+            "any.</p><nav>"
             + "".join(f"<a href='#{html.escape(k)}'>{html.escape(v)}</a>" for k, v in links.items())
             + "</nav>"
             + (f"<p>Set aside or incomplete:</p><ul>{problems}</ul>" if problems else ""))
@@ -399,8 +399,7 @@ def _beside(runs: Sequence[Run], paper: Paper) -> str:
         filled.append(f"<h3>Table {number}</h3>{note}"
                       + _table(side_by_side(table).rename_axis([None, None])))
     return (f"<h2 id='{html.escape(paper.key)}-tables'>{html.escape(paper.title)}: beside the "
-            "paper</h2>"
-            "<p>Columns without a line of the paper are ours.</p>"
+            "paper</h2><p>Columns without a line of the paper are ours.</p>"
             + ("".join(filled) or "<p>No run here belongs to one of its tables.</p>"))
 
 # %% ../nbs/42_reports.ipynb #33bac20c

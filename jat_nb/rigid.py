@@ -266,8 +266,7 @@ def worst_of_k(
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "The worst of k random movements, for training (SRT section 4.2, Worst-of-k)."
     return rand_adv(model, x, y, k=k, max_deg=max_deg, max_px=max_px, padding=padding, loss=loss,
-                    target=target,
-                    until_fooled=False, generator=generator, return_info=return_info)
+                    target=target, until_fooled=False, generator=generator, return_info=return_info)
 
 # %% ../nbs/12_rigid.ipynb #479c4cdd
 def rigid(

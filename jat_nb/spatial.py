@@ -23,7 +23,7 @@ def grid_to_px(
     value: float,  # A length in normalised units, in which the image spans [-1, 1]
     side: int,  # Side of the image in pixels, along the axis of the length
 ) -> float:  # The same length in pixels
-    "The paper's unit of displacement in pixels (resolution D-P07: half a side is 1)."
+    "The paper's unit of displacement in pixels (half a side is 1)."
     return value * side / 2
 
 # %% ../nbs/11_spatial.ipynb #337f168b
@@ -121,7 +121,7 @@ def flow_loss(
 
 # %% ../nbs/11_spatial.ipynb #17de2d6a
 def _shortfall(logits: Tensor, y: Tensor, target: Tensor | None, kappa: float) -> Tensor:
-    "First term of Eq. 1: what is missing to the mistake that is wanted (B,), not below -kappa."
+    "First term of Eq. 4: what is missing to the mistake that is wanted (B,), not below -kappa."
     missing = -margin_loss(logits, y) if target is None else margin_loss(logits, target)
     return missing.clamp(min=-kappa)
 

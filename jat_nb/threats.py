@@ -347,11 +347,11 @@ def check_images(
 ) -> None:  # Nothing: it raises ValueError when they are not
     "Refuse images of the wrong rank, type or range, and name the mend."
     if not isinstance(x, Tensor):
-        raise ValueError(f"expected images as a tensor, got {type(x).__name__}: use "
-                         "torch.as_tensor(x)")
+        raise ValueError(f"expected images as a tensor, got {type(x).__name__}: "
+                         "use torch.as_tensor(x)")
     if x.ndim != 4:
-        raise ValueError(f"expected images (B, C, H, W), got {tuple(x.shape)}: add missing "
-                         "dimensions with x[None]")
+        raise ValueError(f"expected images (B, C, H, W), got {tuple(x.shape)}: "
+                         "add missing dimensions with x[None]")
     if x.dtype not in (torch.float32, torch.float64):
         mend = ("x.float(), and torch.autocast for half precision" if x.is_floating_point()
                 else "x.float() / 255")
@@ -362,8 +362,8 @@ def check_images(
     low, high = (float(v) for v in torch.aminmax(x.detach()))
     if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # also false for NaN
         raise ValueError(f"expected images in [0, 1], got values from {low:.4g} to {high:.4g}: "
-                         "divide bytes by 255, "
-                         "keep normalisation inside the model (NormalizedModel), and remove NaN")
+                         "divide bytes by 255, keep normalisation inside the model "
+                         "(NormalizedModel), and remove NaN")
 
 # %% ../nbs/05_threats.ipynb #8f51298e
 def check_labels(

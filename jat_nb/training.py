@@ -280,8 +280,7 @@ def _walk(run: _Run, train: ImageSet | Stream, place: Processes) -> Iterator[Bat
     if isinstance(train, Stream):
         return train.epoch(seed, augment=r.augment, part=rank, parts=count)
     return batches(train, r.batch_size, unlabelled=run.unlabelled, shuffle=True, augment=r.augment,
-                   seed=seed,
-                   part=rank, parts=count)
+                   seed=seed, part=rank, parts=count)
 
 
 def _train_epoch(run: _Run, shared: nn.Module, train: ImageSet | Stream, ticks: Iterator[int],
@@ -476,8 +475,7 @@ def fit(
             network.to(device)
         time_is_up = timer(seconds, device)
         run = _start(model, recipe, bound, judge or _judge(recipe, bound), per_epoch, folder,
-                     identity,
-                     about or {}, device, unlabelled or None)
+                     identity, about or {}, device, unlabelled or None)
         run.on_epoch, run.patience = on_epoch, patience
         keep = partial(_keep, run, folder, identity)
         train, validation = train.to(device), None if validation is None else validation.to(device)

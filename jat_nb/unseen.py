@@ -70,8 +70,7 @@ def elastic(
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "Projected ascent on a flow that is smoothed before it is used (Kang et al. 2019)."
     return ascend(model, x, y, [Elastic(eps_flow, step_flow)], steps=steps, loss=loss,
-                  target=target,
-                  random_start=random_start, restarts=restarts, keep_best=keep_best,
+                  target=target, random_start=random_start, restarts=restarts, keep_best=keep_best,
                   generator=generator, return_info=return_info)
 
 # %% ../nbs/18_unseen.ipynb #237ad298
@@ -213,8 +212,7 @@ def jpeg(
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "Projected ascent on the coefficients of a JPEG file (Kang et al. 2019)."
     return ascend(model, x, y, [JPEG(eps_quanta, step_quanta, norm)], steps=steps, loss=loss,
-                  target=target,
-                  random_start=random_start, restarts=restarts, keep_best=keep_best,
+                  target=target, random_start=random_start, restarts=restarts, keep_best=keep_best,
                   generator=generator, return_info=return_info)
 
 # %% ../nbs/18_unseen.ipynb #9dc93547

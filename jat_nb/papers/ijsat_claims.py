@@ -203,8 +203,7 @@ _RIVALS, _EXACT = ("iat", "trades", "mart"), ("Clean", "PGD20", "AutoAttack", "J
 _TABLES = (
     Claim("IC9",
           "IJSAT beats AT under six attacks and has the best average of five methods; TRADES is "
-          "best and IJSAT second "
-          "under AutoAttack and JSA50", (
+          "best and IJSAT second under AutoAttack and JSA50", (
               *_above("ijsat", "at", *_ATTACKS),
               *(check for rival in (*_RIVALS, "dmat")
                 for check in _above("ijsat", rival, "Average")),
@@ -219,8 +218,7 @@ _TABLES = (
         *_above("at", "iat", "PGD20")), "86.45; 47.88 and 49.85"),
     Claim("IC11",
           "JSA within AT, TRADES and MART helps under PGD20, AutoAttack, Elastic and L2, does not "
-          "hurt under JPEG, and "
-          "costs at most 1.5 clean points", tuple(
+          "hurt under JPEG, and costs at most 1.5 clean points", tuple(
               check for name in ("at", "trades", "mart")
               for check in (*_above(f"{name}-jsa", name, "PGD20", "AutoAttack", "Elastic", "L2",
                                     "JPEG"),

@@ -249,9 +249,9 @@ def _steadies(data: str, method: str) -> tuple[Check, ...]:
 # %% ../../nbs/51_srt_claims.ipynb #7e03678e
 _WEIGHTS = (
     Claim("SC1",
-          "The adversarial risk is the standard risk plus the robust risk of what is right; the "
-          "sum of the two "
-          "exceeds it by what is wrong and changes", (Check(_HERE + "_exact", (), at_most=0.0),)),
+          "The adversarial risk is the standard risk plus the robust risk of what is right; "
+          "the sum of the two exceeds it by what is wrong and changes",
+          (Check(_HERE + "_exact", (), at_most=0.0),)),
     Claim("SC2", "SRT is at least as good as RT at each weight, clean and attacked",
           tuple(_with_and_without())),
     Claim("SC3", "SRT gains at least 17 points over RT under GridAdv on CIFAR-10", tuple(
@@ -264,8 +264,8 @@ _WEIGHTS = (
         *_with_weight("Clean", "clean accuracy", at_most=-0.01),
         *_with_weight("PGD", "PGD accuracy", at_least=0.01),
         *(_widens(d) for d in _HOMES)),
-        "RT 83.24 to 78.37 and 31.91 to 37.91; SRT 83.83 to 80.23 and 34.94 to 47.24; lead 3.0, "
-        "5.8, 6.9, 9.3"),
+        "RT 83.24 to 78.37 and 31.91 to 37.91; SRT 83.83 to 80.23 and 34.94 to 47.24; "
+        "lead 3.0, 5.8, 6.9, 9.3"),
     Claim("SC5",
           "In the spatial setting clean accuracy hardly depends on the weight and is above the "
           "standard network's", (
@@ -416,9 +416,8 @@ def _longer(data: str, rate: float) -> Check:
 _FAST = (
     Claim("SC17",
           "Fast SRT is 1.5 times (movements) and 5 times (pixels) faster, by the arithmetic of its "
-          "passes and in "
-          "seconds; within a point under GridAdv; under PGD below SRT and above TRADES; cleaner "
-          "than SRT", (
+          "passes and in seconds; within a point under GridAdv; under PGD below SRT and above "
+          "TRADES; cleaner than SRT", (
               *(Check(_HERE + "_faster", ((f"cifar10-{slow}",), (f"cifar10-{fast}",)), "cifar10",
                       at_least=least)
                 for slow, fast, least in (
@@ -429,8 +428,8 @@ _FAST = (
               *_each((("PGD, long", "long-srt", "long-fast-srt"),
                       ("PGD, long", "long-fast-srt", "long-trades-equal"),
                       ("Clean", "long-fast-srt", "long-srt")))),
-          "1.84 and 11.3 times; 64.81 and 64.83; 44.93 between 48.66 and 40.20; 82.27 against "
-          "78.46"),
+          "1.84 and 11.3 times; 64.81 and 64.83; 44.93 between 48.66 and 40.20; "
+          "82.27 against 78.46"),
     Claim("SC18",
           "Fast SRT grows more robust with the length of training, at every highest learning rate",
           tuple(_longer(d, rate) for d in _HOMES for rate in RATES)))
@@ -451,8 +450,7 @@ _REST = (
                  homes=("cifar10",))), "88.43 against at most 79.99"),
     Claim("SC21",
           "Compound defences beat single ones under compound attacks, and stay within 5 points of "
-          "them under "
-          "their own", (
+          "them under their own", (
               *(check for column in _PLUS for check in _higher(
                   column, *((one, other) for one in _COMPOUND for other in _SINGLE))),
               *_each((("PGD 1", "long-srt-plus", "long-srt"),
