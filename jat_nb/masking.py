@@ -85,9 +85,10 @@ def steps_curve(
     **options: Any,  # `batch_size`, `seed`, `active`, `device` and `fast` of `evaluate`
 ) -> Evaluation:  # Entries named by their steps, "100 x 5" for 5 restarts, "unbounded"
     "Accuracy as an attack tries harder, on the same images from the same starting points."
+    steps = [int(s) for s in steps]
     if not steps or min(steps) < 1 or any(b <= a for a, b in zip(steps, steps[1:])) or restarts < 1:
         raise ValueError("expected increasing steps from 1 on and restarts >= 1, got "
-                         f"{list(steps)} and {restarts}")
+                         f"{steps} and {restarts}")
     suite: dict[str, Attack | list[Attack]] = {str(s): attack_at(s) for s in steps}
     if restarts > 1: suite[f"{steps[-1]} x {restarts}"] = [attack_at(steps[-1])] * restarts
     if unbounded is not None: suite["unbounded"] = unbounded

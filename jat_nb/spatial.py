@@ -15,7 +15,7 @@ from .ascent import Adversarial, Loss, ascend
 from .losses import correct, cross_entropy, margin_loss
 from .models import bare, frozen
 from .randomness import Randomness
-from .threats import Affine, Flow, check_images, check_labels
+from .threats import Affine, Flow, _is_number, check_images, check_labels
 from .warp import l2inf_norm, warp
 
 # %% ../nbs/11_spatial.ipynb #ab4eb799
@@ -149,8 +149,9 @@ def _check_smooth(x: Tensor, y: Tensor, target: Tensor | None, steps: int, **pri
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"expected at least one step, got steps={steps!r}")
     for name, value in prices.items():
-        if not isinstance(value, (int, float)) or not 0 <= value < torch.inf:
-            raise ValueError(f"expected {name} finite and >= 0, got {value!r}")
+        if not (_is_number(value) and 0 <= value < torch.inf):
+            raise ValueError(f"expected {name} finite and >= 0, the same for all images, got "
+                             f"{value!r}: pass float(value)")
 
 # %% ../nbs/11_spatial.ipynb #e8f29fe5
 def smooth_flow(
