@@ -178,7 +178,7 @@ def _any_shape(case: _Case) -> str:
 def _differ(a: Tensor, b: Tensor, share: float) -> str:
     """More than a share of the values of an image differ; a share, where rounding may flip a
     sign now and then."""
-    off = ((a - b).abs() > (1e-4 if share else 0)).flatten(1).double().mean(dim=1)
+    off = ((a - b).abs() > (1e-4 if share else 0)).flatten(1).cpu().double().mean(dim=1)
     return ("" if (off <= share).all()
             else f"image {int(off.argmax())} differs in {100 * off.max():.0f} % of its values")
 

@@ -40,7 +40,7 @@ def wilson_interval(
     z: float = 1.959964,  # Half-width in standard errors; the default covers 95 %
 ) -> tuple[Tensor, Tensor]:  # Lower and upper end in [0, 1], float64, shape of `successes`
     "Plausible range of an accuracy after `successes` out of `n` trials (Wilson 1927)."
-    k = torch.as_tensor(successes, dtype=torch.float64)
+    k = torch.as_tensor(successes).cpu().double()
     if n < 1 or k.min() < 0 or k.max() > n:
         raise ValueError(f"expected 0 <= successes <= n and n >= 1, got {successes} of {n}")
     p, kappa = k / n, z * z / n

@@ -149,12 +149,12 @@ def budget_surface(
 
 # %% ../nbs/37_masking.ipynb #051969c3
 def _gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Direction of the cross-entropy's gradient (B, C * H * W), float64; scaled first, as
-    squares may vanish."""
+    """Direction of the cross-entropy's gradient (B, C * H * W), float64 on the CPU; scaled
+    first, as squares may vanish."""
     with torch.enable_grad():
         live = x.detach().clone().requires_grad_()
         g = torch.autograd.grad(cross_entropy(model(live), y).sum(),
-                                live)[0].double().flatten(1).nan_to_num(0, 0, 0)
+                                live)[0].cpu().double().flatten(1).nan_to_num(0, 0, 0)
     return g / g.abs().amax(dim=1, keepdim=True).clamp(min=1e-300)
 
 def local_linearity(
@@ -176,7 +176,7 @@ def local_linearity(
             near = random_pixels(eps)(model, xb, yb,
                                       generator=image_generators(seed, rows.tolist()))
             found.append(torch.cosine_similarity(_gradient(model, xb, yb),
-                                                 _gradient(model, near, yb)).cpu())
+                                                 _gradient(model, near, yb)))
     return torch.cat(found)
 
 # %% ../nbs/37_masking.ipynb #a752b83c

@@ -22,25 +22,26 @@ from .losses import correct, cross_entropy, random_target
 from .models import bare, frozen
 from .randomness import Randomness, uniform
 from .threats import Pixel, _is_number, check_images, check_labels
+from .warp import _wide
 
 # %% ../nbs/14_minimum_norm.ipynb #e7992877
 _NORMS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({
-    "l2": lambda change: change.flatten(1).double().norm(dim=1),
-    "pixels": lambda change: (change != 0).any(1).flatten(1).double().sum(1),
-    "share": lambda change: (change != 0).flatten(1).double().mean(1)})
+    "l2": lambda change: change.flatten(1).norm(dim=1),
+    "pixels": lambda change: (change != 0).any(1).flatten(1).to(change).sum(1),
+    "share": lambda change: (change != 0).flatten(1).to(change).mean(1)})
 
 
 def distance(
     x: Tensor,  # Images (B, C, H, W)
     x_adv: Tensor,  # Changed images of the same shape
     norm: str,  # "l2" in image units, "pixels" that differ, or "share" of values that differ
-) -> Tensor:  # (B,), float64
+) -> Tensor:  # (B,), float64; float32 on devices that have no float64
     "How far each image was changed."
     if norm not in _NORMS or x.ndim != 4 or x.shape != x_adv.shape:
         raise ValueError("expected images (B, C, H, W) of one shape and a norm out of "
                          f"{', '.join(_NORMS)}, got {tuple(x.shape)}, "
                          f"{tuple(x_adv.shape)} and {norm!r}")
-    return _NORMS[norm](x_adv - x)
+    return _NORMS[norm]((x_adv - x).to(_wide(x.device)))
 
 # %% ../nbs/14_minimum_norm.ipynb #5d6b3b9a
 THRESHOLDS: Mapping[str, Mapping[str, tuple[float, ...]]] = MappingProxyType({
@@ -51,13 +52,13 @@ THRESHOLDS: Mapping[str, Mapping[str, tuple[float, ...]]] = MappingProxyType({
 def at_threshold(
     norms: Tensor,  # Distance of the nearest mistake found (N,): 0 if wrong already, inf if none
     thresholds: Sequence[float],  # K limits, in the unit of the distances
-) -> Tensor:  # Accuracies (K,) in [0, 1], float64
+) -> Tensor:  # Accuracies (K,) in [0, 1], float64 on the CPU
     "Share of images whose nearest mistake is farther than each threshold (Eq. 2)."
-    limits = torch.as_tensor(thresholds, dtype=torch.float64, device=norms.device)
+    norms, limits = norms.cpu().double(), torch.as_tensor(thresholds, dtype=torch.float64)
     if norms.ndim != 1 or not len(norms) or not (norms >= 0).all() or not (limits >= 0).all():
         raise ValueError("expected distances (N,) and thresholds, all >= 0, got "
                          f"{tuple(norms.shape)} and {[*thresholds]}: take `norms` of a `Nearest`")
-    return (norms.double()[:, None] > limits).double().mean(0)
+    return (norms[:, None] > limits).double().mean(0)
 
 # %% ../nbs/14_minimum_norm.ipynb #c284ac22
 @dataclass(frozen=True)

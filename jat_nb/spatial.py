@@ -93,14 +93,15 @@ def integrated(
 # %% ../nbs/11_spatial.ipynb #152c979a
 def displacement_frequency(
     flow: Tensor,  # Displacements (B, 2, H, W) in pixels
-) -> Tensor:  # Cycles per pixel (B,), float64: half of the power lies at or below it
+) -> Tensor:  # Cycles per pixel (B,), float64 on the CPU: half of the power lies at or below it
     "Median spatial frequency of a displacement field; 0 for a constant one."
     if flow.ndim != 4 or flow.shape[1] != 2:
         raise ValueError(f"expected displacements (B, 2, H, W), got {tuple(flow.shape)}")
-    mirrored = torch.cat([flow, flow.flip(3)], dim=3).double()  # no jump from one edge to the other
+    flow = flow.cpu().double()
+    mirrored = torch.cat([flow, flow.flip(3)], dim=3)  # no jump from one edge to the other
     mirrored = torch.cat([mirrored, mirrored.flip(2)], dim=2)  # (B, 2, 2H, 2W)
     power = torch.fft.fft2(mirrored).abs().square().sum(dim=1).flatten(1)
-    rows, columns = (torch.fft.fftfreq(n, device=flow.device) for n in mirrored.shape[2:])
+    rows, columns = (torch.fft.fftfreq(n) for n in mirrored.shape[2:])
     frequency, order = torch.hypot(rows[:, None], columns[None]).double().flatten().sort()
     below = power[:, order].cumsum(dim=1)
     return frequency[(below < below[:, -1:] / 2).sum(dim=1)]
