@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .evaluation import Attack
+from .attacks import Attack
 from .models import bare, frozen
 from .randomness import Randomness
 from .threats import Pixel, _is_number, check_images, check_labels

@@ -17,9 +17,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .attacks import fgsm
+from .attacks import Attack, fgsm
 from .autoattack import autoattack_at
-from .evaluation import (Attack, Evaluation, clean, evaluate, fast_copy, ggsm_at, joint_at,
+from .evaluation import (Evaluation, clean, evaluate, fast_copy, ggsm_at, joint_at,
                                pgd_at, raw_accuracy)
 from .losses import cross_entropy
 from .models import frozen

@@ -106,7 +106,7 @@ def _all_modules(model: Any) -> list[nn.Module]:
     return [*found.values()]
 
 # %% ../nbs/08_models.ipynb #e6653bd6
-_LOCKS: dict[int, Any] = {}  # by the first weight of a network
+_LOCK = RLock()  # of all networks: threads that need two of them cannot wait for each other
 
 
 @contextmanager
@@ -120,7 +120,7 @@ def frozen(
     if any(p.is_inference() for p in params):
         raise ValueError("weights of torch.inference_mode have no gradient: build or load the "
                          "model outside")
-    with _LOCKS.setdefault(id(params[0] if params else model), RLock()):
+    with _LOCK:
         modes, wants = [m.training for m in modules], [p.requires_grad for p in params]
         held = [dict(m._buffers.items()) for m in modules]
         stand_ins = {id(b): b.detach().clone() for own in held for b in own.values()
