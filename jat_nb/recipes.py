@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .attacks import ATTACKS, chain
 from .batches import AUGMENTATIONS
 from .losses import LOSSES
-from .models import BUILDERS
+from .models import BUILDERS, _check_option_names
 from .objectives import JUDGES, OBJECTIVES, OWN_LOSS, WithMemory, networks, roles, standing_on
 from .rigid import SEARCHES
 
@@ -334,7 +334,7 @@ def _check_model(r: Recipe) -> None:
 def _check_recipe(r: Recipe) -> None:
     "Every mistake that can be seen before the first batch."
     _check_name("objective", r.objective, OBJECTIVES)
-    _check_model(r)
+    _check_model(r), _check_option_names(r.model, r.model_options)
     _check_options("objective", r.objective, OBJECTIVES, r.objective_options,
                    networks(OBJECTIVES[r.objective]))
     _check_attack("probe", r.probe, r.probe_options)

@@ -21,7 +21,7 @@ PROMISED = {
     "data": "ImageSet Unlabelled few_labels load available picture_files read_picture DATASETS default_budget",
     "batches": "Batch Stream batches pairs num_batches shares crop_flip random_crop_flip resized_crop_flip random_resized_crop_flip "
                "random_cutout cutout AUGMENTATIONS",
-    "models": "Logits NormalizedModel BUILDERS create start_from frozen unwrap bare plain_state check_rebuildable tensor_hash write_tensors read_tensors "
+    "models": "Logits NormalizedModel BUILDERS create start_from frozen unwrap bare plain_state check_options check_rebuildable tensor_hash write_tensors read_tensors "
               "save_weights load_weights pretrained zoo",
     "backbones": "SmallCNN PreActBlock PreActResNet PaddedBlock PaddedResNet resnet32_cifar wide_resnet resnet18_cifar",
     "records": "Record write_json append_jsonl write_atomic environment progress",
@@ -117,7 +117,7 @@ def test_the_ten_line_example():
 
 def test_no_name_means_two_things():
     seen, twice = {}, []
-    for name in PROMISED:
+    for name in (n for n in PROMISED if not n.startswith("papers.")):  # each paper has the same tables
         module = importlib.import_module(f"jat_nb.{name}")
         for public in module.__all__:
             meant = seen.setdefault(public, getattr(module, public))
