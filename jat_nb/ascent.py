@@ -9,13 +9,14 @@ __all__ = ['Loss', 'Phase', 'plan', 'Adversarial', 'logits_of', 'ascend', 'assem
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .losses import LOSSES, check_logits, correct, cross_entropy
 from .models import _all_modules, bare, frozen
 from .randomness import Randomness
-from .threats import (Threat, apply_chain, check_images, check_labels, contains_chain,
+from .threats import (Threat, _is_number, apply_chain, check_images, check_labels, contains_chain,
                             grid_start)
 
 # %% ../nbs/09_ascent.ipynb #1d56c017
@@ -245,17 +246,20 @@ def _report(
 
 # %% ../nbs/09_ascent.ipynb #448943cd
 def _check_call(x: Tensor, y: Tensor, threats: Sequence[Threat], target: Tensor | None,
-                restarts: int) -> None:
+                restarts: int, momentum: float = 0.0) -> None:
     check_images(x)
     check_labels(y, x)
     if target is not None:
         check_labels(target, x)
-    for budget in (v for threat in threats for v in vars(threat).values() if isinstance(v, Tensor)):
-        if budget.numel() not in (1, len(x)):
-            raise ValueError(f"expected a budget for each of {len(x)} images, got "
-                             f"{budget.numel()}: pass one number or (B,)")
+    given = (v for threat in threats for v in vars(threat).values())
+    for count in (len(v.flatten()) for v in given if isinstance(v, (np.ndarray, Tensor))):
+        if count not in (1, len(x)):
+            raise ValueError(f"expected a budget for each of {len(x)} images, got {count}: "
+                             "pass one number or (B,)")
     if not isinstance(restarts, int) or restarts < 1:
         raise ValueError(f"expected at least one start, got restarts={restarts}")
+    if not _is_number(momentum):
+        raise ValueError(f"expected one momentum for all images, got {momentum!r}: pass a float")
 
 # %% ../nbs/09_ascent.ipynb #cde9f5f7
 def ascend(
@@ -282,7 +286,7 @@ def ascend(
     belong to the threats. Returns images like `x`, or an `Adversarial` record. The model is left as
     found, also after an error.
     """
-    _check_call(x, y, threats, target, restarts)
+    _check_call(x, y, threats, target, restarts, momentum)
     phases = plan(len(threats), steps, schedule)
     model = bare(model)
     with torch.inference_mode(False), torch.no_grad(), frozen(model):

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .evaluation import Attack
+from .attacks import Attack
 from .models import bare, frozen
 from .randomness import Randomness
-from .threats import Pixel, check_images, check_labels
+from .threats import Pixel, _is_number, check_images, check_labels
 
 # %% ../nbs/36_autoattack.ipynb #fe8bb072
 _STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -99,6 +99,8 @@ def autoattack(
     if norm.lower() not in names or batch_size < 1:
         raise ValueError(f"expected norm 'Linf' or 'L2' and batch_size >= 1, got {norm!r} and "
                          f"{batch_size}")
+    if not _is_number(eps):
+        raise ValueError(f"expected one eps for all images, got {eps!r}: pass float(eps)")
     threat, found, model = Pixel(eps, norm=norm.lower()), [], bare(model)
     with torch.inference_mode(False), torch.no_grad(), frozen(model), _contained(x):
         x, y = x.detach().clone(), y.detach().clone()
@@ -111,8 +113,8 @@ def autoattack(
             own = generator[k:k + batch_size] if isinstance(generator, Sequence) else generator
             xb, yb, own_seed = (x[k:k + batch_size].float(), y[k:k + batch_size],
                                 _combined_seed(own, seed))
-            found.append(_call_library(predict, xb, yb, eps, names[norm.lower()], members, classes,
-                                       own_seed))
+            found.append(_call_library(predict, xb, yb, float(eps), names[norm.lower()], members,
+                                       classes, own_seed))
         return _certified(threat, x, torch.cat(found)) if eps else x
 
 # %% ../nbs/36_autoattack.ipynb #c15b4852

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attacks import ATTACKS, double_pass, mi_fgsm, pgd
+from .attacks import ATTACKS, Attack, double_pass, mi_fgsm, pgd
 from .batches import Batch
 from .data import available, default_budget, load
 from .differences import Share, difference
-from .evaluation import Attack, evaluate, pgd_at
+from .evaluation import evaluate, pgd_at
 from .glow import Glow
 from .joint_space import jsa
 from .losses import correct, cross_entropy, dlr_loss, margin_loss

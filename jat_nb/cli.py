@@ -33,6 +33,7 @@ from .data import Budget, default_budget, load
 from .glow import Glow
 from .judging import (adopt, classifies, ending, find_runs, judge, needed_runs, networks_for,
                             open_classifier, open_own, run_facts, sources_for, unfinished)
+from .models import check_options
 from .own_pictures import attack_files, attack_options, check_apart
 from .processes import on_first, processes, until_interrupted
 from .recipes import Recipe, bind, make_optimizer
@@ -222,6 +223,7 @@ def _check_jobs(plans: Mapping[str, Recipe], needs: Mapping[str, Path], places: 
                 download: bool) -> None:
     "What can be refused is refused before anything is trained; missing data sets are fetched."
     for plan in plans.values():
+        check_options(plan.model, plan.model_options)
         bind(plan, networks_for(needs, plan))
     for place in places:
         check_writable(place)

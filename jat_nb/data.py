@@ -72,9 +72,8 @@ def _deal(data: "ImageSet", n: int, seed: int, balanced: bool = False) -> tuple[
 def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
     "Mean and standard deviation of each channel, from exact integer sums."
     pixels = images.transpose(0, 1).reshape(images.shape[1], -1)
-    first, second = (sum(p.long().pow(k).sum(1) for p in pixels.split(1 << 20, dim=1)).double()
-                     / pixels.shape[1]
-                     for k in (1, 2))
+    first, second = (sum(p.long().pow(k).sum(1) for p in pixels.split(1 << 20, dim=1))
+                     .cpu().double() / pixels.shape[1] for k in (1, 2))
     return first / 255, (second - first.square()).clamp(min=0).sqrt() / 255
 
 # %% ../nbs/07_data.ipynb #2da1d266

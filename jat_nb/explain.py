@@ -115,7 +115,7 @@ def skewness(
     if maps.shape != reference.shape or maps.ndim != 3:
         raise ValueError(f"expected maps (B, H, W) of the same images, got {tuple(maps.shape)} and "
                          f"{tuple(reference.shape)}: see `saliency`")
-    d = (maps - reference).double().flatten(1)
+    d = (maps - reference).cpu().double().flatten(1)
     d = d - d.mean(dim=1, keepdim=True)
     spread = d.square().mean(dim=1)
     third = d.pow(3).mean(dim=1)
@@ -215,7 +215,7 @@ def curvature(
     line = torch.linspace(-1, 1, len(surface), dtype=torch.float64)
     a, b = (v.flatten() for v in torch.meshgrid(line, line, indexing="ij"))
     terms = torch.stack([torch.ones_like(a), a, b, a * a / 2, a * b, b * b / 2], dim=1)
-    fit = torch.linalg.lstsq(terms, surface.double().flatten()[:, None]).solution[:, 0]
+    fit = torch.linalg.lstsq(terms, surface.cpu().double().flatten()[:, None]).solution[:, 0]
     return torch.linalg.eigvalsh(torch.stack([fit[[3, 4]], fit[[4, 5]]]))
 
 # %% ../nbs/19_explain.ipynb #b5c61620
@@ -341,7 +341,7 @@ def cam_entropy(
     if maps.ndim != 3 or not (maps >= 0).all():
         raise ValueError(f"expected maps (B, H, W), not negative, got {tuple(maps.shape)} "
                          "or values below zero: see `grad_cam`")
-    flat = maps.double().flatten(1)
+    flat = maps.cpu().double().flatten(1)
     total = flat.sum(dim=1, keepdim=True)
     share = flat / torch.where(total > 0, total, 1)
     entropy = torch.special.entr(share).sum(dim=1)

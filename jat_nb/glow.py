@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .randomness import Randomness, uniform
 from .threats import check_images
+from .warp import _wide
 
 # %% ../nbs/15_glow.ipynb #bfaa1cfe
 class Squeeze(nn.Module):
@@ -80,6 +81,11 @@ class ActNorm(nn.Module):
         return h * (-self.log_scale).exp() - self.bias
 
 # %% ../nbs/15_glow.ipynb #ea8de601
+def _exact(factor: Tensor) -> Tensor:
+    "In double precision, on the CPU where the device has none."
+    return (factor if _wide(factor.device) == torch.float64 else factor.cpu()).double()
+
+
 class InvertibleConv(nn.Module):
     "A 1 x 1 convolution whose matrix is kept as triangular factors (Glow section 3.2)."
 
@@ -88,9 +94,10 @@ class InvertibleConv(nn.Module):
         channels: int,  # Channels in and out
     ):
         super().__init__()
-        rotation = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64)).Q
-        factors = torch.linalg.lu(rotation)
-        permutation, lower, upper = (f.float().contiguous() for f in factors)
+        drawn = torch.randn(channels, channels, dtype=torch.float64, device="cpu")
+        factors = torch.linalg.lu(torch.linalg.qr(drawn).Q)
+        permutation, lower, upper = (f.float().contiguous().to(torch.get_default_device())
+                                     for f in factors)
         diagonal = upper.diagonal()
         self.register_buffer("permutation", permutation)
         self.register_buffer("sign", diagonal.sign())
@@ -116,10 +123,10 @@ class InvertibleConv(nn.Module):
         self,
         h: Tensor,  # (B, C, H, W)
     ) -> Tensor:  # The same shape
-        lower, upper = (factor.double() for factor in self._factors())
+        lower, upper, permutation = map(_exact, (*self._factors(), self.permutation))
         half = torch.linalg.solve_triangular(
-            lower, self.permutation.T.double(), upper=False, unitriangular=True)
-        back = torch.linalg.solve_triangular(upper, half, upper=True).to(h.dtype)
+            lower, permutation.T, upper=False, unitriangular=True)
+        back = torch.linalg.solve_triangular(upper, half, upper=True).to(h)
         return (back @ h.flatten(2)).view_as(h)
 
 # %% ../nbs/15_glow.ipynb #1715795a

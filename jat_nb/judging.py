@@ -24,7 +24,7 @@ from .data import Budget, ImageSet, default_budget, load
 from .evaluation import counted
 from .models import BUILDERS, load_weights, save_weights
 from .processes import on_first, processes, total
-from .recipes import Recipe, _made_by
+from .recipes import Recipe, made_by
 from .records import Record, check_writable, environment, read_jsonl, write_atomic, write_json
 from .suites import Job, check_answer, networks_of, run_suite, suites
 
@@ -171,7 +171,7 @@ def networks_for(
         if (name := facts["about"].get("name")) != recipe.needs[keyword]:
             raise ValueError(f"--needs {keyword}={given[keyword]} is a run of {name!r}, the recipe "
                              f"stands on {recipe.needs[keyword]!r}: "
-                             f"{_made_by(recipe.needs[keyword])} makes one")
+                             f"{made_by(recipe.needs[keyword])} makes one")
         check_same_data(keyword, given[keyword], recipe.data)
         if (share := facts["recipe"].get("labelled", 1.0)) != recipe.labelled:
             raise ValueError(f"--needs {keyword}={given[keyword]} was trained on the labels of "

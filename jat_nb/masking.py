@@ -17,9 +17,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .attacks import fgsm
+from .attacks import Attack, fgsm
 from .autoattack import autoattack_at
-from .evaluation import (Attack, Evaluation, clean, evaluate, fast_copy, ggsm_at, joint_at,
+from .evaluation import (Evaluation, clean, evaluate, fast_copy, ggsm_at, joint_at,
                                pgd_at, raw_accuracy)
 from .losses import cross_entropy
 from .models import frozen
@@ -85,9 +85,10 @@ def steps_curve(
     **options: Any,  # `batch_size`, `seed`, `active`, `device` and `fast` of `evaluate`
 ) -> Evaluation:  # Entries named by their steps, "100 x 5" for 5 restarts, "unbounded"
     "Accuracy as an attack tries harder, on the same images from the same starting points."
+    steps = [int(s) for s in steps]
     if not steps or min(steps) < 1 or any(b <= a for a, b in zip(steps, steps[1:])) or restarts < 1:
         raise ValueError("expected increasing steps from 1 on and restarts >= 1, got "
-                         f"{list(steps)} and {restarts}")
+                         f"{steps} and {restarts}")
     suite: dict[str, Attack | list[Attack]] = {str(s): attack_at(s) for s in steps}
     if restarts > 1: suite[f"{steps[-1]} x {restarts}"] = [attack_at(steps[-1])] * restarts
     if unbounded is not None: suite["unbounded"] = unbounded
@@ -148,12 +149,12 @@ def budget_surface(
 
 # %% ../nbs/37_masking.ipynb #051969c3
 def _gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Direction of the cross-entropy's gradient (B, C * H * W), float64; scaled first, as
-    squares may vanish."""
+    """Direction of the cross-entropy's gradient (B, C * H * W), float64 on the CPU; scaled
+    first, as squares may vanish."""
     with torch.enable_grad():
         live = x.detach().clone().requires_grad_()
         g = torch.autograd.grad(cross_entropy(model(live), y).sum(),
-                                live)[0].double().flatten(1).nan_to_num(0, 0, 0)
+                                live)[0].cpu().double().flatten(1).nan_to_num(0, 0, 0)
     return g / g.abs().amax(dim=1, keepdim=True).clamp(min=1e-300)
 
 def local_linearity(
@@ -175,7 +176,7 @@ def local_linearity(
             near = random_pixels(eps)(model, xb, yb,
                                       generator=image_generators(seed, rows.tolist()))
             found.append(torch.cosine_similarity(_gradient(model, xb, yb),
-                                                 _gradient(model, near, yb)).cpu())
+                                                 _gradient(model, near, yb)))
     return torch.cat(found)
 
 # %% ../nbs/37_masking.ipynb #a752b83c

@@ -21,26 +21,27 @@ from .ascent import Adversarial, Loss, _Objective
 from .losses import correct, cross_entropy, random_target
 from .models import bare, frozen
 from .randomness import Randomness, uniform
-from .threats import Pixel, check_images, check_labels
+from .threats import Pixel, _is_number, check_images, check_labels
+from .warp import _wide
 
 # %% ../nbs/14_minimum_norm.ipynb #e7992877
 _NORMS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({
-    "l2": lambda change: change.flatten(1).double().norm(dim=1),
-    "pixels": lambda change: (change != 0).any(1).flatten(1).double().sum(1),
-    "share": lambda change: (change != 0).flatten(1).double().mean(1)})
+    "l2": lambda change: change.flatten(1).norm(dim=1),
+    "pixels": lambda change: (change != 0).any(1).flatten(1).to(change).sum(1),
+    "share": lambda change: (change != 0).flatten(1).to(change).mean(1)})
 
 
 def distance(
     x: Tensor,  # Images (B, C, H, W)
     x_adv: Tensor,  # Changed images of the same shape
     norm: str,  # "l2" in image units, "pixels" that differ, or "share" of values that differ
-) -> Tensor:  # (B,), float64
+) -> Tensor:  # (B,), float64; float32 on devices that have no float64
     "How far each image was changed."
     if norm not in _NORMS or x.ndim != 4 or x.shape != x_adv.shape:
         raise ValueError("expected images (B, C, H, W) of one shape and a norm out of "
                          f"{', '.join(_NORMS)}, got {tuple(x.shape)}, "
                          f"{tuple(x_adv.shape)} and {norm!r}")
-    return _NORMS[norm](x_adv - x)
+    return _NORMS[norm]((x_adv - x).to(_wide(x.device)))
 
 # %% ../nbs/14_minimum_norm.ipynb #5d6b3b9a
 THRESHOLDS: Mapping[str, Mapping[str, tuple[float, ...]]] = MappingProxyType({
@@ -51,13 +52,13 @@ THRESHOLDS: Mapping[str, Mapping[str, tuple[float, ...]]] = MappingProxyType({
 def at_threshold(
     norms: Tensor,  # Distance of the nearest mistake found (N,): 0 if wrong already, inf if none
     thresholds: Sequence[float],  # K limits, in the unit of the distances
-) -> Tensor:  # Accuracies (K,) in [0, 1], float64
+) -> Tensor:  # Accuracies (K,) in [0, 1], float64 on the CPU
     "Share of images whose nearest mistake is farther than each threshold (Eq. 2)."
-    limits = torch.as_tensor(thresholds, dtype=torch.float64, device=norms.device)
+    norms, limits = norms.cpu().double(), torch.as_tensor(thresholds, dtype=torch.float64)
     if norms.ndim != 1 or not len(norms) or not (norms >= 0).all() or not (limits >= 0).all():
         raise ValueError("expected distances (N,) and thresholds, all >= 0, got "
                          f"{tuple(norms.shape)} and {[*thresholds]}: take `norms` of a `Nearest`")
-    return (norms.double()[:, None] > limits).double().mean(0)
+    return (norms[:, None] > limits).double().mean(0)
 
 # %% ../nbs/14_minimum_norm.ipynb #c284ac22
 @dataclass(frozen=True)
@@ -94,8 +95,9 @@ def _contained(x: Tensor) -> Iterator[None]:
 
 
 def _check_limit(limit: float | None) -> None:
-    if limit is not None and not limit >= 0:
-        raise ValueError(f"expected a limit >= 0, got {limit!r}: None stands for any distance")
+    if limit is not None and not (_is_number(limit) and limit >= 0):
+        raise ValueError(f"expected one limit >= 0 for all images, got {limit!r}: pass "
+                         "float(limit), or None for any distance")
 
 # %% ../nbs/14_minimum_norm.ipynb #3c496edc
 def _candidates(search: Search, predict: _Passes, x: Tensor, y: Tensor,
@@ -179,8 +181,9 @@ def ddn(
 ) -> Tensor | Nearest:  # Images (B, C, H, W) in [0, 1]: mistakes within the limit, else `x`
     "Decoupled direction and norm (Rony et al. 2019), by Foolbox."
     _check_counts(steps=steps)
-    if not 0 < gamma < 1: raise ValueError(f"expected gamma between 0 and 1, got {gamma!r}")
-    search = partial(_with_foolbox, "DDNAttack", steps=steps, gamma=gamma)
+    if not (_is_number(gamma) and 0 < gamma < 1):
+        raise ValueError(f"expected one gamma between 0 and 1, got {gamma!r}: pass float(gamma)")
+    search = partial(_with_foolbox, "DDNAttack", steps=steps, gamma=float(gamma))
     return nearest(model, x, y, search, norm="l2", limit=max_l2, loss=loss, target=target,
                    return_info=return_info)
 
@@ -202,10 +205,12 @@ def cw_l2(
 ) -> Tensor | Nearest:  # Images (B, C, H, W) in [0, 1]: mistakes within the limit, else `x`
     "The Euclidean attack of Carlini and Wagner (2017), by Foolbox."
     _check_counts(search_steps=search_steps, steps=steps)
-    if not (lr > 0 and first_price > 0):
-        raise ValueError(f"expected lr and first_price above 0, got {lr!r} and {first_price!r}")
+    if not all(_is_number(v) and v > 0 for v in (lr, first_price)):
+        raise ValueError(f"expected lr and first_price above 0, got {lr!r} and {first_price!r}: "
+                         "pass float(value)")
     search = partial(_with_foolbox, "L2CarliniWagnerAttack", binary_search_steps=search_steps,
-                     steps=steps, stepsize=lr, initial_const=first_price, abort_early=False)
+                     steps=steps, stepsize=float(lr), initial_const=float(first_price),
+                     abort_early=False)
     return nearest(model, x, y, search, norm="l2", limit=max_l2, loss=loss, target=target,
                    return_info=return_info)
 
@@ -251,7 +256,8 @@ def jsma(
     return_info: bool = False,  # Return a `Nearest` record, norms in shares, instead of the images
 ) -> Tensor | Nearest:  # Images (B, C, H, W) in [0, 1]: mistakes within the limit, else `x`
     "Jacobian-based saliency map attack (Papernot et al. 2016), one value at a time."
-    if not 0 <= gamma <= 1: raise ValueError(f"expected gamma as a share in [0, 1], got {gamma!r}")
+    if not (_is_number(gamma) and 0 <= gamma <= 1):
+        raise ValueError(f"expected gamma as one share in [0, 1], got {gamma!r}: pass float(gamma)")
     search = partial(_brighten, gamma=gamma, generator=generator)
     return nearest(model, x, y, search, norm="share", limit=gamma, loss=loss, target=target,
                    return_info=return_info)

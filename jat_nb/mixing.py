@@ -16,6 +16,7 @@ from .ascent import logits_of
 from .attacks import Loss
 from .batches import Batch
 from .losses import cross_entropy, kl_divergence
+from .warp import _wide
 
 # %% ../nbs/22_mixing.ipynb #f7dbabf4
 def draw_share(
@@ -25,9 +26,9 @@ def draw_share(
     "The share of the first image in a blend, from a symmetric Beta law (IJSAT Algorithm 1)."
     if not 0 < tau <= 4:
         raise ValueError(f"expected 0 < tau <= 4, got {tau}: 0.1 hardly mixes, 1 mixes evenly")
-    device = "cpu" if generator is None else generator.device
+    device = torch.device("cpu") if generator is None else generator.device
     while True:
-        draws = torch.rand(2, generator=generator, dtype=torch.float64, device=device)
+        draws = torch.rand(2, generator=generator, dtype=_wide(device), device=device)
         a, b = (draws.log() / tau).cpu()  # logarithms of the two powers
         if torch.logaddexp(a, b) <= 0:
             return (a - b).sigmoid().item()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BUILDERS', 'NormalizedModel', 'frozen', 'Logits', 'unwrap', 'bare', 'plain_state', 'computes_bfloat16',
-           'half_precision', 'create', 'tensor_hash', 'write_tensors', 'read_tensors', 'check_rebuildable',
-           'save_weights', 'load_weights', 'start_from', 'zoo', 'pretrained']
+           'half_precision', 'create', 'tensor_hash', 'write_tensors', 'read_tensors', 'check_options',
+           'check_rebuildable', 'save_weights', 'load_weights', 'start_from', 'zoo', 'pretrained']
 
 # %% ../nbs/08_models.ipynb #b224fad1
 import json
@@ -106,7 +106,7 @@ def _all_modules(model: Any) -> list[nn.Module]:
     return [*found.values()]
 
 # %% ../nbs/08_models.ipynb #e6653bd6
-_LOCKS: dict[int, Any] = {}  # by the first weight of a network
+_LOCK = RLock()  # of all networks: threads that need two of them cannot wait for each other
 
 
 @contextmanager
@@ -120,7 +120,7 @@ def frozen(
     if any(p.is_inference() for p in params):
         raise ValueError("weights of torch.inference_mode have no gradient: build or load the "
                          "model outside")
-    with _LOCKS.setdefault(id(params[0] if params else model), RLock()):
+    with _LOCK:
         modes, wants = [m.training for m in modules], [p.requires_grad for p in params]
         held = [dict(m._buffers.items()) for m in modules]
         stand_ins = {id(b): b.detach().clone() for own in held for b in own.values()
@@ -395,6 +395,25 @@ def _check_tensors(
         raise ValueError(f"create({name!r}, ...) has other tensors than this model ({len(odd)} "
                          f"differ, such as {odd[0]}): change a network by options of create, or "
                          "register your own builder with timm")
+
+# %% ../nbs/08_models.ipynb #d2b8f1c5
+def _check_option_names(name: str, options: Mapping[str, Any]) -> None:
+    for key in options:
+        if key not in _OPTIONS | {"pretrained"}:
+            near = get_close_matches(key, sorted(_OPTIONS), n=1, cutoff=0.0)[0]
+            raise ValueError(f"unknown option {key!r} of the network {name!r}: the nearest is "
+                             f"{near!r}, all are {', '.join(sorted(_OPTIONS))}")
+
+
+def check_options(
+    name: str,  # As for `create`
+    options: Mapping[str, Any],  # Keywords of `create` beside channels, classes and size
+) -> None:  # Nothing: it raises ValueError for options that the network does not take
+    "Try a network's options before anything is loaded or drawn."
+    _check_option_names(name, options)
+    own = {k: v for k, v in options.items() if k != "pretrained"}
+    form = {"num_classes": 10, "in_chans": 3, "mean": [0.5] * 3, "std": [0.5] * 3, "size": 64}
+    _shapes({"name": name, **form, "options": own})
 
 # %% ../nbs/08_models.ipynb #7cea8b52
 def check_rebuildable(

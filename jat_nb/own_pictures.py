@@ -28,6 +28,7 @@ from .pictures import flow_to_rgb
 from .processes import processes
 from .randomness import image_generators
 from .records import write_atomic, write_json
+from .warp import _wide
 
 # %% ../nbs/54_own_pictures.ipynb #ca1eef12
 def to_png(
@@ -39,7 +40,7 @@ def to_png(
     # Bytes (B, C, H, W), and whether each image still fools the network (B,)
     """Attacked images at 256 grey levels, adversarial if rounding to the nearest level or away
     from `x` allows it."""
-    level = 255 * x_adv.double()
+    level = 255 * x_adv.to(_wide(x_adv.device))
     away = torch.where(x_adv > x, level.ceil(), level.floor())
     with frozen(model), torch.no_grad():
         fools = [~correct(model((v / 255).to(x)), y) for v in (level.round(), away)]

@@ -20,7 +20,7 @@ from .losses import cross_entropy, margin_loss
 from .models import NormalizedModel, bare, frozen, unwrap
 from .objectives import adversarial
 from .randomness import Randomness
-from .threats import _check_budget, _normal, _wide
+from .threats import _check_budget, _is_number, _normal, _wide
 from .warp import generalized_sign, per_image
 
 # %% ../nbs/26_perceptual.ipynb #9155c7a3
@@ -157,9 +157,9 @@ def fast_lpa(
         x, y, target = (v if v is None else v.detach().clone() for v in (x, y, target))
         near, objective, p = (near.prepare(x), _Objective(model, y, target, loss),
                               torch.zeros_like(x))
-        length = torch.as_tensor(eps if step is None else step)
+        start, length = (per_image(v, y.float()) for v in (eps, eps if step is None else step))
         if random_start:
-            p = near.move(x, p, near.own, _normal(x, generator), torch.as_tensor(eps))
+            p = near.move(x, p, near.own, _normal(x, generator), start)
         for share in (i / steps for i in range(steps)):
             (grad,), _, _ = objective.gradient([near], x, [p], (0,))
             p = near.climb(x, p, grad, xi * 10 ** (share - 1), length * 10**-share)
@@ -191,7 +191,8 @@ def layer_moves(
     layers: Sequence[str] | None = None,  # As for `stages`
 ) -> dict[str, Tensor]:  # "input" and every layer: what to add there, batch first
     "One step uphill at the input and after every stage, all at once (RLAT, Kireev et al. 2022)."
-    _check_budget(eps=eps)
+    if not (_is_number(eps) and 0 <= eps < torch.inf):
+        raise ValueError(f"expected one eps >= 0 for all images, got {eps!r}: pass float(eps)")
     modules, zeros = stages(model, layers), {"input": torch.zeros_like(x).requires_grad_()}
 
     def insert(name: str, output: Tensor) -> Tensor:
@@ -203,7 +204,7 @@ def layer_moves(
         loss = cross_entropy(inside(x + zeros["input"]), y).sum()
     _ran(modules, zeros)
     slopes = torch.autograd.grad(loss, list(zeros.values()))
-    lengths = [eps * g[0].numel() / x[0].numel() / (place + 1) for place, g in enumerate(slopes)]
+    lengths = [float(eps) * g[0].numel() / x[0].numel() / (place + 1) for place, g in enumerate(slopes)]
     return {name: length * generalized_sign(_wide(g).flatten(1)).view(g.shape)
             for name, length, g in zip(zeros, lengths, slopes)}
 

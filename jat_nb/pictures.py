@@ -201,12 +201,12 @@ def _smooth(v: Tensor, window: Tensor) -> Tensor:
 def ssim(
     x: Tensor,  # Images (B, C, H, W) in [0, 1]
     x_adv: Tensor,  # The images to compare them with, same shape
-) -> Tensor:  # Structural similarity (B,), float64; 1 exactly for equal images
+) -> Tensor:  # Structural similarity (B,), float64 on the CPU; 1 exactly for equal images
     "Structural similarity; the window shrinks to the largest odd side that fits a small image."
     _check_pair(x, x_adv)
     half = min(5, (min(x.shape[2:]) - 1) // 2)
     window = (-torch.arange(-half, half + 1, dtype=torch.float64).square() / (2 * 1.5**2)).exp()
-    window, a, b = window / window.sum(), x.double(), x_adv.double()
+    window, a, b = window / window.sum(), x.cpu().double(), x_adv.cpu().double()
     mean_a, mean_b, aa, bb, ab = (_smooth(v, window) for v in (a, b, a * a, b * b, a * b))
     top = (2 * (mean_a * mean_b) + 0.01**2) * (2 * (ab - mean_a * mean_b) + 0.03**2)
     variances = (aa - mean_a * mean_a) + (bb - mean_b * mean_b)

@@ -16,7 +16,7 @@ from .attacks import pgd
 from .losses import cross_entropy
 from .models import frozen
 from .randomness import Randomness, uniform
-from .threats import Threat, check_images, check_labels
+from .threats import Threat, _check_budget, _is_number, check_images, check_labels
 from .warp import rigid_flow, warp
 
 # %% ../nbs/12_rigid.ipynb #2ee02b6f
@@ -28,11 +28,11 @@ def _check_counts(**counts: int) -> None:
 
 def _check_limits(max_deg: float, max_px: float, **steps: float) -> None:
     values = {"max_deg": max_deg, "max_px": max_px, **steps}
-    wrong = [f"{name}={value!r}" for name, value in values.items() if isinstance(value, bool)
-             or not (isinstance(value, (int, float)) and 0 <= value < float("inf"))]
+    wrong = [f"{name}={value!r}" for name, value in values.items()
+             if not (_is_number(value) and 0 <= value < float("inf"))]
     if wrong or max_deg > 180:
-        raise ValueError("expected finite numbers >= 0 and max_deg <= 180, got "
-                         f"{', '.join(wrong) or max_deg}")
+        raise ValueError("expected finite numbers >= 0, the same for all images, and max_deg <= "
+                         f"180, got {', '.join(wrong) or max_deg}: pass float(value)")
 
 
 def _check_shift(x: Tensor, max_px: float) -> None:
@@ -185,6 +185,7 @@ def rigid_grid(
     "All combinations of evenly spaced angles and shifts."
     _check_limits(max_deg, max_px)
     _check_counts(n_deg=n_deg, n_px=n_px)
+    max_deg, max_px = float(max_deg), float(max_px)
     angles = torch.linspace(-max_deg, max_deg, n_deg) if n_deg > 1 else torch.zeros(1)
     shifts = torch.linspace(-max_px, max_px, n_px) if n_px > 1 else torch.zeros(1)
     points = torch.cartesian_prod(angles, shifts, shifts)
@@ -299,12 +300,10 @@ def rigid(
 def _parts(fraction: float, eps: float, step: float, max_deg: float,
            max_px: float) -> tuple[dict, dict]:
     "The lengths of PGD and of the grid at a share of all budgets."
-    if not (isinstance(fraction, (int, float)) and 0 <= fraction <= 1):
+    if not (_is_number(fraction) and 0 <= fraction <= 1):
         raise ValueError(f"expected a fraction in [0, 1], got {fraction!r}")
     _check_limits(max_deg, max_px)
-    for name, value in (("eps", eps), ("step", step)):
-        if not isinstance(value, (int, float, Tensor)):
-            raise ValueError(f"expected {name} to be a number, got {value!r}")
+    _check_budget(eps=eps, step=step)
     return ({"eps": fraction * eps, "step": fraction * step},
             {"max_deg": fraction * max_deg, "max_px": fraction * max_px})
 

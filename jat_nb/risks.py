@@ -28,13 +28,13 @@ class Risks:
 
     @property
     def means(self) -> dict[str, float]:  # each in [0, 1], by name
-        return {name: getattr(self, name).double().mean().item()
+        return {name: getattr(self, name).cpu().double().mean().item()
                 for name in ("standard", "adversarial", "robust")}
 
     @property
     def gap(self) -> float:
         # standard plus robust less adversarial, in [0, 1]: wrong and changing (Theorem 1)
-        return (self.standard & self.robust).double().mean().item()
+        return (self.standard & self.robust).cpu().double().mean().item()
 
 # %% ../nbs/13_risks.ipynb #f32f736b
 def _logits(model: nn.Module, x: Tensor) -> Tensor:

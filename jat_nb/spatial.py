@@ -15,7 +15,7 @@ from .ascent import Adversarial, Loss, ascend
 from .losses import correct, cross_entropy, margin_loss
 from .models import bare, frozen
 from .randomness import Randomness
-from .threats import Affine, Flow, check_images, check_labels
+from .threats import Affine, Flow, _is_number, check_images, check_labels
 from .warp import l2inf_norm, warp
 
 # %% ../nbs/11_spatial.ipynb #ab4eb799
@@ -93,14 +93,15 @@ def integrated(
 # %% ../nbs/11_spatial.ipynb #152c979a
 def displacement_frequency(
     flow: Tensor,  # Displacements (B, 2, H, W) in pixels
-) -> Tensor:  # Cycles per pixel (B,), float64: half of the power lies at or below it
+) -> Tensor:  # Cycles per pixel (B,), float64 on the CPU: half of the power lies at or below it
     "Median spatial frequency of a displacement field; 0 for a constant one."
     if flow.ndim != 4 or flow.shape[1] != 2:
         raise ValueError(f"expected displacements (B, 2, H, W), got {tuple(flow.shape)}")
-    mirrored = torch.cat([flow, flow.flip(3)], dim=3).double()  # no jump from one edge to the other
+    flow = flow.cpu().double()
+    mirrored = torch.cat([flow, flow.flip(3)], dim=3)  # no jump from one edge to the other
     mirrored = torch.cat([mirrored, mirrored.flip(2)], dim=2)  # (B, 2, 2H, 2W)
     power = torch.fft.fft2(mirrored).abs().square().sum(dim=1).flatten(1)
-    rows, columns = (torch.fft.fftfreq(n, device=flow.device) for n in mirrored.shape[2:])
+    rows, columns = (torch.fft.fftfreq(n) for n in mirrored.shape[2:])
     frequency, order = torch.hypot(rows[:, None], columns[None]).double().flatten().sort()
     below = power[:, order].cumsum(dim=1)
     return frequency[(below < below[:, -1:] / 2).sum(dim=1)]
@@ -149,8 +150,9 @@ def _check_smooth(x: Tensor, y: Tensor, target: Tensor | None, steps: int, **pri
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"expected at least one step, got steps={steps!r}")
     for name, value in prices.items():
-        if not isinstance(value, (int, float)) or not 0 <= value < torch.inf:
-            raise ValueError(f"expected {name} finite and >= 0, got {value!r}")
+        if not (_is_number(value) and 0 <= value < torch.inf):
+            raise ValueError(f"expected {name} finite and >= 0, the same for all images, got "
+                             f"{value!r}: pass float(value)")
 
 # %% ../nbs/11_spatial.ipynb #e8f29fe5
 def smooth_flow(

@@ -18,12 +18,12 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .attacks import ATTACKS
+from .attacks import ATTACKS, Attack
 from .autoattack import autoattack_at
 from .catalogue import in_proportion, papers
 from .corruptions import corruption_accuracy
 from .data import Budget, default_budget
-from .evaluation import Attack, Evaluation, budget_curve, clean, evaluate, raw_accuracy
+from .evaluation import Evaluation, budget_curve, clean, evaluate, raw_accuracy
 from .masking import budget_surface, masking_report, random_flow, random_pixels, transfer
 from .objectives import networks, standing_on
 from .pictures import similarity

@@ -9,8 +9,10 @@ __all__ = ['Threat', 'project_ball_box', 'Pixel', 'Flow', 'Affine', 'grid_start'
 # %% ../nbs/05_threats.ipynb #8fc8a5b3
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,27 +40,39 @@ class Threat(Protocol):
 _ROUNDING = 1e-6
 
 
-def _check_budget(**budgets: float | Tensor) -> None:
+def _is_number(value: object) -> bool:
+    "Whether a value is one real number, NumPy's included; True and False are none."
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _numbers(value: object) -> Tensor:
+    "A budget as float64 numbers on the CPU, however it was given; NaN for what is no budget."
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iuf":
+        return torch.tensor(value.tolist(), dtype=torch.float64)
+    if isinstance(value, Tensor) and not (value.is_complex() or value.dtype == torch.bool):
+        return value.detach().cpu().double()
+    return torch.tensor(float(value) if _is_number(value) else torch.nan, dtype=torch.float64)
+
+
+def _check_budget(**budgets: float | np.ndarray | Tensor) -> None:
     for name, value in budgets.items():
-        number = isinstance(value, (int, float, Tensor))
-        v = torch.as_tensor(value).detach().cpu().double() if number else torch.tensor(torch.nan)
+        v = _numbers(value)
         if v.ndim > 1 or not bool(((v >= 0) & v.isfinite()).all()):
-            raise ValueError(f"{name} must be finite and >= 0, one number or one per image (B,), "
-                             f"got {value!r}")
+            raise ValueError(f"{name} must be finite and >= 0, one number or one per image (B,) "
+                             f"as a tensor or a NumPy array, got {value!r}")
 
 
-def _check_unit(**budgets: float | Tensor) -> None:
+def _check_unit(**budgets: float | np.ndarray | Tensor) -> None:
     "Refuse a largest change of more than the whole range of an image."
     for name, value in budgets.items():
-        if bool((torch.as_tensor(value) > 1).any()):
+        if bool((_numbers(value) > 1).any()):
             raise ValueError(f"{name} is in image units, where white is 1, got {value!r}: "
                              "divide grey levels by 255")
 
-
+# %% ../nbs/05_threats.ipynb #b7d4c1e2
 def _check_std(start_std: float | None) -> None:
     "Refuse a deviation that is no number or negative."
-    if (start_std is not None
-        and not (isinstance(start_std, (int, float)) and 0 <= start_std < torch.inf)):
+    if start_std is not None and not (_is_number(start_std) and 0 <= start_std < torch.inf):
         raise ValueError(f"start_std must be None or one finite number >= 0, got {start_std!r}")
 
 

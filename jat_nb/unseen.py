@@ -19,6 +19,7 @@ from .ascent import Adversarial, Loss, ascend
 from .losses import cross_entropy
 from .randomness import Randomness, uniform
 from .threats import _ROUNDING, Flow, _check_budget, _check_norm, _wide
+from .warp import _wide as _widest
 from .warp import per_image, warp
 
 # %% ../nbs/18_unseen.ipynb #1bcaa1b2
@@ -75,13 +76,12 @@ def elastic(
 
 # %% ../nbs/18_unseen.ipynb #237ad298
 def _block_dct(planes: Tensor, inverse: bool = False) -> Tensor:
-    "Orthonormal cosine transform of every 8 x 8 block of planes (B, C, H, W), in float64."
+    "Orthonormal cosine transform of every 8 x 8 block of planes (B, C, H, W)."
     b, c, h, w = planes.shape
-    k = torch.arange(8, dtype=torch.float64, device=planes.device)
+    k = torch.arange(8, dtype=planes.dtype, device=planes.device)
     basis = torch.cos(k[:, None] * (2 * k + 1) * torch.pi / 16) / 2  # (frequency, place)
     basis[0] /= math.sqrt(2)
-    blocks, basis = (planes.double().reshape(b, c, h // 8, 8, w // 8, 8), basis.T if inverse
-                     else basis)
+    blocks, basis = planes.reshape(b, c, h // 8, 8, w // 8, 8), basis.T if inverse else basis
     return torch.einsum("ki,bchiwj,lj->bchkwl", basis, blocks, basis).reshape(b, c, h, w)
 
 # %% ../nbs/18_unseen.ipynb #7ee67526
@@ -105,10 +105,11 @@ def _to_planes(x: Tensor, subsample: bool) -> list[Tensor]:
     as they are."""
     colour = x.shape[1] == 3
     side = 16 if colour and subsample else 8
-    v = F.pad(x.double(), (0, -x.shape[3] % side, 0, -x.shape[2] % side), mode="replicate")
+    rim = (0, -x.shape[3] % side, 0, -x.shape[2] % side)
+    v = F.pad(x.to(_widest(x.device)), rim, mode="replicate")
     if not colour:
         return [v]
-    v = torch.einsum("ij,bjhw->bihw", _TO_YCC.to(v.device), v)
+    v = torch.einsum("ij,bjhw->bihw", _TO_YCC.to(v), v)
     return [v[:, :1], F.avg_pool2d(v[:, 1:], 2) if subsample else v[:, 1:]]
 
 
@@ -116,7 +117,7 @@ def _from_planes(planes: Sequence[Tensor], height: int, width: int) -> Tensor:
     v = planes[0]
     if len(planes) == 2:
         v = torch.cat([v, F.interpolate(planes[1], v.shape[2:])], dim=1)
-        v = torch.einsum("ij,bjhw->bihw", _TO_YCC.inverse().to(v.device), v)
+        v = torch.einsum("ij,bjhw->bihw", _TO_YCC.inverse().to(v), v)
     return v[:, :, :height, :width]
 
 # %% ../nbs/18_unseen.ipynb #0124d3a2
@@ -170,7 +171,7 @@ class JPEG:
         for plane, table in zip(_to_planes(x, self.subsample), _TABLES):
             height, width = plane.shape[2:]
             quantum = table.to(plane).repeat(height // 8, width // 8)
-            change = p[:, start:start + plane[0].numel()].double().view_as(plane) / 2
+            change = p[:, start:start + plane[0].numel()].to(plane.dtype).view_as(plane) / 2
             start += plane[0].numel()
             planes.append(_block_dct((_block_dct(plane) / quantum + change) * quantum,
                                      inverse=True))
@@ -189,7 +190,7 @@ class JPEG:
         eps = per_image(self.eps_quanta, p)[:, 0] * (1 + _ROUNDING)
         largest = p.abs().amax(1)
         return (largest <= eps if self.norm == "linf"
-                else (p.double().abs().sum(1) <= eps) & (largest <= _MOST))
+                else (p.to(_widest(p.device)).abs().sum(1) <= eps) & (largest <= _MOST))
 
 # %% ../nbs/18_unseen.ipynb #238b11ca
 def jpeg(

@@ -6,6 +6,9 @@
 __all__ = ['warp', 'l2inf_norm', 'generalized_sign', 'per_image', 'project_disc', 'random_disc', 'affine_flow', 'rigid_flow']
 
 # %% ../nbs/03_warp.ipynb #533543ec
+from numbers import Real
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -81,12 +84,15 @@ def generalized_sign(
 
 # %% ../nbs/03_warp.ipynb #62822d3d
 def per_image(
-    value: float | Tensor,  # A number, or one number for each image (B,)
+    # A number, or one for each image (B,) as a tensor or a NumPy array
+    value: float | np.ndarray | Tensor,
     like: Tensor,  # The tensor it will meet, batch first
 ) -> Tensor:  # `value` with the dtype and device of `like`, shaped (B or 1, 1, ..., 1)
     "Shape a budget so that it broadcasts over everything but the batch."
-    if isinstance(value, (int, float)):
-        return like.new_full([1] * like.ndim, value)  # without a copy that a GPU would wait for
+    if isinstance(value, Real):  # NumPy's scalars are real numbers too
+        return like.new_full([1] * like.ndim, float(value))  # no copy that a GPU would wait for
+    if isinstance(value, np.ndarray):
+        value = value.tolist()  # of any byte order, stride and precision
     return torch.as_tensor(value, dtype=like.dtype,
                            device=like.device).reshape(-1, *[1] * (like.ndim - 1))
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from jat_nb.attacks import ATTACKS, double_pass, ggsm, joint_threats, pgd
-from jat_nb.contract import Check, check_attack
+from jat_nb.contract import Promise, check_attack
 from jat_nb.models import frozen
 from jat_nb.rigid import Rigid
 from jat_nb.threats import Affine, Flow, Pixel
@@ -223,7 +223,7 @@ def ten_classes(model, x, y, generator=None):
 def test_planted_faults_are_caught(fn, promise):
     checks = check_attack(fn, eps_pixel=EPS)
     assert promise in broken(checks)
-    assert all(isinstance(c, Check) and bool(c.witness) != c.passed for c in checks)
+    assert all(isinstance(c, Promise) and bool(c.witness) != c.passed for c in checks)
 
 
 def test_nan_in_a_flow_is_caught_even_when_the_image_hides_it():

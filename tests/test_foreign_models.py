@@ -2,6 +2,7 @@
 import copy
 import functools
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -261,3 +262,37 @@ def test_threads_do_not_meet_inside_and_nesting_is_free():
     for t in threads: t.join(timeout=60)
     assert max(most) == 1 and len(most) == 200 and model.training
     with frozen(model), frozen(copy.deepcopy(model)), frozen(create("wrn_10_1_cifar")): pass
+
+
+def test_threads_that_freeze_two_networks_in_opposite_order_do_not_wait_for_ever():
+    first, second, done = norm(), norm(), []
+    together = [threading.Event(), threading.Event()]
+
+    def work(i, outer, inner):
+        with frozen(outer):
+            together[i].set()
+            together[1 - i].wait(timeout=0.3)  # both hold one, where each network has a lock of its own
+            with frozen(inner): done.append(i)
+
+    threads = [threading.Thread(target=work, args=args, daemon=True) for args in ((0, first, second), (1, second, first))]
+    for t in threads: t.start()
+    for t in threads: t.join(timeout=3)
+    assert sorted(done) == [0, 1] and first.training and second.training
+
+
+def test_networks_that_share_a_part_take_turns():
+    first, second, inside, most = norm(), norm(), [], []
+
+    def work(held):
+        for _ in range(50):
+            with frozen(held):
+                inside.append(1)
+                most.append(len(inside))
+                time.sleep(1e-4)
+                inside.pop()
+
+    holds = nn.ModuleList([first, second]), nn.ModuleList([second, first])
+    threads = [threading.Thread(target=work, args=(held,), daemon=True) for held in holds]
+    for t in threads: t.start()
+    for t in threads: t.join(timeout=30)
+    assert len(most) == 100 and max(most) == 1 and first.training and second.training

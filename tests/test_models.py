@@ -16,7 +16,9 @@ from torch.testing import assert_close
 
 from jat_nb import backbones
 from jat_nb.backbones import PreActBlock, PreActResNet, SmallCNN, wide_resnet
-from jat_nb.models import NormalizedModel, create, frozen, load_weights, pretrained, save_weights, zoo
+from jat_nb.cli import jat_train
+from jat_nb.models import NormalizedModel, check_options, create, frozen, load_weights, pretrained, save_weights, zoo
+from jat_nb.recipes import Recipe
 
 
 def count(model: nn.Module) -> int:
@@ -330,3 +332,32 @@ def test_running_the_chapter_again_warns_nobody():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         backbones._register_wrn(10, 1)
+
+
+@pytest.mark.parametrize("options, words", [({"nrom": "group"}, "nearest is 'norm'"), ({"num_classes": 3}, "unknown option 'num_classes'"),
+                                            ({"droprate": 0.1}, "nearest is 'drop_rate'")])
+def test_a_recipe_refuses_options_that_no_network_takes(options, words):
+    with pytest.raises(ValueError, match=words): Recipe(model="wrn_10_1_cifar", model_options=options, epochs=1)
+
+
+@pytest.mark.parametrize("name, options", [("wrn_10_1_cifar", {"drop_rate": "much"}), ("small_cnn_mnist", {"patch_size": 4}),
+                                           ("glow", {"levels": "many"}), ("wrn_10_1_cifar", {"norm": "grupe"})])
+def test_options_of_another_kind_are_refused_before_any_image_is_read(name, options):
+    with pytest.raises(ValueError, match=f"cannot build {name} with|{name}"): check_options(name, options)
+
+
+def test_options_that_a_network_takes_pass():
+    before = torch.get_rng_state()
+    check_options("wrn_10_1_cifar", {"norm": "group"})
+    check_options("small_cnn_mnist", {"drop_rate": 0.1})
+    check_options("resnet18", {"drop_rate": 0.1, "pretrained": True})
+    check_options("glow", {"levels": 2, "steps": 1, "width": 4})
+    check_options("vae_gan", {"width": 4, "code": 8, "classes": 10})
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_command_tries_options_before_it_loads_data(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JAT_DATA", "/nonexistent")
+    words = "--recipe jat/natural --data cifar10 --tier smoke --threads 1 --set".split()
+    found = jat_train([*words, 'model_options={"drop_rate": "much"}', "--out", str(tmp_path / "run")])
+    assert found == 2 and "cannot build" in capsys.readouterr().err

@@ -1,4 +1,5 @@
 """What other platforms lack: a sync on handles opened for reading (Windows), float64 (Apple's graphics processors)."""
+import importlib
 import os
 
 import pytest
@@ -9,8 +10,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from jat_nb import warp as warping
 from jat_nb.attacks import double_pass, ggsm, pgd
+from jat_nb.evaluation import wilson_interval
+from jat_nb.explain import cam_entropy, curvature, skewness
+from jat_nb.glow import InvertibleConv
+from jat_nb.masking import local_linearity
+from jat_nb.minimum_norm import at_threshold, distance, jsma, pointwise
+from jat_nb.mixing import draw_share
+from jat_nb.own_pictures import to_png
+from jat_nb.pictures import similarity, ssim
 from jat_nb.records import write_json
+from jat_nb.risks import Risks
+from jat_nb.spatial import displacement_frequency
 from jat_nb.threats import Affine, Flow, Pixel
+from jat_nb.unseen import fog, gabor, jpeg, snow
 from jat_nb.warp import affine_flow, rigid_flow, warp
 
 
@@ -63,3 +75,77 @@ def test_attacks_work_without_doubles(monkeypatch):
 def test_the_working_precision_follows_the_device():
     assert warping._wide(torch.device("mps")) == torch.float32
     assert warping._wide(torch.device("cpu")) == warping._wide(torch.device("cuda")) == torch.float64
+
+
+class Apple(torch.Tensor):
+    "A tensor of a device that knows no float64; `cpu` leaves the device."
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        if func is torch.Tensor.cpu: return out.as_subclass(torch.Tensor)
+        if any(isinstance(v, Apple) and v.dtype == torch.float64 for v in (out if isinstance(out, tuple) else [out])):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return out
+
+
+@pytest.fixture
+def apple(monkeypatch):
+    "The device knows no float64: its working precision is single in every module that asks."
+    single = lambda device: torch.float32
+    plain = warping._wide
+    for name in ("warp", "glow", "minimum_norm", "unseen", "mixing", "own_pictures"):
+        module = importlib.import_module(f"jat_nb.{name}")
+        for attribute in ("_wide", "_widest"):
+            if getattr(module, attribute, None) is plain: monkeypatch.setattr(module, attribute, single)
+    return lambda *tensors: [t.clone().as_subclass(Apple) for t in tensors]
+
+
+def test_the_stand_in_bites(apple):
+    x, = apple(torch.rand(2, 2))
+    with pytest.raises(TypeError): x.double()
+    assert (x + x).__class__ is Apple and x.cpu().double().dtype == torch.float64
+
+
+def test_numbers_about_pictures_are_made_without_doubles(apple):
+    a, b, flow = torch.rand(2, 1, 12, 12), torch.rand(2, 1, 12, 12), torch.randn(2, 2, 12, 12)
+    x, x_adv = apple(a, b)
+    assert_close(ssim(x, x_adv), ssim(a, b))
+    assert_close(similarity(x, x_adv)["SSIM"].tolist(), similarity(a, b)["SSIM"].tolist())
+    assert_close(displacement_frequency(*apple(flow)), displacement_frequency(flow))
+    maps, others = apple(a[:, 0], b[:, 0])
+    assert_close(skewness(maps, others), skewness(a[:, 0], b[:, 0]))
+    assert_close(cam_entropy(maps), cam_entropy(a[:, 0]))
+    assert_close(curvature(maps[0]), curvature(a[0, 0]))
+    for norm in ("l2", "pixels", "share"):
+        assert_close(distance(x, x_adv, norm).cpu(), distance(a, b, norm), check_dtype=False)
+    norms = distance(a, b, "l2")
+    assert_close(at_threshold(*apple(norms.float()), [0.0, 1.0]), at_threshold(norms, [0.0, 1.0]))
+    wrong = torch.tensor([True, False, True])
+    assert Risks(*apple(wrong, wrong, ~wrong)).means == Risks(wrong, wrong, ~wrong).means
+    assert_close(wilson_interval(*apple(torch.tensor([1, 2])), 3)[0], wilson_interval(torch.tensor([1, 2]), 3)[0])
+
+
+def test_flows_decode_without_doubles(apple):
+    layer = InvertibleConv(4)
+    h = torch.randn(2, 4, 3, 3)
+    expected = layer.inverse(h)
+    plain = layer._factors
+    layer._factors = lambda: tuple(apple(*plain()))
+    layer.permutation, = apple(layer.permutation)
+    found = layer.inverse(*apple(h))
+    assert found.dtype == torch.float32
+    assert_close(found.cpu(), expected, atol=1e-6, rtol=1e-6)
+    with torch.device("meta"): assert InvertibleConv(4).permutation.device.type == "meta"
+
+
+def test_searches_and_ascents_work_without_doubles(apple):
+    model, (x,), y = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), apple(torch.rand(3, 1, 8, 8)), torch.arange(3)
+    for attack in (jpeg, pgd, double_pass, fog, snow, gabor):
+        assert attack(model, x, y, steps=2).cpu().shape == x.shape
+    assert jpeg(model, x, y, steps=1, norm="l1", eps_quanta=2.0).cpu().shape == x.shape
+    assert (jsma(model, x, y, gamma=0.05).cpu() <= 1).all() and (pointwise(model, x, y, restarts=1).cpu() <= 1).all()
+    assert local_linearity(model, x.as_subclass(torch.Tensor), y).dtype == torch.float64
+    fixed, generator = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), torch.Generator().manual_seed(0)
+    with NoDoubles(): assert 0 <= draw_share(0.5, generator) <= 1
+    assert to_png(fixed, *apple(torch.rand(2, 1, 8, 8), torch.rand(2, 1, 8, 8)), torch.arange(2))[0].dtype == torch.uint8

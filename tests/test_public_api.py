@@ -21,7 +21,7 @@ PROMISED = {
     "data": "ImageSet Unlabelled few_labels load available picture_files read_picture DATASETS default_budget",
     "batches": "Batch Stream batches pairs num_batches shares crop_flip random_crop_flip resized_crop_flip random_resized_crop_flip "
                "random_cutout cutout AUGMENTATIONS",
-    "models": "Logits NormalizedModel BUILDERS create start_from frozen unwrap bare plain_state check_rebuildable tensor_hash write_tensors read_tensors "
+    "models": "Logits NormalizedModel BUILDERS create start_from frozen unwrap bare plain_state check_options check_rebuildable tensor_hash write_tensors read_tensors "
               "save_weights load_weights pretrained zoo",
     "backbones": "SmallCNN PreActBlock PreActResNet PaddedBlock PaddedResNet resnet32_cifar wide_resnet resnet18_cifar",
     "records": "Record write_json append_jsonl write_atomic environment progress",
@@ -45,14 +45,14 @@ PROMISED = {
     "papers.srt": "RECIPES ROWS COLUMNS OWN_SUITES SYNONYMS NUMBERS HOMES LAMBDAS FRACTIONS rigid_columns",
     "pareto": "Pareto Weights solve_weights active_set moments disagreement effective_r feasible_r pareto_front dominates "
               "hypervolume knee universal_score",
-    "recipes": "Recipe Bound bind learning_rate make_optimizer",
+    "recipes": "Recipe Bound bind made_by learning_rate make_optimizer",
     "processes": "Processes processes own_device total from_first on_first agree distribute copy_buffers timer until_interrupted report_lost",
     "training": "OnEpoch fit train_step accuracy judge_classifier Judge Memory",
     "catalogue": "Row Paper Tier TIER Setting papers register recipe recipes adapt setting listing other_lengths",
     "papers.jat": "PAPER RECIPES ROWS COLUMNS SYNONYMS OWN_SUITES CLAIMS jat_suite",
     "checkpoints": "save_state load_state state_tensors restore claim add_stretch run_identity function_names publish shortfall best_row collapsed "
                    "probe_curve overfitting_gap names_its_network open_weights",
-    "contract": "Check check_attack",
+    "contract": "Promise check_attack",
     "autoattack": "autoattack",
     "masking": "random_pixels random_flow transfer steps_curve budget_surface local_linearity masking_report",
     "suites": "SUITES KINDS Suite Kind Job suites networks_of run_suite check_answer attacks_from with_bits bits",
@@ -113,3 +113,13 @@ def test_the_ten_line_example():
     model, x, y = create("wrn_10_1_cifar"), torch.rand(2, 3, 32, 32), torch.tensor([3, 5])
     x_adv = double_pass(model, x, y, steps=2)
     assert x_adv.shape == x.shape and 0 <= x_adv.min() and x_adv.max() <= 1 and not x_adv.requires_grad
+
+
+def test_no_name_means_two_things():
+    seen, twice = {}, []
+    for name in (n for n in PROMISED if not n.startswith("papers.")):  # each paper has the same tables
+        module = importlib.import_module(f"jat_nb.{name}")
+        for public in module.__all__:
+            meant = seen.setdefault(public, getattr(module, public))
+            if meant is not getattr(module, public): twice.append(public)
+    assert set(twice) <= {"main", "by_class"}  # a command of each module; the classes of images, and an accuracy for each

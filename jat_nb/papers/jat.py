@@ -20,7 +20,7 @@ from ..attacks import ggsm
 from ..catalogue import Paper, Row
 from ..claims import Check, Claim, Evidence, Finding, Where, compared, mean_finding
 from ..differences import Share
-from ..evaluation import Attack
+from ..attacks import Attack
 from ..recipes import Recipe
 from ..suites import Job, Kind, Suite, as_they_are, attacks_from
 
