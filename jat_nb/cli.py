@@ -213,8 +213,7 @@ def _train_one(s: Setting, needs: dict[str, nn.Module], about: dict[str, Any], o
         _say(f"{title}: {_measure(s, needs, device)}")
     with until_interrupted(deadline - time.perf_counter()) as seconds:
         history = fit(s.model, s.train, s.recipe, validation=s.validation, unlabelled=s.unlabelled,
-                      needs=needs,
-                      out=out, about=about, device=device, seconds=seconds)
+                      needs=needs, out=out, about=about, device=device, seconds=seconds)
     left = on_first(lambda: unfinished(out))  # the first process writes the log
     _say(f"{title}: {ending(history, s.recipe, left)}, in {out}")
     return not left
@@ -224,8 +223,7 @@ def _check_jobs(plans: Mapping[str, Recipe], needs: Mapping[str, Path], places: 
                 download: bool) -> None:
     "What can be refused is refused before anything is trained; missing data sets are fetched."
     for plan in plans.values():
-        check_options(plan.model, plan.model_options)
-        bind(plan, networks_for(needs, plan))
+        check_options(plan.model, plan.model_options), bind(plan, networks_for(needs, plan))
     for place in places:
         check_writable(place)
     for name in {plan.data for plan in plans.values()} if download else ():
