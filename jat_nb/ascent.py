@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .losses import LOSSES, check_logits, correct, cross_entropy
 from .models import _all_modules, bare, frozen
 from .randomness import Randomness
-from .threats import (Threat, _is_number, apply_chain, check_images, check_labels, contains_chain,
+from .threats import (Threat, _is_number, apply_chain, check_images, check_labels,
+                            contains_chain,
                             grid_start)
 
 # %% ../nbs/09_ascent.ipynb #1d56c017

@@ -223,8 +223,7 @@ def _check_jobs(plans: Mapping[str, Recipe], needs: Mapping[str, Path], places: 
                 download: bool) -> None:
     "What can be refused is refused before anything is trained; missing data sets are fetched."
     for plan in plans.values():
-        check_options(plan.model, plan.model_options)
-        bind(plan, networks_for(needs, plan))
+        check_options(plan.model, plan.model_options), bind(plan, networks_for(needs, plan))
     for place in places:
         check_writable(place)
     for name in {plan.data for plan in plans.values()} if download else ():

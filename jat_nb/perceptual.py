@@ -204,7 +204,8 @@ def layer_moves(
         loss = cross_entropy(inside(x + zeros["input"]), y).sum()
     _ran(modules, zeros)
     slopes = torch.autograd.grad(loss, list(zeros.values()))
-    lengths = [float(eps) * g[0].numel() / x[0].numel() / (place + 1) for place, g in enumerate(slopes)]
+    lengths = [float(eps) * g[0].numel() / x[0].numel() / (place + 1)
+               for place, g in enumerate(slopes)]
     return {name: length * generalized_sign(_wide(g).flatten(1)).view(g.shape)
             for name, length, g in zip(zeros, lengths, slopes)}
 

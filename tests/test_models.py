@@ -343,7 +343,7 @@ def test_a_recipe_refuses_options_that_no_network_takes(options, words):
 @pytest.mark.parametrize("name, options", [("wrn_10_1_cifar", {"drop_rate": "much"}), ("small_cnn_mnist", {"patch_size": 4}),
                                            ("glow", {"levels": "many"}), ("wrn_10_1_cifar", {"norm": "grupe"})])
 def test_options_of_another_kind_are_refused_before_any_image_is_read(name, options):
-    with pytest.raises(ValueError, match=f"cannot build {name} with|{name}"): check_options(name, options)
+    with pytest.raises(ValueError, match=f"cannot build {name} with|grupe"): check_options(name, options)
 
 
 def test_options_that_a_network_takes_pass():
