@@ -126,7 +126,7 @@ def body(book: Book, chapter: Chapter) -> list[NotebookNode]:
 
 
 LONG = 20  # rows of a table that a page shows without being asked
-WORDS = re.compile(r"<td>(?=[^<]{25})(?=(?:[^<]*?[a-z]){12}|[^<]*;)([^<]*)</td>")
+WORDS = re.compile(r"<td>(?=[^<]{25})(?=(?:[^<]*?[a-z]){12}|[^<]*[;:])([^<]*)</td>")
 
 
 def code(cell: Cell, following: Cell | None) -> NotebookNode:
