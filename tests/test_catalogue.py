@@ -16,7 +16,8 @@ from jat_nb.training import fit
 
 ROOT = Path(__file__).parent.parent
 OLD = json.loads((Path(__file__).parent / "recipes_of_0.2.json").read_text(encoding="utf-8"))
-RUNS = sorted((ROOT / "nbs" / "results").rglob("run.json"))
+RUNS = [path for path in sorted((ROOT / "nbs" / "results").rglob("run.json"))
+        if ":" not in json.loads(path.read_text(encoding="utf-8"))["about"]["name"]]  # a generator has no recipe
 
 
 def options(r):
