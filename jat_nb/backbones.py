@@ -250,7 +250,7 @@ class PaddedBlock(nn.Module):
         skip = F.pad(F.avg_pool2d(x, self.stride), (0, 0, 0, 0, self.before, self.after))
         return skip + self.conv2(F.leaky_relu(self.norm2(h), 0.1))
 
-
+# %% ../nbs/20_backbones.ipynb #aba6062c
 class PaddedResNet(nn.Module):
     """Standardise each image; then a stem of 16 channels, three groups of blocks, average, one
     linear layer."""

@@ -133,7 +133,7 @@ def flip(
     allowed = _CROP_FLIP.get(name, (0, True))[1]
     return random_crop_flip(x, pad_px=0, generator=generator) if allowed else x
 
-
+# %% ../nbs/17_batches.ipynb #ab15f48d
 def resized_crop_flip(
     x: Tensor,  # Images as bytes (B, C, H, W)
     name: str,  # Data set they come from
@@ -258,7 +258,7 @@ def _augmented(x: Tensor, augment: Sequence[str], name: str, own: torch.Generato
         x = AUGMENTATIONS[key](x, name, own)
     return x if x.is_floating_point() else x.float().div(255)
 
-
+# %% ../nbs/17_batches.ipynb #abd721cd
 def batches(
     data: ImageSet,  # The images
     batch_size: int,  # Images per batch; only the last batch may have fewer, or a few more
@@ -320,7 +320,7 @@ def _check_pair(i: int, batch: Any) -> None:
         raise ValueError(f"expected a label for each image, batch {i} has {len(batch[0])} images "
                          f"and {len(batch[1])} labels: check where it is loaded")
 
-
+# %% ../nbs/17_batches.ipynb #aba54b44
 def pairs(
     stream: Iterable,  # Batches (x, y), such as a DataLoader, a list or a generator
     size: int | None = None,  # Images per pair, but for the last; None: as they come
@@ -380,7 +380,7 @@ def _check_source(source: Any) -> None:
         raise ValueError("expected a DataLoader, a list of batches, or a function that makes an "
                          f"iterator, got {type(source).__name__}")
 
-
+# %% ../nbs/17_batches.ipynb #ab0779d5
 @dataclass(frozen=True)
 class Stream:
     "Training data read batch by batch, never held as a whole."

@@ -435,7 +435,7 @@ def _peer_flow(
         if halvings < levels: merges.append(nf.flows.Merge())
     return nf.MultiscaleFlow(bases, flows, merges, class_cond=False)
 
-
+# %% ../nbs/58_bench.ipynb #ab879760
 def measure_flow(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, images per second, findings
     "The joint attack through a flow beside PGD of as many steps, and the flow both ways."
     model, x, y = _stage(p, p.mode_models[0])

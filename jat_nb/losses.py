@@ -36,7 +36,7 @@ def check_logits(
                          "model; jat_nb.models.Logits(model) takes one logit per image (2 "
                          "classes), tuples, and outputs with .logits")
 
-
+# %% ../nbs/04_losses.ipynb #ab19efdf
 def _check_labels(y: Tensor, num_classes: int, name: str = "y") -> None:
     "Refuse labels that are not (B,) int64 in 0..num_classes-1; values are read on the CPU only."
     if not 2 <= num_classes:

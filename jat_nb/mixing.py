@@ -141,7 +141,7 @@ def attack_then_mix(
     x_adv, partner = _attacked(model, batch, attack, found)
     return loss(model(mix(x_adv, partner, found.alpha)), batch.y).mean()
 
-
+# %% ../nbs/22_mixing.ipynb #abb80ed5
 def iat(
     # Classifier in train mode, images in [0, 1] to logits
     model: nn.Module | Callable[[Tensor], Tensor],

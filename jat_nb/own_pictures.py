@@ -194,7 +194,7 @@ def attack_pictures(
                       dict(facts or {}))
     return rows
 
-
+# %% ../nbs/54_own_pictures.ipynb #abcd6f18
 def outcome(
     rows: Sequence[Mapping[str, Any]],  # From `attack_pictures`
     label_from: str,  # From `label_pictures`

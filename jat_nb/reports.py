@@ -154,7 +154,7 @@ def _asked(run: Run, suite: str) -> list[str]:
     words += [] if fast == (run.about["tier"] == "cpu") else ["--fast" if fast else "--no-fast"]
     return [str(word) for word in words]
 
-
+# %% ../nbs/42_reports.ipynb #abf16cb2
 def _commands(run: Run) -> list[str]:
     "The command lines that train and judge this run again."
     about, folder = run.about, f"runs/{run.folder}"

@@ -342,7 +342,7 @@ def pgd_plus(
     last = grid_adv(model, first.x_adv, y, **moves, n_deg=n_deg, n_px=n_px, padding=padding, **same)
     return _joined(first, last, return_info)
 
-
+# %% ../nbs/12_rigid.ipynb #ab81db0d
 def grid_plus(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]

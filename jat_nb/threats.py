@@ -306,7 +306,7 @@ def grid_start(
         i -= 1
     return i
 
-
+# %% ../nbs/05_threats.ipynb #abd16d7e
 def _stages(threats: Sequence[Threat], params: Sequence[Tensor]) -> list[_Stage]:
     "Geometric neighbours together, every other threat alone."
     stages: list[_Stage] = []
