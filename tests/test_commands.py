@@ -59,7 +59,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def test_pages_show_commands():
-    assert {"index", "55_cli"} <= set(EVERY)
+    assert {"index", "67_cli"} <= set(EVERY)
     assert {name for found in EVERY.values() for name in map(program, found)} >= {*PROGRAMS, "make"}
 
 

@@ -64,7 +64,7 @@ def public_defs(source):
 def test_size_and_promise(path):
     all_cells = cells(path)
     assert len(all_cells) <= 120
-    assert path.stat().st_size <= (1_000_000 if path.stem.startswith("6") else 600_000)
+    assert path.stat().st_size <= (1_000_000 if path.stem.startswith("8") else 600_000)
     first = all_cells[0]["source"].splitlines()
     assert first[0].startswith("# ") and any(line.startswith("> ") for line in first)
 

@@ -20,7 +20,7 @@ from jat_nb.models import create
 from jat_nb.recipes import Recipe, bind, make_optimizer
 from jat_nb.training import train_step
 
-PAGE = "\n".join(cell["source"] for cell in cells(ROOT / "nbs" / "72_scaling_out.ipynb") if cell["cell_type"] == "markdown")
+PAGE = "\n".join(cell["source"] for cell in cells(ROOT / "nbs" / "92_scaling_out.ipynb") if cell["cell_type"] == "markdown")
 SHOWN = [shlex.split(line) for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.strip().replace("\\\n", " ").splitlines()]
 SMALL = {"jat_train": "--data digits --tier smoke --set epochs=1 batch_size=128 --threads 1 --device cpu",
          "jat_eval": "--n 4 --steps 1 --threads 1 --device cpu"}

@@ -204,7 +204,7 @@ def test_a_browser_opens_a_page_as_a_file_and_sets_its_mathematics(book: Book, t
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
-@pytest.mark.parametrize("name, chapter", [("double_pass", "10_attacks"), ("evaluate", "34_evaluation")])
+@pytest.mark.parametrize("name, chapter", [("double_pass", "12_attacks"), ("evaluate", "42_evaluation")])
 def test_the_search_finds_the_chapter_of_a_name_first(name: str, chapter: str, book: Book, tmp_path: Path) -> None:
     dom = in_a_browser(f"{(DOCS / 'search.html').as_uri()}?q={name}", tmp_path)
     found = re.findall(r'<li class="kind-\w+"><a href="([^"]+)"[^>]*>.*?</li>', dom)

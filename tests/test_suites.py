@@ -17,7 +17,7 @@ from jat_nb.models import pretrained
 from jat_nb.randomness import image_generators
 from jat_nb.suites import SUITES, Job, Suite, attacks_from, bits, check_answer, quantity, run_suite, suites, with_bits
 
-JAT = ("jat", "stronger", "claims")  # what the paper in chapter 44 adds
+JAT = ("jat", "stronger", "claims")  # what the paper in chapter 54 adds
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ SITE = Path(__file__).resolve().parent
 NOTEBOOKS = SITE.parent
 ROOT = NOTEBOOKS.parent
 PACKAGE = "jat_nb"
-PARTS = ((0, "Foundations"), (10, "Attacks"), (20, "Training"), (34, "Evaluation"), (44, "Papers"), (54, "Tools"),
-         (60, "Experiments"), (70, "Tutorials"))
+PARTS = ((0, "Foundations"), (12, "Attacks"), (25, "Training"), (42, "Evaluation"), (54, "Papers"), (65, "Tools"),
+         (80, "Experiments"), (90, "Tutorials"))
 CAPTION = re.compile(r"\*\*(Figure \d+\.)\*\*\s*")
 
 
