@@ -14,7 +14,8 @@ from jat_nb.data import ImageSet
 from jat_nb.glow import Glow
 from jat_nb.joint_space import om_pgd
 from jat_nb.judging import open_run
-from jat_nb.models import check_rebuildable, create, load_weights, plain_state, save_weights, unwrap
+from jat_nb.models import create, plain_state, unwrap
+from jat_nb.weights import check_rebuildable, load_weights, save_weights
 from jat_nb.objectives import OBJECTIVES, adversarial, in_form, natural, networks, roles
 from jat_nb.randomness import image_generators
 from jat_nb.recipes import Recipe

@@ -12,8 +12,9 @@ from torch.testing import assert_close
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from jat_nb.batches import (AUGMENTATIONS, Batch, _boxes, batches, crop_flip, num_batches, random_crop_flip,
-                            random_resized_crop_flip, resized_crop_flip)
+from jat_nb.augmentations import (AUGMENTATIONS, _boxes, crop_flip, random_crop_flip,
+                                  random_resized_crop_flip, resized_crop_flip)
+from jat_nb.batches import Batch, batches, num_batches
 from jat_nb.data import ImageSet
 
 

@@ -12,7 +12,9 @@ from conftest import ASCENTS, ROOT
 
 from jat_nb import bench, bench_report
 from jat_nb.attacks import ATTACKS
-from jat_nb.bench import MEASUREMENTS, PLANS, Plan, half_budget, paired_difference
+from jat_nb.bench import MEASUREMENTS, half_budget
+from jat_nb.differences import paired_difference
+from jat_nb.timing import PLANS, Plan
 from jat_nb.bench_report import run_bench, targets
 from jat_nb.evaluation import evaluate, pgd_at
 from jat_nb.models import create

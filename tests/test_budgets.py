@@ -23,7 +23,8 @@ from jat_nb.rigid import Rigid
 from jat_nb.spatial import smooth_flow
 from jat_nb.suites import Job, run_suite
 from jat_nb.threats import Affine, Flow, Pixel
-from jat_nb.unseen import JPEG, Elastic, Fog, Gabor, Snow
+from jat_nb.unseen import JPEG, Elastic, Gabor
+from jat_nb.weather import Fog, Snow
 
 B = 3
 FEW = {"steps": 2, "restarts": 1, "k": 2, "n_deg": 2, "n_px": 1, "search_steps": 1}

@@ -16,7 +16,8 @@ from jat_nb.models import frozen
 from jat_nb.rigid import Rigid
 from jat_nb.threats import Affine, Flow, Pixel
 from jat_nb.randomness import uniform
-from jat_nb.unseen import JPEG, Elastic, Fog, Gabor, Snow
+from jat_nb.unseen import JPEG, Elastic, Gabor
+from jat_nb.weather import Fog, Snow
 from jat_nb.warp import warp
 
 EPS = 8 / 255

@@ -67,7 +67,7 @@ def test_stretches_append_and_keep_what_was_there(tmp_path):
 
 @pytest.mark.parametrize("name", [RESUME, "last.safetensors"])
 def test_a_flipped_bit_is_noticed(tmp_path, name):
-    from jat_nb.models import read_tensors
+    from jat_nb.weights import read_tensors
     model, optimizer = run(momentum=0.9)
     save_state(tmp_path / RESUME, model, optimizer, {"epoch": 1})
     publish(tmp_path, model, [{"epoch": 1}])

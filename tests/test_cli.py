@@ -15,13 +15,16 @@ from torch.testing import assert_close
 import jat_nb
 from jat_nb import cli
 from jat_nb.catalogue import papers, recipes, setting
-from jat_nb.cli import jat_attack, jat_eval, jat_report, jat_train, run_folder
+from jat_nb.cli import jat_attack, jat_eval, jat_report, jat_train
+from jat_nb.shell import run_folder
 from jat_nb.data import load
 from jat_nb.judging import judge
-from jat_nb.models import create, load_weights, pretrained, save_weights, start_from, tensor_hash
+from jat_nb.models import create
+from jat_nb.weights import load_weights, pretrained, save_weights, start_from, tensor_hash
 from jat_nb.own_pictures import to_png
 from jat_nb.records import Record, read_jsonl
-from jat_nb.results import read_runs, transfer_key
+from jat_nb.results import read_runs
+from jat_nb.tables import transfer_key
 
 SMOKE = "--data digits --tier smoke --threads 1"
 
@@ -203,7 +206,7 @@ def test_results_without_a_checkpoint_are_not_overwritten(tmp_path, capsys):
 
 
 def test_sixteen_bit_pictures_keep_their_grey(tmp_path):
-    from jat_nb.data import read_picture
+    from jat_nb.readers import read_picture
     grey = np.arange(64, dtype=np.uint16).reshape(8, 8)
     Image.fromarray(257 * grey).save(tmp_path / "deep.png")
     assert (read_picture(tmp_path / "deep.png")[..., 0] == grey).all()

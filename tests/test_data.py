@@ -13,8 +13,8 @@ from torch.testing import assert_close
 from torchvision import datasets
 from torchvision.transforms import functional as TF
 
-from jat_nb.data import (DATASETS, Budget, ImageSet, _cut_out, available, default_budget, few_labels, load, picture_files,
-                         read_picture)
+from jat_nb.data import DATASETS, Budget, ImageSet, available, default_budget, few_labels, load
+from jat_nb.readers import _cut_out, picture_files, read_picture
 
 
 def toy(n: int = 40, classes: int = 4, channels: int = 3, side: int = 8, name: str = "toy", seed: int = 0) -> ImageSet:

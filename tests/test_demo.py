@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from jat_nb.data import available
-from jat_nb.models import load_weights
+from jat_nb.weights import load_weights
 from jat_nb.records import Record
 
 

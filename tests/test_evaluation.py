@@ -25,7 +25,7 @@ from jat_nb.data import ImageSet
 from jat_nb.evaluation import (Evaluation, budget_curve, clean, evaluate, ggsm_at, joint_at, pgd_at,
                                raw_accuracy, wilson_interval)
 from jat_nb.processes import processes
-from jat_nb.training import accuracy
+from jat_nb.updates import accuracy
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from torch.testing import assert_close
 
 from jat_nb import evaluation
 from jat_nb.autoattack import autoattack_at
-from jat_nb.evaluation import clean, evaluate, fast_copy, ggsm_at, pgd_at, raw_accuracy
+from jat_nb.evaluation import clean, evaluate, ggsm_at, pgd_at, raw_accuracy
+from jat_nb.models import fast_copy
 from jat_nb.masking import masking_report, transfer
 from jat_nb.models import computes_bfloat16, create
 

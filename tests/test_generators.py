@@ -11,11 +11,11 @@ from torch.testing import assert_close
 from jat_nb.attacks import pgd
 from jat_nb.batches import Batch, batches
 from jat_nb.checkpoints import run_identity
-from jat_nb.generators import (Discriminator, Generator, LatentSet, Projected, hinge_loss, project, render, robust_mixup_codes,
-                               train_gan)
+from jat_nb.gan import Discriminator, Generator, hinge_loss, train_gan
+from jat_nb.generators import LatentSet, Projected, project, render, robust_mixup_codes
 from jat_nb.joint_space import jsa, om_pgd
 from jat_nb.mixing import partners
-from jat_nb.models import tensor_hash
+from jat_nb.weights import tensor_hash
 from jat_nb.objectives import OBJECTIVES, average
 from jat_nb.perceptual import perceptual
 from jat_nb.randomness import image_generators

@@ -8,9 +8,10 @@ import torch
 from torch.distributions import AffineTransform, Independent, Normal
 from torch.testing import assert_close
 
-from jat_nb.glow import (ActNorm, AffineCoupling, Glow, InvertibleConv, Split, Squeeze, dequantise,
-                         round_trip_error)
-from jat_nb.models import frozen, read_tensors, write_tensors
+from jat_nb.flow_layers import ActNorm, AffineCoupling, InvertibleConv, Split, Squeeze
+from jat_nb.glow import Glow, dequantise, round_trip_error
+from jat_nb.models import frozen
+from jat_nb.weights import read_tensors, write_tensors
 from jat_nb.randomness import image_generators
 
 
@@ -159,7 +160,7 @@ def test_an_odd_number_of_channels_cannot_be_halved():
 
 @pytest.mark.parametrize("last", [False, True])
 def test_split_gives_back_and_its_prior_is_torchs_normal(last):
-    from jat_nb.glow import _log_normal
+    from jat_nb.flow_layers import _log_normal
     split, h = shaken(Split(4, last), 0.2), torch.randn(3, 4, 5, 5)
     passed, z = split(h)
     mean, log_std = split.moments(passed)

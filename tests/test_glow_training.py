@@ -16,9 +16,11 @@ from jat_nb.catalogue import Paper, _REGISTERED, register, setting
 from jat_nb.checkpoints import best_row
 from jat_nb.cli import jat_attack, jat_eval, jat_train
 from jat_nb.data import load
-from jat_nb.glow import ActNorm, Glow, round_trip_error
+from jat_nb.flow_layers import ActNorm
+from jat_nb.glow import Glow, round_trip_error
 from jat_nb.judging import classifies, judge, open_classifier, open_run, sources_for
-from jat_nb.models import check_rebuildable, create, load_weights, save_weights, start_from, write_tensors
+from jat_nb.models import create
+from jat_nb.weights import check_rebuildable, load_weights, save_weights, start_from, write_tensors
 from jat_nb.objectives import JUDGES, OBJECTIVES, judge_flow, likelihood, roles
 from jat_nb.processes import from_first, processes
 from jat_nb.randomness import image_generators

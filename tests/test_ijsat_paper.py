@@ -8,14 +8,15 @@ import torch
 from torch.testing import assert_close
 
 from jat_nb.catalogue import TIER, adapt, papers, setting
-from jat_nb.claims import Claim, Evidence, verdict
+from jat_nb.claims import Claim, Evidence
+from jat_nb.differences import verdict
 from jat_nb.cli import jat_train
 from jat_nb.data import default_budget, load
-from jat_nb.generators import Generator
+from jat_nb.gan import Generator
 from jat_nb.explain import grad_cam
 from jat_nb.glow import Glow
 from jat_nb.judging import classifies, open_run, unfinished
-from jat_nb.models import pretrained, read_tensors, write_tensors
+from jat_nb.weights import pretrained, read_tensors, write_tensors
 from jat_nb.papers import ijsat as module
 from jat_nb.papers.ijsat import DRAWN, FLOW, GAN, OWN_SUITES, RECIPES, ROWS, SEVEN, SINGLE, SIX, VAE, make_drawn, make_gan
 from jat_nb.papers import ijsat_claims

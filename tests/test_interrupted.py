@@ -24,7 +24,8 @@ from jat_nb.papers.jat import jat_suite
 from jat_nb.processes import processes
 from jat_nb.records import read_jsonl
 from jat_nb.recipes import Recipe
-from jat_nb.training import accuracy, fit
+from jat_nb.training import fit
+from jat_nb.updates import accuracy
 
 JOINT = dict(objective="jat", attacks={"attack": [["double_pass", {
     "steps": 1, "eps_pixel": 8 / 255, "step_pixel": 8 / 255, "eps_flow": 0.3, "step_flow": 0.3}]]})

@@ -7,14 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from jat_nb.attacks import double_pass, ggsm, pgd
-from jat_nb.batches import AUGMENTATIONS, batches, random_cutout
+from jat_nb.augmentations import AUGMENTATIONS, random_cutout
+from jat_nb.batches import batches
 from jat_nb.data import load
 from jat_nb.mixing import attack_then_mix, draw_share, iat, mart, mix, mixed_loss, mixup, partners, robust_mixup
-from jat_nb.models import create, pretrained
+from jat_nb.models import create
+from jat_nb.weights import pretrained
 from jat_nb.objectives import OBJECTIVES, adversarial, natural, roles
 from jat_nb.recipes import Recipe
 from jat_nb.rigid import worst_of_k
-from jat_nb.training import _pieces, fit, train_step
+from jat_nb.training import _pieces, fit
+from jat_nb.updates import train_step
 from scipy import stats
 from torch.testing import assert_close
 
@@ -259,7 +262,7 @@ def test_cutout_by_name(name, colour):
 
 @pytest.mark.parametrize("name", ["cifar10", "mnist", "digits"])
 def test_colours_are_the_means_of_the_sets(name):
-    from jat_nb.batches import _MEANS
+    from jat_nb.augmentations import _MEANS
     from jat_nb.data import available
     if name != "digits" and not available(name):
         pytest.skip(f"{name} is not at hand")

@@ -12,7 +12,7 @@ from jat_nb import warp as warping
 from jat_nb.attacks import double_pass, ggsm, pgd
 from jat_nb.evaluation import wilson_interval
 from jat_nb.explain import cam_entropy, curvature, skewness
-from jat_nb.glow import InvertibleConv
+from jat_nb.flow_layers import InvertibleConv
 from jat_nb.masking import local_linearity
 from jat_nb.minimum_norm import at_threshold, distance, jsma, pointwise
 from jat_nb.mixing import draw_share
@@ -22,7 +22,8 @@ from jat_nb.records import write_json
 from jat_nb.risks import Risks
 from jat_nb.spatial import displacement_frequency
 from jat_nb.threats import Affine, Flow, Pixel
-from jat_nb.unseen import fog, gabor, jpeg, snow
+from jat_nb.unseen import gabor, jpeg
+from jat_nb.weather import fog, snow
 from jat_nb.warp import affine_flow, rigid_flow, warp
 
 

@@ -10,7 +10,7 @@ from jat_nb.attacks import pgd
 from jat_nb.catalogue import adapt
 from jat_nb.checkpoints import RESUME, claim, overfitting_gap, probe_curve, run_identity
 from jat_nb.data import ImageSet
-from jat_nb.models import read_tensors
+from jat_nb.weights import read_tensors
 from jat_nb.recipes import Recipe, bind
 from jat_nb.records import read_jsonl
 from jat_nb.training import fit

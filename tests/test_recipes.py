@@ -17,7 +17,8 @@ from jat_nb.attacks import ATTACKS, ggsm, pgd
 from jat_nb.batches import Batch
 from jat_nb.losses import margin_loss
 from jat_nb.objectives import jat, natural
-from jat_nb.recipes import Recipe, bind, learning_rate, make_optimizer
+from jat_nb.recipes import Recipe, bind
+from jat_nb.schedules import learning_rate, make_optimizer
 
 OLD = json.loads((Path(__file__).parent / "recipes_of_0.2.json").read_text(encoding="utf-8"))
 JOINT = {"attack": [["double_pass", {"steps": 1}]]}

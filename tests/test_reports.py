@@ -7,15 +7,17 @@ import pandas as pd
 import pytest
 import torch
 
-from jat_nb.claims import Evidence, Finding, judge_claims, verdict
+from jat_nb.claims import Evidence, judge_claims
+from jat_nb.differences import Finding, verdict
 from jat_nb.catalogue import adapt
 from jat_nb.differences import Share, difference
 from jat_nb.papers.jat import CLAIMS, PAPER, RECIPES, ROWS
 from jat_nb.records import Record, append_jsonl, write_json
 from conftest import ROOT
-from jat_nb.reports import attack_bars, budget_curves, html_report, training_curve
-from jat_nb.results import (Run, overview, paper_table, published, read_runs, recipe_names,
-                            side_by_side, survivors)
+from jat_nb.plots import attack_bars, budget_curves, training_curve
+from jat_nb.reports import html_report
+from jat_nb.results import Run, published, read_runs, survivors
+from jat_nb.tables import overview, paper_table, recipe_names, side_by_side
 
 N, BUDGETS = 500, [round(0.1 * k, 1) for k in range(11)]
 SEVEN = [row.recipe.split("/")[1] for row in ROWS if row.table == 1]

@@ -17,8 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from jat_nb.batches import batches
 from jat_nb.data import load
 from jat_nb.models import create
-from jat_nb.recipes import Recipe, bind, make_optimizer
-from jat_nb.training import train_step
+from jat_nb.recipes import Recipe, bind
+from jat_nb.schedules import make_optimizer
+from jat_nb.updates import train_step
 
 PAGE = "\n".join(cell["source"] for cell in cells(ROOT / "nbs" / "92_scaling_out.ipynb") if cell["cell_type"] == "markdown")
 SHOWN = [shlex.split(line) for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.strip().replace("\\\n", " ").splitlines()]

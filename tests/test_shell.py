@@ -18,7 +18,8 @@ from jat_nb.catalogue import recipes
 from jat_nb.cli import jat_attack, jat_eval, jat_report, jat_train
 from jat_nb.data import load
 from jat_nb.judging import by_class
-from jat_nb.models import create, load_weights, pretrained, read_tensors
+from jat_nb.models import create
+from jat_nb.weights import load_weights, pretrained, read_tensors
 from jat_nb.records import Record
 from jat_nb.results import read_runs
 

@@ -13,7 +13,8 @@ from jat_nb.data import default_budget
 from jat_nb.differences import Share
 from jat_nb.papers import srt_claims as room
 from jat_nb.papers.srt import LAMBDAS, RECIPES
-from jat_nb.papers.srt_claims import CLAIMS, PAPER, SURFACE
+from jat_nb.papers.srt_claims import CLAIMS, PAPER
+from jat_nb.papers.srt_studies import SURFACE
 from jat_nb.recipes import bind
 from jat_nb.records import Record
 from jat_nb.results import Run
@@ -82,7 +83,7 @@ class Linear(nn.Module):
 @pytest.fixture(scope="module")
 def answer():
     x, y = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(5) % 3
-    suite = Suite(kind="jat_nb.papers.srt_claims:SURFACE", options={"n": 4, "points": 5, "shown": 2})
+    suite = Suite(kind="jat_nb.papers.srt_studies:SURFACE", options={"n": 4, "points": 5, "shown": 2})
     return suite, SURFACE.ask(suite, Job(Linear().eval(), x, y, default_budget("digits")))
 
 
@@ -115,7 +116,7 @@ def test_an_undecided_network_has_a_valid_record():
     class Undecided(nn.Module):
         def forward(self, x):
             return torch.tensor([0.002, 0.0, 0.0]).repeat(len(x), 1) + 0 * x.flatten(1)[:, :1]
-    suite = Suite(kind="jat_nb.papers.srt_claims:SURFACE", options={"points": 3})
+    suite = Suite(kind="jat_nb.papers.srt_studies:SURFACE", options={"points": 3})
     job = Job(Undecided().eval(), torch.rand(2, 1, 8, 8), torch.zeros(2, dtype=torch.long), default_budget("digits"))
     SURFACE.check(suite, SURFACE.ask(suite, job))
 

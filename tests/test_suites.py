@@ -13,7 +13,7 @@ from jat_nb.attacks import double_pass, fgsm, ggsm, pgd
 from jat_nb.data import default_budget, load
 from jat_nb.evaluation import clean, evaluate, ggsm_at, pgd_at
 from jat_nb.losses import margin_loss
-from jat_nb.models import pretrained
+from jat_nb.weights import pretrained
 from jat_nb.randomness import image_generators
 from jat_nb.suites import SUITES, Job, Suite, attacks_from, bits, check_answer, quantity, run_suite, suites, with_bits
 

@@ -21,7 +21,8 @@ from jat_nb.data import default_budget
 from jat_nb.own_pictures import attack_pictures
 from jat_nb.randomness import image_generators
 from jat_nb.threats import Flow, Pixel, apply_chain
-from jat_nb.unseen import JPEG, Elastic, Fog, Gabor, Snow, avg_accuracy, unseen_attacks
+from jat_nb.unseen import JPEG, Elastic, Gabor, avg_accuracy, unseen_attacks
+from jat_nb.weather import Fog, Snow
 from jat_nb.warp import warp
 
 SIZES = [(1, 28, 28), (3, 32, 32), (3, 48, 64)]

@@ -11,9 +11,10 @@ from torch import nn
 from torch.testing import assert_close
 
 from jat_nb.catalogue import setting
-from jat_nb.checkpoints import names_its_network, open_weights
-from jat_nb.models import (NormalizedModel, check_rebuildable, create, load_weights, plain_state, pretrained,
-                           read_tensors, save_weights, tensor_hash, unwrap, write_tensors, zoo)
+from jat_nb.weights import names_its_network, open_weights
+from jat_nb.models import NormalizedModel, create, plain_state, unwrap
+from jat_nb.weights import (check_rebuildable, load_weights, pretrained, read_tensors,
+                            save_weights, tensor_hash, write_tensors, zoo)
 
 
 def small(**options) -> NormalizedModel:
