@@ -9,7 +9,6 @@ __all__ = ['Loss', 'Phase', 'plan', 'Adversarial', 'logits_of', 'ascend', 'assem
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -246,17 +245,12 @@ def _report(
                        objective.n_forward, objective.n_backward)
 
 # %% ../nbs/11_ascent.ipynb #448943cd
-def _check_call(x: Tensor, y: Tensor, threats: Sequence[Threat], target: Tensor | None,
-                restarts: int, momentum: float = 0.0) -> None:
+def _check_call(x: Tensor, y: Tensor, target: Tensor | None, restarts: int,
+                momentum: float = 0.0) -> None:
     check_images(x)
     check_labels(y, x)
     if target is not None:
         check_labels(target, x)
-    given = (v for threat in threats for v in vars(threat).values())
-    for count in (len(v.flatten()) for v in given if isinstance(v, (np.ndarray, Tensor))):
-        if count not in (1, len(x)):
-            raise ValueError(f"expected a budget for each of {len(x)} images, got {count}: "
-                             "pass one number or (B,)")
     if not isinstance(restarts, int) or restarts < 1:
         raise ValueError(f"expected at least one start, got restarts={restarts}")
     if not _is_number(momentum):
@@ -287,7 +281,7 @@ def ascend(
     belong to the threats. Returns images like `x`, or an `Adversarial` record. The model is left as
     found, also after an error.
     """
-    _check_call(x, y, threats, target, restarts, momentum)
+    _check_call(x, y, target, restarts, momentum)
     phases = plan(len(threats), steps, schedule)
     model = bare(model)
     with torch.inference_mode(False), torch.no_grad(), frozen(model):

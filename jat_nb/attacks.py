@@ -19,7 +19,7 @@ from .randomness import Randomness
 from .threats import Flow, Pixel, Threat
 
 # %% ../nbs/12_attacks.ipynb #caaef40f
-_all_ = ["Adversarial", "Loss", "ascend", "plan"]  # of chapter 9, found here as well
+_all_ = ["Adversarial", "Loss", "ascend", "plan"]  # of chapter 11, found here as well
 
 # %% ../nbs/12_attacks.ipynb #75170c49
 def fgsm(
@@ -285,5 +285,5 @@ ATTACKS = Named({f.__name__: f for f in (fgsm, pgd, mi_fgsm, ggsm, one_pass, cas
                 | {name: f"jat_nb.minimum_norm:{name}"
                    for name in ("ddn", "cw_l2", "jsma", "pointwise")}
                 | {name: f"jat_nb.joint_space:{name}" for name in ("om_pgd", "jsa")}
-                | {name: f"jat_nb.unseen:{name}"
-                   for name in ("elastic", "jpeg", "fog", "snow", "gabor")})
+                | {name: f"jat_nb.unseen:{name}" for name in ("elastic", "jpeg", "gabor")}
+                | {name: f"jat_nb.weather:{name}" for name in ("fog", "snow")})

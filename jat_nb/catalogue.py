@@ -24,7 +24,7 @@ from .batches import num_batches
 from .data import Budget, ImageSet, Unlabelled, default_budget, few_labels, load
 from .models import create
 from .recipes import Recipe
-from .weights import names_its_network, open_weights, start_from
+from .weights import _for_classes, names_its_network, open_weights, start_from
 
 # %% ../nbs/41_catalogue.ipynb #0040ef56
 class Row(NamedTuple):
@@ -48,8 +48,7 @@ class Paper:
     columns: Mapping[str, str] = field(default_factory=dict)  # {column: suite}, see `suite_of`
     suites: Mapping[str, Any] = field(default_factory=dict)  # Suites of its own, by name
     claims: tuple[Any, ...] = ()  # What it says about its numbers
-    synonyms: Mapping[str, str] = field(
-        default_factory=dict)  # {column as printed, or "table:column": our column}
+    synonyms: Mapping[str, str] = field(default_factory=dict)  # {printed, "table:printed": ours}
     shown: tuple[str, ...] = ()  # Recipes that a figure with room for few lines shows first
     tables: str = ""  # Folder of its published tables, key_tableN.csv; "": the package's own
     scores: Mapping[str, str] = field(default_factory=dict)  # {derived column: "module:function"}
@@ -291,25 +290,14 @@ def _fresh(plan: Recipe, data: ImageSet) -> nn.Module:
                   std=data.std, size=data.images.shape[-1], **plan.model_options)
 
 
-def _with_classes(old: nn.Module, num_classes: int) -> nn.Module:
-    """The same network to be trained on, with a last layer of its own where the number of
-    classes is another."""
-    form = {k: v for k, v in old.metadata.items() if k in ("in_chans", "mean", "std")}
-    network, known = create(old.metadata["name"], num_classes=num_classes, **form), old.state_dict()
-    network.load_state_dict({k: known[k] if known[k].shape == v.shape else v
-                             for k, v in network.state_dict().items()})
-    network.metadata["start"] = old.metadata["start"]
-    return network
-
-
 def _continued(init: Path, data: ImageSet, name: str | None, **moments: Any) -> nn.Module:
     "The network of a file, for the classes of a data set."
     if names_its_network(init):
-        if name or any(moments.values()):
+        if any(given is not None for given in (name, *moments.values())):
             raise ValueError(f"{init} brings its own network: leave out model, mean and std")
         network = start_from(init, data.num_classes)
     else:
-        network = _with_classes(open_weights(init, name, **moments), data.num_classes)
+        network = _for_classes(open_weights(init, name, **moments), data.num_classes)
     if (channels := network.metadata["in_chans"]) != data.channels:
         raise ValueError(f"{init} takes images of {channels} channels, {data.name} has "
                          f"{data.channels}: choose weights that were trained on such images")
@@ -373,16 +361,14 @@ def setting(
     model: str | None = None,  # Network, any name that `create` takes; None: the tier's
     images: int | None = None,  # Training images; None: the tier's
     seed: int = 0,  # Of initial weights, batches and attacks; images and split do not depend on it
-    # Weights to start from: a run's, which bring their network, or a state_dict of `model`
-    init: str | Path | None = None,
+    init: str | Path | None = None,  # Weights to start from: a run's, or a state_dict of `model`
     mean: Sequence[float] | None = None,  # Of a state_dict in `init`, as for `open_weights`
     std: Sequence[float] | None = None,  # Of a state_dict in `init`, as for `open_weights`
-    # Side, or height and width, of pictures in folders, as for `load`
-    size: int | Sequence[int] | None = None,
+    size: int | Sequence[int] | None = None,  # Of pictures in folders, as for `load`
     **changes: Any,  # Fields of the recipe, such as epochs=3
 ) -> Setting:  # Ready for `fit`
     "Everything to train one published model at a tier."
-    if init is None and (mean or std):
+    if init is None and not (mean is None and std is None):
         raise ValueError("mean and std belong to weights from elsewhere: pass them with init (in "
                          "the shell --init FILE)")
     changes |= {"seed": seed} | ({"model": model} if model else {})

@@ -201,9 +201,9 @@ CORRUPTIONS: Mapping[str, tuple[Any, ...]] = MappingProxyType({
     "glass_blur": ((0.05, 1), (0.25, 1), (0.4, 1), (0.25, 2), (0.4, 2)),  # blur, rounds
     "motion_blur": ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),  # radius, sigma
     "zoom_blur": (1.06, 1.11, 1.16, 1.21, 1.26),  # largest factor
+    # flakes: mean, spread, size, least; streak; keep
     "snow": ((0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
              (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9), (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
-             # flakes: mean, spread, size, least; streak; keep
              (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8)),
     "frost": ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)),  # shares of image and ice
     "fog": ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),  # strength, decay of the offsets

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .readers import _Size, _meant, picture_files, read_picture
+from .readers import _meant, _read_all, _Size, picture_files
 
 # %% ../nbs/08_data.ipynb #c2f26054
 def _check_set(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> None:
@@ -205,20 +205,7 @@ def _digits(split: str) -> ImageSet:
 # %% ../nbs/08_data.ipynb #8fa756a6
 def _read(name: str, files: list[tuple[Path, int]], classes: list[str],
           size: _Size | None) -> ImageSet:
-    images: np.ndarray | None = None
-    for i, (path, _) in enumerate(files):
-        one = read_picture(path, size).transpose(2, 0, 1)  # (3, H, W)
-        if images is None:
-            images = np.empty((len(files), *one.shape), np.uint8)
-        if one.shape != images.shape[1:]:
-            (h, w), (h0, w0) = one.shape[1:], images.shape[2:]
-            raise ValueError(f"{name!r} holds images of {w0} x {h0} and of {w} x {h} "
-                             f"({path.name}); "
-                             "make them one size by size=SIDE (in the shell --size SIDE)")
-        images[i] = one
-    if images is None:
-        raise FileNotFoundError(f"{name!r} holds no pictures; "
-                                "expected files such as CLASS/NAME.png")
+    images = _read_all(name, [path for path, _ in files], size)
     kind = "jpeg" if {p.suffix.lower() for p, _ in files} <= {".jpg", ".jpeg"} else "folder"
     side = size if size is None or isinstance(size, int) else " x ".join(map(str, size))
     return ImageSet(name, torch.from_numpy(images), torch.tensor([label for _, label in files]),

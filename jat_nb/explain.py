@@ -22,14 +22,9 @@ from .losses import cross_entropy
 from .models import frozen
 from .pictures import PALETTE, show_images
 from .randomness import Randomness, uniform
-from .threats import Threat, apply_chain, check_images, check_labels
+from .threats import Threat, _normal, apply_chain, check_images, check_labels
 
 # %% ../nbs/24_explain.ipynb #4caa8d3d
-def _normal(like: Tensor, generator: Randomness) -> Tensor:
-    "Standard normal draws, from uniform ones by the inverse of their distribution function."
-    return torch.special.ndtri(uniform(like, generator).clamp(min=1e-7))
-
-
 def _gradients(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
     "Gradient of each image's own true-class logit (N, C, H, W)."
     found = []

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from .flow_layers import ActNorm, AffineCoupling, InvertibleConv, Split, Squeeze, _log_normal
 from .randomness import Randomness, uniform
-from .threats import check_images
+from .threats import _normal, check_images
 
 # %% ../nbs/18_glow.ipynb #9f2fa991
 def dequantise(
     x: Tensor,  # Images (B, C, H, W) in [0, 1]; the nearest grey level counts
     generator: Randomness = None,  # One generator, or one per image
 ) -> Tensor:  # Images in [0, 1), each value uniform in its bin of width 1/256
-    "Spread every grey level over its bin (Eq. 6)."
+    "Spread every grey level over its bin (Eq. 1)."
     check_images(x)
     within = uniform(x, generator) * (1 - 2**-16)  # single precision would round 255.999999 up
     return ((255 * x).round() + within) / 256
@@ -116,7 +116,7 @@ class _Chain(nn.Module):
     def log_density(self, h: Tensor) -> Tensor:
         pairs, logdet = self(h)
         priors = [_log_normal(z, *m) for (_, z), m in zip(pairs, self.moments(pairs))]
-        return logdet + sum(priors)  # Eq. 1
+        return logdet + sum(priors)
 
 # %% ../nbs/18_glow.ipynb #9dd251e3
 def _rim(shape: Sequence[int], levels: int) -> tuple[int, int, int, int]:
@@ -158,13 +158,8 @@ def _started(chain: nn.Module) -> bool:
 
 
 def _bits(log_density: Tensor, n: int) -> Tensor:
-    "Bits for each of n values, Eq. 7."
+    "Bits for each of n values, Eq. 2."
     return (n * math.log(256) - log_density) / (n * math.log(2))
-
-# %% ../nbs/18_glow.ipynb #24641e63
-def _normal(like: Tensor, temperature: float, generator: Randomness) -> Tensor:
-    "Normal draws of the shape of `like`, their deviation the temperature."
-    return temperature * torch.special.ndtri(uniform(like, generator).clamp(1e-7, 1 - 1e-7))
 
 # %% ../nbs/18_glow.ipynb #a94d6d58
 class Glow(nn.Module):
@@ -221,7 +216,7 @@ class Glow(nn.Module):
         x: Tensor,  # Images (B, C, H, W) in [0, 1], from bytes; noise is added here
         generator: Randomness = None,  # Of the noise: one generator, or one per image
     ) -> Tensor:  # Bits for each value of the image with its rim (B,): the loss of training
-        "Bits per value of dequantised images (Eq. 7); also what calling the flow returns."
+        "Bits per value of dequantised images (Eq. 2); also what calling the flow returns."
         if self.training and not _started(self.chain):
             raise ValueError("the flow has not started: call initialise(first_batch) first")
         canvas = dequantise(self._canvas(x), generator)
@@ -252,7 +247,7 @@ class Glow(nn.Module):
         if n < 1 or not 0 <= temperature < math.inf:
             raise ValueError(f"expected n >= 1 and a temperature >= 0, got {n} and {temperature}")
         like = [next(self.parameters()).new_empty(n, *shape) for shape in self.latent_shapes]
-        draws = [_normal(z, temperature, generator) for z in like]
+        draws = [temperature * _normal(z, generator) for z in like]
         return self.decode(draws, whitened=True).clamp(0, 1)
 
 # %% ../nbs/18_glow.ipynb #791b2087

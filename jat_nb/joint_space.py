@@ -19,7 +19,7 @@ from .losses import cross_entropy
 from .models import frozen
 from .pictures import ssim
 from .randomness import Randomness, uniform
-from .threats import Pixel, Threat, _check_budget, _wide
+from .threats import Pixel, Threat, _check_budget, _single
 from .warp import per_image
 
 # %% ../nbs/19_joint_space.ipynb #fa0c7b5f
@@ -86,7 +86,7 @@ class Latent:
 
     def init(self, x: Tensor, random: bool = True, generator: Randomness = None) -> Tensor:
         "Zeros, or uniform in the box, at the levels that move (B, D)."
-        p = _wide(x).new_zeros(len(x), sum(math.prod(shape) for shape in self.flow.latent_shapes))
+        p = _single(x).new_zeros(len(x), sum(math.prod(shape) for shape in self.flow.latent_shapes))
         return self._limits(p) * (2 * uniform(p, generator) - 1) if random else p
 
     def _limits(self, p: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['find_runs', 'run_facts', 'unfinished', 'ending', 'open_run', 'classifies', 'open_classifier', 'check_same_data',
-           'needed_runs', 'networks_for', 'sources_for', 'by_class', 'judge', 'open_own', 'adopt']
+           'needed_runs', 'networks_for', 'sources_for', 'class_accuracies', 'judge', 'open_own', 'adopt']
 
 # %% ../nbs/53_judging.ipynb #d2eed838
 import hashlib
@@ -231,7 +231,7 @@ def _answered(path: Path, config: dict[str, Any], seed: int) -> Record | None:
     return old if same else None
 
 # %% ../nbs/53_judging.ipynb #4130c539
-def by_class(
+def class_accuracies(
     verdicts: Mapping[str, str],  # By attack: for each image "1" if the answer was right, else "0"
     labels: torch.Tensor,  # The classes of the images, int64, in the same order; there may be more
     classes: Sequence[str],  # Their names
@@ -295,7 +295,8 @@ def judge(
     with counted(model) as count, torch.autocast(device.split(":")[0], torch.bfloat16, enabled=amp):
         record.metrics = run_suite(suite, job)
     if isinstance(record.metrics.get("correct"), dict):
-        record.metrics["by_class"] = by_class(record.metrics["correct"], test.labels, test.classes)
+        verdicts = record.metrics["correct"]
+        record.metrics["by_class"] = class_accuracies(verdicts, test.labels, test.classes)
     record.seconds = time.perf_counter() - start
     record.forwards, record.backwards = total(torch.tensor(count)).tolist()  # of all processes
     if processes().rank == 0:

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .attacks import ATTACKS, Adversarial
+from .catalogue import _lengths
 from .data import Budget
 from .losses import LOSSES, correct
 from .models import frozen
@@ -117,12 +118,8 @@ def attack_options(
     if asked := networks(ATTACKS[attack]):
         raise ValueError(f"{attack!r} stands on a trained network ({', '.join(asked)}), which this "
                          "call does not take: call the attack from Python")
-    both = {"eps_pixel": budget.eps_pixel, "step_pixel": budget.step_pixel,
-            "eps_flow": budget.eps_flow, "step_flow": budget.step_flow, "steps": steps}
-    moved = "flow" if attack == "ggsm" else "pixel"
-    both |= {"eps": both[f"eps_{moved}"], "step": both[f"step_{moved}"]}
-    taken = {name: value for name, value in both.items() if name in ATTACKS[attack].__kwdefaults__}
-    return taken | ({"loss": loss} if loss else {})
+    iterated = {"steps": steps} if "steps" in ATTACKS[attack].__kwdefaults__ else {}
+    return _lengths(attack, budget) | iterated | ({"loss": loss} if loss else {})
 
 # %% ../nbs/65_own_pictures.ipynb #66ef321d
 def _write(out: Path, names: Sequence[str], levels: Tensor, found: Adversarial,

@@ -20,7 +20,7 @@ from .losses import cross_entropy, margin_loss
 from .models import NormalizedModel, bare, frozen, unwrap
 from .objectives import adversarial
 from .randomness import Randomness
-from .threats import _check_budget, _is_number, _normal, _wide
+from .threats import _check_budget, _is_number, _normal, _single
 from .warp import generalized_sign, per_image
 
 # %% ../nbs/31_perceptual.ipynb #9155c7a3
@@ -65,7 +65,7 @@ def _unit_channels(name: str, a: Tensor) -> Tensor:
         raise ValueError(f"expected maps (B, C, h, w) after {name!r}, got {tuple(a.shape)}: name "
                          "other layers")
     places = a.shape[2] * a.shape[3]
-    return (F.normalize(_wide(a), dim=1, eps=1e-8) / places**0.5).flatten(1)
+    return (F.normalize(_single(a), dim=1, eps=1e-8) / places**0.5).flatten(1)
 
 # %% ../nbs/31_perceptual.ipynb #40bbadda
 def perceptual(
@@ -150,7 +150,7 @@ def fast_lpa(
     "Fast Lagrangian perceptual attack (Laidlaw et al. 2021): no projection, see `within`."
     _check_budget(eps=eps, xi=xi, step=eps if step is None else step)
     near = _Near(features, eps, layers)
-    _check_call(x, y, [near], target, 1)
+    _check_call(x, y, target, 1)
     plan(1, steps, "simultaneous")  # refuses what is no number of steps
     model = bare(model)
     with torch.inference_mode(False), torch.no_grad(), frozen(model):
@@ -206,7 +206,7 @@ def layer_moves(
     slopes = torch.autograd.grad(loss, list(zeros.values()))
     lengths = [float(eps) * g[0].numel() / x[0].numel() / (place + 1)
                for place, g in enumerate(slopes)]
-    return {name: length * generalized_sign(_wide(g).flatten(1)).view(g.shape)
+    return {name: length * generalized_sign(_single(g).flatten(1)).view(g.shape)
             for name, length, g in zip(zeros, lengths, slopes)}
 
 # %% ../nbs/31_perceptual.ipynb #38bbb13e

@@ -223,8 +223,8 @@ def similarity(
     return pd.DataFrame({"SSIM": ssim(x, x_adv).tolist(), "linf": change.tolist()})
 
 # %% ../nbs/01_pictures.ipynb #a701686d
+# told apart by colour-blind readers
 PALETTE = {"blue": "#2166ac", "red": "#b2182b", "green": "#4d9221",
-           # Told apart by colour-blind readers
            "orange": "#e08214", "purple": "#762a83", "grey": "0.4"}
 
 # %% ../nbs/01_pictures.ipynb #a2aae71c

@@ -112,7 +112,14 @@ def read_jsonl(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no log at {path}; append_jsonl(path, row) starts one")
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"line {number} of {path} is damaged ({error}): restore the file "
+                             "from a copy, or train again") from error
+    return rows
 
 # %% ../nbs/06_records.ipynb #168a970c
 _PACKAGES = ("jat_nb", "torch", "torchvision", "timm", "numpy", "scikit-learn", "cvxpy")

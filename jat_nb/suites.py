@@ -44,8 +44,7 @@ class Job:
     sources: Mapping[str, nn.Module] = field(default_factory=dict)  # other networks, by name
     fast: bool = False  # attack a faster copy of the network; the verdict stays the original's
     data: str = ""  # name of the data set, for suites whose attacks depend on it
-    # those that attacks stand on, by keyword
-    networks: Mapping[str, nn.Module] = field(default_factory=dict)
+    networks: Mapping[str, nn.Module] = field(default_factory=dict)  # that attacks stand on
 
     @property
     def options(self) -> dict[str, Any]:
@@ -81,8 +80,7 @@ _OTHERS: Mapping[str, Callable[..., Attack]] = MappingProxyType({
 def attack_from(
     spec: Spec,  # Name of an attack and its options
     given: Mapping[str, float],  # Quantities by name, such as `Job.quantities`
-    # Trained networks by keyword, such as `Job.networks`
-    networks: Mapping[str, nn.Module] = MappingProxyType({}),
+    networks: Mapping[str, nn.Module] = MappingProxyType({}),  # By keyword, as in `Job`
 ) -> Attack:  # attack(model, x, y, generator=...) -> images
     "The attack that a spec names, at these budgets."
     name, options = spec[0], {k: quantity(v, given) for k, v in spec[1].items()}
@@ -96,8 +94,7 @@ def attack_from(
 def attacks_from(
     columns: Mapping[str, Spec | Sequence[Spec]],  # Column name to a spec, or to several
     given: Mapping[str, float],  # Quantities by name, such as `Job.quantities`
-    # Trained networks by keyword, such as `Job.networks`
-    networks: Mapping[str, nn.Module] = MappingProxyType({}),
+    networks: Mapping[str, nn.Module] = MappingProxyType({}),  # By keyword, as in `Job`
 ) -> dict[str, Attack | list[Attack]]:  # As `evaluate` takes them
     "The columns of a table, at these budgets."
     found: dict[str, Attack | list[Attack]] = {}
@@ -152,8 +149,7 @@ def _attacks(suite: Suite, job: Job) -> dict[str, Attack | list[Attack]]:
 
 # %% ../nbs/47_suites.ipynb #3f251f18
 def _table(suite: Suite, job: Job) -> dict[str, Any]:
-    attacks = _attacks(suite, job)
-    return with_bits(evaluate(job.model, job.x, job.y, attacks, **job.options))
+    return with_bits(evaluate(job.model, job.x, job.y, _attacks(suite, job), **job.options))
 
 # %% ../nbs/47_suites.ipynb #7177b890
 def _check_table(suite: Suite, answer: Mapping[str, Any]) -> None:
@@ -246,8 +242,8 @@ def as_they_are(
 
 # %% ../nbs/47_suites.ipynb #136c7ea4
 def _raw(suite: Suite, job: Job) -> dict[str, str]:
-    attacks = _attacks(suite, job)
-    return with_bits(raw_accuracy(job.model, job.x, job.y, attacks, **job.options))["correct"]
+    found = raw_accuracy(job.model, job.x, job.y, _attacks(suite, job), **job.options)
+    return with_bits(found)["correct"]
 
 # %% ../nbs/47_suites.ipynb #13e7fbbe
 def _check_raw(suite: Suite, answer: Mapping[str, Any]) -> None:
@@ -279,20 +275,17 @@ def _displacement(suite: Suite, job: Job) -> dict[str, list[float]]:
 def _corruptions(suite: Suite, job: Job) -> dict[str, list[Any]]:
     "Accuracy under the common corruptions, made from the images of the job."
     images = (255 * job.x).round().byte()
+    chosen = {k: v for k, v in suite.options.items() if k in ("names", "severities")}
     return corruption_accuracy(job.model, images, job.y, seed=job.seed, batch_size=job.batch_size,
-                               names=suite.options.get("names"),
-                               severities=suite.options.get("severities",
-                                                            (1, 2, 3, 4, 5))).to_dict("list")
+                               **chosen).to_dict("list")
 
 
 def _check_corruptions(suite: Suite, answer: Mapping[str, Any]) -> None:
     rows = pd.DataFrame({name: answer[name]
                          for name in ("corruption", "severity", "n", "accuracy", "low", "high")})
-    inside = (0 <= rows.low) & (rows.low
-                                <= rows.accuracy) & (rows.accuracy <= rows.high) & (rows.high <= 1)
+    inside = rows.low.between(0, rows.accuracy) & rows.high.between(rows.accuracy, 1)
     if not len(rows) or not inside.all():
-        raise ValueError("an accuracy under a corruption lies in its interval, and the interval in "
-                         "[0, 1]")
+        raise ValueError("an accuracy lies in its interval, and the interval in [0, 1]")
 
 # %% ../nbs/47_suites.ipynb #b9215626
 def _check_similarity(suite: Suite, answer: Mapping[str, Any]) -> None:
@@ -316,18 +309,16 @@ KINDS: Mapping[str, Kind] = MappingProxyType({
     "table": Kind(_table, _check_table), "raw": Kind(_raw, _check_raw),
     "similarity": Kind(_similarity, _check_similarity),
     "displacement": Kind(_displacement, _check_displacement),
-    "curves": Kind(_curves, _check_curves),
-    "surface": Kind(_surface, _check_surface), "transfer": Kind(_transfer, _check_transfer),
-    "masking": Kind(_masking, _check_masking),
+    "curves": Kind(_curves, _check_curves), "surface": Kind(_surface, _check_surface),
+    "transfer": Kind(_transfer, _check_transfer), "masking": Kind(_masking, _check_masking),
     "corruptions": Kind(_corruptions, _check_corruptions)})  # kinds of question by name
 
 # %% ../nbs/47_suites.ipynb #d9ee041d
-_PIXEL = {"eps": "eps_pixel", "step": "0.25 eps_pixel", "steps": "steps"}
-_FLOW = {"eps": "eps_flow", "step": "0.5 eps_flow", "steps": "steps"}
-_JOINT = {"eps_pixel": "eps_pixel", "step_pixel": "0.25 eps_pixel", "eps_flow": "eps_flow",
-          "step_flow": "0.5 eps_flow", "steps": "steps"}
+_PGD = {"eps": "eps_pixel", "step": "0.25 eps_pixel", "steps": "steps"}
+_GGSM = {"eps": "eps_flow", "step": "0.5 eps_flow", "steps": "steps"}
+_DOUBLE = {"eps_pixel": "eps_pixel", "step_pixel": "0.25 eps_pixel", "eps_flow": "eps_flow",
+           "step_flow": "0.5 eps_flow", "steps": "steps"}
 _GROWING = {"eps": "budget", "steps": "steps"}
-
 SUITES: Mapping[str, Suite] = MappingProxyType({
     "autoattack": Suite({"Clean": ("clean", {}),
                          "AutoAttack": ("autoattack", {"eps": "eps_pixel", "block": 100})}),
@@ -336,11 +327,10 @@ SUITES: Mapping[str, Suite] = MappingProxyType({
                     options={"points": 11, "parts": {"pixel": 4, "flow": 3},
                              "counts": {"flow": (1, 5, 10, 20)}}),
     "surface": Suite(kind="surface", options={"grid": (0, 0.5, 1, 1.5, 2), "steps": "0.5 steps"}),
-    "transfer": Suite({"FGSM": ("fgsm", {"eps": "eps_pixel"}), "PGD{steps}": ("pgd", _PIXEL),
-                       "Spatial": ("ggsm", _FLOW), "Joint": ("double_pass", _JOINT)},
+    "transfer": Suite({"FGSM": ("fgsm", {"eps": "eps_pixel"}), "PGD{steps}": ("pgd", _PGD),
+                       "Spatial": ("ggsm", _GGSM), "Joint": ("double_pass", _DOUBLE)},
                       needs=("sources",), kind="transfer"),
-    "masking": Suite(kind="masking", options={"steps": ("steps", "5 steps")}),
-})  # suites that serve every paper
+    "masking": Suite(kind="masking", options={"steps": ("steps", "5 steps")})})
 
 # %% ../nbs/47_suites.ipynb #34b2d408
 def suites() -> dict[str, Suite]:  # The general ones first, then each paper's

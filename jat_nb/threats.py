@@ -86,7 +86,7 @@ def _check_valid(valid: str) -> None:
         raise ValueError(f"unknown valid={valid!r}: choose project or clamp")
 
 
-def _wide(x: Tensor) -> Tensor:
+def _single(x: Tensor) -> Tensor:
     "Parameters live in single precision at least."
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -160,13 +160,13 @@ class Pixel:
 
     def init(self, x: Tensor, random: bool = True, generator: Randomness = None) -> Tensor:
         "Zeros, or a random start: uniform in the ball, or Gaussian; then projected."
-        if not random: return torch.zeros_like(_wide(x))
+        if not random: return torch.zeros_like(_single(x))
         if self.start_std is not None:
-            return self.project(_normal(_wide(x), generator) * self.start_std, x)
+            return self.project(_normal(_single(x), generator) * self.start_std, x)
         if self.norm == "l2":
-            return self.project(_random_ball(_wide(x), self.eps_pixel, generator), x)
+            return self.project(_random_ball(_single(x), self.eps_pixel, generator), x)
         # in the memory layout of the images
-        draws = torch.empty_like(_wide(x)).copy_(uniform(_wide(x), generator))
+        draws = torch.empty_like(_single(x)).copy_(uniform(_single(x), generator))
         return self.project((2 * draws - 1) * per_image(self.eps_pixel, draws), x)
 
     def project(self, p: Tensor, base: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ class Flow:
 
     def init(self, x: Tensor, random: bool = True, generator: Randomness = None) -> Tensor:
         "The zero flow, or a random start: uniform in each disc (box), or Gaussian and projected."
-        flow = _wide(x).new_zeros(len(x), 2, *x.shape[2:])
+        flow = _single(x).new_zeros(len(x), 2, *x.shape[2:])
         if not random:
             return flow
         if self.start_std is not None:
@@ -262,7 +262,7 @@ class Affine:
 
     def init(self, x: Tensor, random: bool = True, generator: Randomness = None) -> Tensor:
         "The identity, or a random start: every entry uniform, or Gaussian and projected."
-        w = _wide(x).new_zeros(len(x), 2, 3)
+        w = _single(x).new_zeros(len(x), 2, 3)
         if random and self.start_std is not None:
             # zero gradient: projects
             return self.step(_normal(w, generator) * self.start_std, w, x)
@@ -371,8 +371,7 @@ def check_images(
                 else "x.float() / 255")
         raise ValueError(f"expected float32 or float64 images in [0, 1], got {x.dtype}: use {mend}")
     if x.numel() == 0:
-        raise ValueError("expected at least one image with at least one pixel, got "
-                         f"{tuple(x.shape)}")
+        raise ValueError(f"expected at least one image and one pixel, got {tuple(x.shape)}")
     low, high = (float(v) for v in torch.aminmax(x.detach()))
     if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # also false for NaN
         raise ValueError(f"expected images in [0, 1], got values from {low:.4g} to {high:.4g}: "

@@ -93,8 +93,11 @@ def per_image(
         return like.new_full([1] * like.ndim, float(value))  # no copy that a GPU would wait for
     if isinstance(value, np.ndarray):
         value = value.tolist()  # of any byte order, stride and precision
-    return torch.as_tensor(value, dtype=like.dtype,
-                           device=like.device).reshape(-1, *[1] * (like.ndim - 1))
+    one_each = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    if one_each.numel() not in (1, len(like)):
+        raise ValueError(f"expected a budget for each of {len(like)} images, got "
+                         f"{one_each.numel()}: pass one number or (B,)")
+    return one_each.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def project_disc(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from jat_nb.ascent import ascend
 from jat_nb.attacks import pgd
-from jat_nb.augmenting import AuxiliaryNorms, LatentBall, VaeGan, advprop, adversarial_la, by_class, randomized_la
+from jat_nb.augmenting import AuxiliaryNorms, LatentBall, VaeGan, adversarial_la, advprop, by_class, randomized_la
 from jat_nb.batches import Batch
 from jat_nb.cli import jat_train
 from jat_nb.data import ImageSet
@@ -15,12 +15,12 @@ from jat_nb.glow import Glow
 from jat_nb.joint_space import om_pgd
 from jat_nb.judging import open_run
 from jat_nb.models import create, plain_state, unwrap
-from jat_nb.weights import check_rebuildable, load_weights, save_weights
 from jat_nb.objectives import OBJECTIVES, adversarial, in_form, natural, networks, roles
 from jat_nb.randomness import image_generators
 from jat_nb.recipes import Recipe
 from jat_nb.records import read_jsonl
 from jat_nb.training import fit
+from jat_nb.weights import check_rebuildable, load_weights, save_weights
 from torch import nn
 from torch.testing import assert_close
 

@@ -13,14 +13,13 @@ from conftest import ASCENTS, ROOT
 from jat_nb import bench, bench_report
 from jat_nb.attacks import ATTACKS
 from jat_nb.bench import MEASUREMENTS, half_budget
-from jat_nb.differences import paired_difference
-from jat_nb.timing import PLANS, Plan
 from jat_nb.bench_report import run_bench, targets
+from jat_nb.catalogue import recipe as published
+from jat_nb.differences import paired_difference
 from jat_nb.evaluation import evaluate, pgd_at
 from jat_nb.models import create
-from jat_nb.catalogue import recipe as published
 from jat_nb.records import Record
-from jat_nb.timing import Rounds, floor_passes, interleave, slope, spread, step_cost
+from jat_nb.timing import PLANS, Plan, Rounds, floor_passes, interleave, slope, spread, step_cost
 
 COMMITTED = sorted((ROOT / "nbs" / "results").glob("bench_*.json"))
 

@@ -1,6 +1,5 @@
 """A budget may be given as Python's, NumPy's or PyTorch's number, or one per image: the images keep their precision."""
 import inspect
-from pkgutil import resolve_name
 
 import numpy as np
 import pytest
@@ -11,10 +10,10 @@ from torch.testing import assert_close
 
 from jat_nb.attacks import ATTACKS, pgd
 from jat_nb.autoattack import autoattack
+from jat_nb.data import Budget
 from jat_nb.evaluation import budget_curve, evaluate, pgd_at
 from jat_nb.glow import Glow
 from jat_nb.joint_space import Latent, jsa, om_pgd
-from jat_nb.data import Budget
 from jat_nb.masking import budget_surface, local_linearity, random_flow, random_pixels, steps_curve
 from jat_nb.minimum_norm import at_threshold, nearest
 from jat_nb.perceptual import fast_lpa, layer_moves
@@ -34,10 +33,6 @@ def case():
     model = nn.Sequential(nn.Flatten(), nn.Linear(8 * 8, 4)).eval()
     x = torch.rand(B, 1, 8, 8)
     return model, x, model(x).argmax(1)
-
-
-def attack(name):
-    return resolve_name(ATTACKS[name]) if isinstance(ATTACKS[name], str) else ATTACKS[name]
 
 
 def lengths(function):
@@ -64,13 +59,13 @@ def rows(value):
                 torch.full((B,), value, dtype=torch.float64), torch.tensor(value))
 
 
-FLOATS = [(name, keyword) for name in ALONE for keyword in lengths(attack(name))]
+FLOATS = [(name, keyword) for name in ALONE for keyword in lengths(ATTACKS[name])]
 
 
 @pytest.mark.parametrize("name, keyword", FLOATS, ids=[f"{name}-{keyword}" for name, keyword in FLOATS])
 def test_every_form_of_a_number_does_the_same(name, keyword):
     model, x, y = case()
-    function = attack(name)
+    function = ATTACKS[name]
     few = {k: v for k, v in FEW.items() if k in inspect.signature(function).parameters}
     value = lengths(function)[keyword]
     again = lambda v: function(model, x, y, generator=torch.Generator().manual_seed(0), **few, **{keyword: v})

@@ -13,12 +13,12 @@ from torch import nn
 from jat_nb.attacks import ATTACKS, double_pass, ggsm, joint_threats, pgd
 from jat_nb.contract import Promise, check_attack
 from jat_nb.models import frozen
+from jat_nb.randomness import uniform
 from jat_nb.rigid import Rigid
 from jat_nb.threats import Affine, Flow, Pixel
-from jat_nb.randomness import uniform
 from jat_nb.unseen import JPEG, Elastic, Gabor
-from jat_nb.weather import Fog, Snow
 from jat_nb.warp import warp
+from jat_nb.weather import Fog, Snow
 
 EPS = 8 / 255
 BUDGETS = {"rigid": [Rigid()], "fgsm": [Pixel()], "pgd": [Pixel()], "mi_fgsm": [Pixel()], "ggsm": [Flow()], "affine": [Affine()],

@@ -16,15 +16,15 @@ import jat_nb
 from jat_nb import cli
 from jat_nb.catalogue import papers, recipes, setting
 from jat_nb.cli import jat_attack, jat_eval, jat_report, jat_train
-from jat_nb.shell import run_folder
 from jat_nb.data import load
 from jat_nb.judging import judge
 from jat_nb.models import create
-from jat_nb.weights import load_weights, pretrained, save_weights, start_from, tensor_hash
 from jat_nb.own_pictures import to_png
 from jat_nb.records import Record, read_jsonl
 from jat_nb.results import read_runs
+from jat_nb.shell import run_folder
 from jat_nb.tables import transfer_key
+from jat_nb.weights import load_weights, pretrained, save_weights, start_from, tensor_hash
 
 SMOKE = "--data digits --tier smoke --threads 1"
 

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from jat_nb.data import available
-from jat_nb.weights import load_weights
 from jat_nb.records import Record
+from jat_nb.weights import load_weights
 
 
 def demo(*arguments: object, **env: str) -> subprocess.CompletedProcess:

@@ -6,19 +6,18 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from jat_nb import evaluation
+from jat_nb import evaluation, models
 from jat_nb.autoattack import autoattack_at
 from jat_nb.evaluation import clean, evaluate, ggsm_at, pgd_at, raw_accuracy
-from jat_nb.models import fast_copy
 from jat_nb.masking import masking_report, transfer
-from jat_nb.models import computes_bfloat16, create
+from jat_nb.models import computes_bfloat16, create, fast_copy
 
 bfloat16 = pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
 
 
 @pytest.fixture
 def processor(monkeypatch, half):
-    monkeypatch.setattr(evaluation, "computes_bfloat16", lambda device: half)
+    monkeypatch.setattr(models, "computes_bfloat16", lambda device: half)
     return half
 
 
@@ -160,7 +159,7 @@ def test_a_copy_agrees_in_logits_and_gradient(processor, build):
     torch.manual_seed(0)
     model, x = lively(build()), torch.rand(6, 3, 16, 16)
     quick = fast_copy(model, x[:3])
-    for a, b in zip(evaluation._passes(model, x), evaluation._passes(quick, x)):
+    for a, b in zip(models._passes(model, x), models._passes(quick, x)):
         assert (a - b).norm() <= (0.1 if processor else 1e-3) * a.norm()
 
 

@@ -15,12 +15,12 @@ from jat_nb.gan import Discriminator, Generator, hinge_loss, train_gan
 from jat_nb.generators import LatentSet, Projected, project, render, robust_mixup_codes
 from jat_nb.joint_space import jsa, om_pgd
 from jat_nb.mixing import partners
-from jat_nb.weights import tensor_hash
 from jat_nb.objectives import OBJECTIVES, average
 from jat_nb.perceptual import perceptual
 from jat_nb.randomness import image_generators
 from jat_nb.recipes import Recipe
 from jat_nb.training import fit
+from jat_nb.weights import tensor_hash
 
 SHAPE = (1, 12, 12)
 

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 from jat_nb.flow_layers import ActNorm, AffineCoupling, InvertibleConv, Split, Squeeze
 from jat_nb.glow import Glow, dequantise, round_trip_error
 from jat_nb.models import frozen
-from jat_nb.weights import read_tensors, write_tensors
 from jat_nb.randomness import image_generators
+from jat_nb.weights import read_tensors, write_tensors
 
 
 def shaken(module, by=0.1):

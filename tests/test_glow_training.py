@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from jat_nb.batches import Batch
-from jat_nb.catalogue import Paper, _REGISTERED, register, setting
+from jat_nb.catalogue import _REGISTERED, Paper, register, setting
 from jat_nb.checkpoints import best_row
 from jat_nb.cli import jat_attack, jat_eval, jat_train
 from jat_nb.data import load
@@ -20,13 +20,13 @@ from jat_nb.flow_layers import ActNorm
 from jat_nb.glow import Glow, round_trip_error
 from jat_nb.judging import classifies, judge, open_classifier, open_run, sources_for
 from jat_nb.models import create
-from jat_nb.weights import check_rebuildable, load_weights, save_weights, start_from, write_tensors
 from jat_nb.objectives import JUDGES, OBJECTIVES, judge_flow, likelihood, roles
 from jat_nb.processes import from_first, processes
 from jat_nb.randomness import image_generators
 from jat_nb.recipes import Recipe
 from jat_nb.records import read_jsonl
 from jat_nb.training import fit
+from jat_nb.weights import check_rebuildable, load_weights, save_weights, start_from, write_tensors
 
 SMALL = {"levels": 2, "steps": 2, "width": 16}
 FLOW = Recipe(objective="likelihood", data="digits", model="glow", model_options=SMALL, epochs=4, batch_size=32,

@@ -9,23 +9,22 @@ from torch.testing import assert_close
 
 from jat_nb.catalogue import TIER, adapt, papers, setting
 from jat_nb.claims import Claim, Evidence
-from jat_nb.differences import verdict
 from jat_nb.cli import jat_train
 from jat_nb.data import default_budget, load
-from jat_nb.gan import Generator
+from jat_nb.differences import verdict
 from jat_nb.explain import grad_cam
+from jat_nb.gan import Generator
 from jat_nb.glow import Glow
 from jat_nb.judging import classifies, open_run, unfinished
-from jat_nb.weights import pretrained, read_tensors, write_tensors
-from jat_nb.papers import ijsat as module
+from jat_nb.papers import ijsat as module, ijsat_claims
 from jat_nb.papers.ijsat import DRAWN, FLOW, GAN, OWN_SUITES, RECIPES, ROWS, SEVEN, SINGLE, SIX, VAE, make_drawn, make_gan
-from jat_nb.papers import ijsat_claims
 from jat_nb.papers.ijsat_claims import CLAIMS, PAPER, centroid, mixing_excess
 from jat_nb.recipes import bind
 from jat_nb.records import Record, read_jsonl
 from jat_nb.results import Run, published, read_runs, row_labels
 from jat_nb.suites import Job, Suite, attack_from, check_answer, networks_of, run_suite
 from jat_nb.unseen import unseen_attacks
+from jat_nb.weights import pretrained, read_tensors, write_tensors
 
 def flat(x): return x.flatten(1)
 

@@ -22,8 +22,8 @@ from jat_nb.models import create
 from jat_nb.objectives import jat
 from jat_nb.papers.jat import jat_suite
 from jat_nb.processes import processes
-from jat_nb.records import read_jsonl
 from jat_nb.recipes import Recipe
+from jat_nb.records import read_jsonl
 from jat_nb.training import fit
 from jat_nb.updates import accuracy
 

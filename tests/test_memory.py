@@ -22,15 +22,15 @@ from jat_nb.attacks import Named, ggsm, pgd
 from jat_nb.batches import batches
 from jat_nb.checkpoints import RESUME, function_names, load_state, save_state
 from jat_nb.data import ImageSet
-from jat_nb.weights import read_tensors, write_tensors
 from jat_nb.objectives import OBJECTIVES, WithMemory, adversarial, attacked_losses, average, maximum, natural, roles
 from jat_nb.pareto import Pareto, Weights, solve_weights
 from jat_nb.processes import processes
-from jat_nb.records import read_jsonl
 from jat_nb.recipes import Recipe, bind
+from jat_nb.records import read_jsonl
 from jat_nb.schedules import make_optimizer
 from jat_nb.training import fit
 from jat_nb.updates import Memory, train_step
+from jat_nb.weights import read_tensors, write_tensors
 
 PGD, FLOW = ["pgd", {"eps": 0.1, "step": 0.1, "steps": 1}], ["ggsm", {"eps": 0.5, "step": 0.5, "steps": 1}]
 BOTH = {"pgd": [PGD], "flow": [FLOW]}

@@ -8,16 +8,16 @@ import torch
 import torch.nn.functional as F
 from jat_nb.attacks import double_pass, ggsm, pgd
 from jat_nb.augmentations import AUGMENTATIONS, random_cutout
-from jat_nb.batches import batches
+from jat_nb.batches import _pieces, batches
 from jat_nb.data import load
 from jat_nb.mixing import attack_then_mix, draw_share, iat, mart, mix, mixed_loss, mixup, partners, robust_mixup
 from jat_nb.models import create
-from jat_nb.weights import pretrained
 from jat_nb.objectives import OBJECTIVES, adversarial, natural, roles
 from jat_nb.recipes import Recipe
 from jat_nb.rigid import worst_of_k
-from jat_nb.training import _pieces, fit
+from jat_nb.training import fit
 from jat_nb.updates import train_step
+from jat_nb.weights import pretrained
 from scipy import stats
 from torch.testing import assert_close
 

@@ -18,8 +18,8 @@ from jat_nb import backbones
 from jat_nb.backbones import PreActBlock, PreActResNet, SmallCNN, wide_resnet
 from jat_nb.cli import jat_train
 from jat_nb.models import NormalizedModel, create, frozen
-from jat_nb.weights import check_options, load_weights, pretrained, save_weights, zoo
 from jat_nb.recipes import Recipe
+from jat_nb.weights import check_options, load_weights, pretrained, save_weights, zoo
 
 
 def count(model: nn.Module) -> int:

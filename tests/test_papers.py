@@ -15,13 +15,13 @@ from jat_nb import catalogue
 from jat_nb.catalogue import papers, register, setting
 from jat_nb.claims import Evidence, findings_table, judge_claims
 from jat_nb.data import default_budget, load
-from jat_nb.weights import load_weights
 from jat_nb.records import Record
 from jat_nb.reports import html_report, masking_checks
 from jat_nb.results import read_runs, survivors
-from jat_nb.tables import overview, paper_table, recipe_names
 from jat_nb.suites import Job, Suite, run_suite, suites
+from jat_nb.tables import overview, paper_table, recipe_names
 from jat_nb.training import fit
+from jat_nb.weights import load_weights
 
 BEFORE = json.loads((ROOT / "tests" / "data" / "jat_before.json").read_text(encoding="utf-8"))
 NAMES = {"a": "more effort", "b": "unbounded", "c": "noise", "d": "transfer", "e": "autoattack", "f": "linearity"}

@@ -1,6 +1,7 @@
 "The Pareto paper's claims: theorems that notice a wrong formula, comparisons on invented evidence, and the list itself."
 import math
 from dataclasses import replace
+from pkgutil import resolve_name
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from jat_nb.catalogue import papers
 from jat_nb.claims import Check, Evidence, compare, judge_claims
 from jat_nb.differences import Share, mean_score
-from jat_nb.papers import pareto_claims as room
+from jat_nb.papers import pareto_claims as room, pareto_scores as scores
 from jat_nb.papers.pareto_claims import CLAIMS, PAPER
 from jat_nb.records import Record
 from jat_nb.results import Run
@@ -82,18 +83,18 @@ def test_only_fooled_images_count():
 def test_middle_lead_distance_and_front():
     at = lambda *names: tuple((name, "Universal") for name in names)
     e = Scores(a=10, b=30, c=20, d=50)
-    [found] = room._interior(e, Check("", at("a", "b", "c"), options={"what": ""}))
+    [found] = scores._interior(e, Check("", at("a", "b", "c"), options={"what": ""}))
     assert found.value == pytest.approx(10)
-    [found] = room._interior(e, Check("", at("a", "c", "b"), options={"what": ""}))
+    [found] = scores._interior(e, Check("", at("a", "c", "b"), options={"what": ""}))
     assert found.value == pytest.approx(-10)
-    [found] = room._leads(e, Check("", at("d", "a", "b", "c"), options={"what": ""}))
+    [found] = scores._leads(e, Check("", at("d", "a", "b", "c"), options={"what": ""}))
     assert found.value == pytest.approx(30)
     learnt = Scores(a=20, b=40, c=30, d=60)
-    [found] = room._approaches(learnt, Check("", at("a", "d", "b", "c", "c", "c"), options={"what": ""}))
+    [found] = scores._approaches(learnt, Check("", at("a", "d", "b", "c", "c", "c"), options={"what": ""}))
     assert found.value == -1
-    [found] = room._approaches(e, Check("", at("a", "d", "b", "c", "c", "c"), options={"what": ""}))  # a: 10 %, a guess
+    [found] = scores._approaches(e, Check("", at("a", "d", "b", "c", "c", "c"), options={"what": ""}))  # a: 10 %, a guess
     assert math.isnan(found.value) and "too few pairs" in found.what
-    [found] = room._approaches(e, Check("", at("a", "absent"), options={"what": ""}))
+    [found] = scores._approaches(e, Check("", at("a", "absent"), options={"what": ""}))
     assert math.isnan(found.value)
 
 
@@ -132,6 +133,11 @@ def test_twenty_one_claims_of_the_registered_paper():
     assert [c.id for c in CLAIMS] == [f"PC{k}" for k in range(1, 22)]
     table = judge_claims([run("mnist-natural")])
     assert list(table["verdict"]) == ["reproduced"] + ["inconclusive"] * 19 + ["inconclusive"]
+
+
+def test_comparisons_from_other_modules_are_found():
+    kinds = {check.kind for claim in CLAIMS for check in claim.checks if ":" in check.kind}
+    assert len(kinds) == 9 and all(callable(resolve_name(kind)) for kind in kinds)
 
 
 def test_every_place_names_a_recipe_and_a_column():

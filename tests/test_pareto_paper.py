@@ -13,8 +13,8 @@ from jat_nb.papers.pareto import COLUMNS, NUMBERS, OWN_SUITES, RECIPES, ROWS, fa
 from jat_nb.papers.pareto_claims import PAPER
 from jat_nb.recipes import Recipe, bind
 from jat_nb.results import published
-from jat_nb.tables import paper_table, printed_numbers
 from jat_nb.suites import Job, attack_from, check_answer, run_suite
+from jat_nb.tables import paper_table, printed_numbers
 from jat_nb.training import fit
 
 GRID = ("flow", "rt", "integrated")

@@ -1,5 +1,5 @@
 """What other platforms lack: a sync on handles opened for reading (Windows), float64 (Apple's graphics processors)."""
-import importlib
+import sys
 import os
 
 import pytest
@@ -23,8 +23,8 @@ from jat_nb.risks import Risks
 from jat_nb.spatial import displacement_frequency
 from jat_nb.threats import Affine, Flow, Pixel
 from jat_nb.unseen import gabor, jpeg
-from jat_nb.weather import fog, snow
 from jat_nb.warp import affine_flow, rigid_flow, warp
+from jat_nb.weather import fog, snow
 
 
 def test_files_are_synced_through_a_handle_that_may_write(tmp_path, monkeypatch):
@@ -95,10 +95,9 @@ def apple(monkeypatch):
     "The device knows no float64: its working precision is single in every module that asks."
     single = lambda device: torch.float32
     plain = warping._wide
-    for name in ("warp", "glow", "minimum_norm", "unseen", "mixing", "own_pictures"):
-        module = importlib.import_module(f"jat_nb.{name}")
-        for attribute in ("_wide", "_widest"):
-            if getattr(module, attribute, None) is plain: monkeypatch.setattr(module, attribute, single)
+    ours = [module for name, module in sys.modules.items() if name.split(".")[0] == "jat_nb"]
+    for module in ours:
+        for name in [name for name, value in vars(module).items() if value is plain]: monkeypatch.setattr(module, name, single)
     return lambda *tensors: [t.clone().as_subclass(Apple) for t in tensors]
 
 

@@ -10,10 +10,10 @@ from jat_nb.attacks import pgd
 from jat_nb.catalogue import adapt
 from jat_nb.checkpoints import RESUME, claim, overfitting_gap, probe_curve, run_identity
 from jat_nb.data import ImageSet
-from jat_nb.weights import read_tensors
 from jat_nb.recipes import Recipe, bind
 from jat_nb.records import read_jsonl
 from jat_nb.training import fit
+from jat_nb.weights import read_tensors
 
 WEAK, STRONG = ["pgd", {"steps": 1, "eps": 0.05}], ["pgd", {"steps": 5, "eps": 0.2, "step": 0.1}]
 PLAIN = Recipe(objective="adversarial", attacks={"attack": [WEAK]}, epochs=3, batch_size=16, augment=(), probe="pgd",

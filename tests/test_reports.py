@@ -7,14 +7,13 @@ import pandas as pd
 import pytest
 import torch
 
-from jat_nb.claims import Evidence, judge_claims
-from jat_nb.differences import Finding, verdict
-from jat_nb.catalogue import adapt
-from jat_nb.differences import Share, difference
-from jat_nb.papers.jat import CLAIMS, PAPER, RECIPES, ROWS
-from jat_nb.records import Record, append_jsonl, write_json
 from conftest import ROOT
+from jat_nb.catalogue import adapt
+from jat_nb.claims import Evidence, judge_claims
+from jat_nb.differences import Finding, Share, difference, verdict
+from jat_nb.papers.jat import CLAIMS, PAPER, RECIPES, ROWS
 from jat_nb.plots import attack_bars, budget_curves, training_curve
+from jat_nb.records import Record, append_jsonl, write_json
 from jat_nb.reports import html_report
 from jat_nb.results import Run, published, read_runs, survivors
 from jat_nb.tables import overview, paper_table, recipe_names, side_by_side

@@ -16,7 +16,6 @@ from jat_nb.checkpoints import run_identity
 from jat_nb.cli import jat_train
 from jat_nb.data import ImageSet, Unlabelled, few_labels, load
 from jat_nb.models import create
-from jat_nb.weights import pretrained
 from jat_nb.objectives import OBJECTIVES, OWN_LOSS, networks, roles
 from jat_nb.papers.srt import COUNTS, LAMBDAS, LENGTHS, RATES, RECIPES
 from jat_nb.recipes import Recipe, bind
@@ -25,6 +24,7 @@ from jat_nb.rigid import SEARCHES, worst_of_k
 from jat_nb.semi_supervised import rst, srt, trades, uat
 from jat_nb.training import fit
 from jat_nb.updates import train_step
+from jat_nb.weights import pretrained
 from torch import nn
 
 WEAK = [["pgd", {"eps": 0.1, "step": 0.05, "steps": 2, "start_std": 0.001}]]

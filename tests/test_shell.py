@@ -13,15 +13,15 @@ from conftest import ROOT
 from PIL import Image
 from safetensors import safe_open
 
-from jat_nb import cli
+import jat_nb
 from jat_nb.catalogue import recipes
 from jat_nb.cli import jat_attack, jat_eval, jat_report, jat_train
 from jat_nb.data import load
-from jat_nb.judging import by_class
+from jat_nb.judging import class_accuracies
 from jat_nb.models import create
-from jat_nb.weights import load_weights, pretrained, read_tensors
 from jat_nb.records import Record
 from jat_nb.results import read_runs
+from jat_nb.weights import load_weights, pretrained, read_tensors
 
 OWN = pretrained("digits-joint")
 FORM = f"--model {OWN.metadata['name']} --mean {OWN.metadata['mean'][0]} --std {OWN.metadata['std'][0]}"
@@ -232,7 +232,7 @@ def test_python_is_a_way_in(tmp_path):
     def call(*words):
         done = subprocess.run([sys.executable, "-m", "jat_nb", *words], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
         return done.returncode, done.stdout, done.stderr
-    assert call("--version")[:2] == (0, f"jat_nb {cli.jat_nb.__version__}\n")
+    assert call("--version")[:2] == (0, f"jat_nb {jat_nb.__version__}\n")
     status, said, _ = call("--help")
     assert status == 0 and all(name in said for name in ("train", "eval", "attack", "report"))
     assert call("report", str(tmp_path))[0] == 2 and call("judge")[0] == 2
@@ -241,7 +241,7 @@ def test_python_is_a_way_in(tmp_path):
 def test_accuracies_class_by_class_add_up():
     g = torch.Generator().manual_seed(0)
     labels, right = torch.randint(4, (50,), generator=g), torch.randint(2, (50,), generator=g)
-    rows = by_class({"A": "".join(map(str, right.tolist()))}, labels, ("a", "b", "c", "d", "none"))
+    rows = class_accuracies({"A": "".join(map(str, right.tolist()))}, labels, ("a", "b", "c", "d", "none"))
     for k, name in enumerate("abcd"):
         assert rows[name]["A"] == pytest.approx(100 * right[labels == k].float().mean().item())
     assert rows["none"] == {"n": 0} and sum(row["n"] for row in rows.values()) == 50

@@ -1,6 +1,7 @@
 "The SRT paper's claims: a theorem that notices a wrong answer, surfaces as numbers, comparisons on invented evidence, the list."
 import copy
 from dataclasses import replace
+from pkgutil import resolve_name
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from jat_nb.catalogue import papers
 from jat_nb.claims import Check, Evidence
 from jat_nb.data import default_budget
 from jat_nb.differences import Share
-from jat_nb.papers import srt_claims as room
+from jat_nb.papers import srt_claims as room, srt_studies as studies
 from jat_nb.papers.srt import LAMBDAS, RECIPES
 from jat_nb.papers.srt_claims import CLAIMS, PAPER
 from jat_nb.papers.srt_studies import SURFACE
@@ -55,7 +56,7 @@ def one(kind, right, *names):
 # The theorem
 
 def test_the_theorem_holds_on_tables_and_on_a_network():
-    found = list(room._exact(NOTHING, CLAIMS[0].checks[0]))
+    found = list(studies._exact(NOTHING, CLAIMS[0].checks[0]))
     assert [f.holds for f in found] == [True, True]
 
 
@@ -64,7 +65,7 @@ def test_the_first_movement_is_none():
         def forward(self, x):
             return torch.stack([x.flatten(1).mean(1), 0.2 - x.flatten(1).mean(1)], 1)
     x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    answers = room._of_movements(Brightness(), x)
+    answers = studies._of_movements(Brightness(), x)
     assert answers.shape == (4, 63) and torch.equal(answers[:, 0], Brightness()(x).argmax(1))
 
 
@@ -233,6 +234,12 @@ def test_speed_by_count_and_by_clock():
 def test_every_claim_has_its_number_and_its_checks():
     assert [claim.id for claim in CLAIMS] == [f"SC{k}" for k in range(1, 23)]
     assert all(claim.checks for claim in CLAIMS) and papers()["srt"] is PAPER
+
+
+def test_comparisons_and_suites_from_other_modules_are_found():
+    kinds = {check.kind for claim in CLAIMS for check in claim.checks if ":" in check.kind}
+    assert len(kinds) == 5 and all(callable(resolve_name(kind)) for kind in kinds)
+    assert all(resolve_name(PAPER.suites[f"srt-surface-{data}"].kind) is SURFACE for data in ("mnist", "cifar10"))
 
 
 def test_every_place_names_a_recipe_and_a_column():

@@ -13,19 +13,20 @@ from torch.testing import assert_close
 
 from jat_nb.attacks import chain, pgd
 from jat_nb.batches import Batch, batches
-from jat_nb.data import ImageSet
 from jat_nb.checkpoints import RESUME, best_row, collapsed, load_state, save_state, shortfall
+from jat_nb.data import ImageSet
 from jat_nb import training
+from jat_nb.batches import _pieces
 from jat_nb.glow import Glow
 from jat_nb.models import create
-from jat_nb.weights import load_weights
 from jat_nb.objectives import JUDGES, OBJECTIVES, adversarial, natural, networks, roles
 from jat_nb.processes import Processes
-from jat_nb.records import read_jsonl
 from jat_nb.recipes import Recipe
+from jat_nb.records import read_jsonl
 from jat_nb.schedules import make_optimizer
-from jat_nb.training import _pieces, fit
+from jat_nb.training import fit
 from jat_nb.updates import accuracy, train_step
+from jat_nb.weights import load_weights
 
 TINY = dict(epochs=3, batch_size=16, milestones=(2,), probe="pgd", probe_options={"steps": 1}, probe_images=10)
 NATURAL = Recipe(**TINY)

@@ -13,7 +13,7 @@ from scipy.optimize import linprog
 from torch import nn
 from torch.testing import assert_close
 
-from jat_nb import unseen
+from jat_nb import unseen, weather
 from jat_nb.ascent import ascend
 from jat_nb.attacks import ATTACKS, pgd
 from jat_nb.contract import check_attack
@@ -22,8 +22,8 @@ from jat_nb.own_pictures import attack_pictures
 from jat_nb.randomness import image_generators
 from jat_nb.threats import Flow, Pixel, apply_chain
 from jat_nb.unseen import JPEG, Elastic, Gabor, avg_accuracy, unseen_attacks
-from jat_nb.weather import Fog, Snow
 from jat_nb.warp import warp
+from jat_nb.weather import Fog, Snow
 
 SIZES = [(1, 28, 28), (3, 32, 32), (3, 48, 64)]
 THREATS = {"elastic": Elastic(2.0, 0.5), "jpeg": JPEG(0.5, 0.1), "l1": JPEG(8.0, 2.0, "l1"), "fog": Fog(0.4, 0.05),
@@ -201,7 +201,7 @@ def test_l1_start_is_uniform_in_the_ball():
 def test_fog_is_diamond_square():
     "The recursion point by point, with neighbours looked up instead of shifted."
     p, n = torch.rand(2, 255, generator=seeded()).double(), 16
-    for image, fog in zip(p, unseen._fog_map(p, 16, 16)):
+    for image, fog in zip(p, weather._fog_map(p, 16, 16)):
         height, scale, start, numbers = np.zeros((n, n)), n, 0, image.numpy()
         while scale > 1:
             m, half, rough = n // scale, scale // 2, scale / n
@@ -223,10 +223,10 @@ def test_fog_is_diamond_square():
 def test_fog_fills_its_range_image_by_image(size):
     x = torch.rand(5, 2, *size, generator=seeded())
     p = Fog().init(x, True, seeded())
-    fog = unseen._fog_map(p, *size)
+    fog = weather._fog_map(p, *size)
     assert fog.shape == (5, 1, *size) and (fog.amin((1, 2, 3)) == 0).all()
     assert (fog.amax((1, 2, 3)) == (1 if fog[0].numel() > 1 else 0)).all()
-    assert torch.equal(fog[2:3], unseen._fog_map(p[2:3], *size))
+    assert torch.equal(fog[2:3], weather._fog_map(p[2:3], *size))
 
 
 def test_snow_keeps_its_density_block_by_block():
@@ -243,7 +243,7 @@ def test_snow_keeps_its_density_block_by_block():
 
 def test_convolution_is_that_of_scipy():
     maps, kernels = torch.rand(3, 2, 11, 8, generator=seeded()), torch.randn(3, 2, 13, 13, generator=seeded(1))
-    for i, ours in enumerate(unseen._convolve(maps, kernels)):
+    for i, ours in enumerate(weather._convolve(maps, kernels)):
         theirs = sum(signal.convolve2d(maps[i, k].numpy(), kernels[i, k].numpy(), mode="full")[6:17, 6:14] for k in range(2))
         assert_close(ours[0], torch.from_numpy(theirs), rtol=0, atol=1e-4)
 
@@ -254,7 +254,7 @@ def test_flakes_lie_on_seven_grids():
     p[:, :-22] = 0
     flakes = p[:, :-22].view(7, 8, 8)
     flakes[5, 3, 4] = 0.5  # third grid that begins below the corner: row 4 * 3 + 2, column 4 * 4
-    seen, shape = threat.snow(x, p)[0, 0], unseen._flake_shapes(p[:, -22:])[0, 5]
+    seen, shape = threat.snow(x, p)[0, 0], weather._flake_shapes(p[:, -22:])[0, 5]
     assert_close(seen[8:21, 10:23], 0.5**4 * shape, rtol=0, atol=1e-6)
     assert shape[6, 6] == shape.max() == 1 and 5 <= shape.sum() <= 60
     assert_close(shape, shape.flip(0, 1))

@@ -11,10 +11,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from jat_nb.catalogue import setting
-from jat_nb.weights import names_its_network, open_weights
 from jat_nb.models import NormalizedModel, create, plain_state, unwrap
-from jat_nb.weights import (check_rebuildable, load_weights, pretrained, read_tensors,
-                            save_weights, tensor_hash, write_tensors, zoo)
+from jat_nb.weights import (check_rebuildable, load_weights, names_its_network, open_weights, pretrained,
+                            read_tensors, save_weights, tensor_hash, write_tensors, zoo)
 
 
 def small(**options) -> NormalizedModel:
@@ -306,7 +305,7 @@ def test_what_does_not_fit_is_said_in_a_line(tmp_path, change, words):
 def test_files_that_are_no_weights_are_refused(tmp_path):
     for suffix, content in ((".pth", b""), (".pth", b"PK\x03\x04rubbish"), (".safetensors", b"\0" * 9), (".pt", b"\x80\x04K\x01.")):
         (tmp_path / f"x{suffix}").write_bytes(content)
-        with pytest.raises(ValueError, match=rf"x\{suffix} is no file of tensors|holds no tensors"): open_weights(tmp_path / f"x{suffix}", "resnet18")
+        with pytest.raises(ValueError, match=rf"x\{suffix} is no file of tensors|holds no tensors|is damaged"): open_weights(tmp_path / f"x{suffix}", "resnet18")
     with pytest.raises(FileNotFoundError, match="no weights at"): open_weights(tmp_path / "nowhere.pth", "resnet18")
     file = plain(tmp_path, small().model.state_dict())
     with pytest.raises(ValueError, match="--model NAME"): open_weights(file)

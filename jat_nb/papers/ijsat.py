@@ -57,14 +57,12 @@ VAE = "ijsat/vae-gan"  # the recipe that stands in for the flow in one row of Ta
 VAE_GAN = Recipe(objective="vae_gan", model="vae_gan",
                  model_options={"width": 64, "code": 128, "classes": 10}, epochs=60,
                  batch_size=128, optimizer="adamw", lr=1e-3, weight_decay=0.0, clip_norm=1000.0,
-                 schedule="constant",
-                 # the code is the spec's, the rest ours
-                 augment=("flip",), essential=("schedule", "weight_decay"))
+                 schedule="constant", augment=("flip",),
+                 essential=("schedule", "weight_decay"))  # the code is the spec's, the rest ours
 
 # %% ../../nbs/63_ijsat.ipynb #20afbcc8
 _BARE = Recipe(model="resnet18_cifar", epochs=120, milestones=(75, 90, 100), lr=0.1,
-               weight_decay=2e-4,
-               probe="pgd", probe_options=PGD[1])  # IJSAT section 6.1
+               weight_decay=2e-4, probe="pgd", probe_options=PGD[1])  # IJSAT section 6.1
 
 
 def _method(objective: str, *links: Spec, bare: Recipe = _BARE, **options: Any) -> Recipe:
@@ -127,13 +125,11 @@ def _corrupted() -> dict[str, Recipe]:
 
 # %% ../../nbs/63_ijsat.ipynb #d9b9f73d
 _HERE = "jat_nb.papers.ijsat:"
-# what makes the networks that are trained by no recipe
 GAN = _HERE + "make_gan"  # what makes a generator that others stand on
 DRAWN = _HERE + "make_drawn"  # what makes a set that a generator draws
 _HALF = {"eps": 4 / 255, "step": 1 / 255, "steps": 5}  # IJSAT section 6.1, OM-ImageNet
 _OM = Recipe(model="resnet18_cifar", data="drawn", epochs=20, batch_size=64, lr=0.4,
-             weight_decay=5e-4,
-             schedule="piecewise",
+             weight_decay=5e-4, schedule="piecewise",
              knots=((0, 0.0), (1, 1.0), (6, 0.1), (12, 0.01), (15, 0.001), (20, 0.00025)),
              augment=(), probe="pgd", probe_options=_HALF)
 
@@ -189,7 +185,7 @@ def _keep(out: Path, name: str, about: Mapping[str, Any], flow: Projected,
 
 def _codes(generator: nn.Module, images: Tensor, look: Callable[[Tensor], Tensor], path: Path,
            **options: Any) -> tuple[Tensor, Tensor]:
-    "The codes of many images and what Eq. 5 of chapter 33 gives, kept part by part."
+    "The codes of many images and what `project` reached, kept part by part."
     run = {**options, "generator": tensor_hash(generator.state_dict()),
            "images": tensor_hash({"": images})}
     kept, header = read_tensors(path) if path.exists() else ({}, run)
@@ -277,26 +273,21 @@ def make_drawn(
 
 # %% ../../nbs/63_ijsat.ipynb #2d4d5e80
 _ONE = {"Normal Training": "normal", "AT [PGD-5]": "at", "IAT": "iat", "TRADES": "trades",
-        "MART": "mart",
-        "IJSAT": "ijsat"}
+        "MART": "mart", "IJSAT": "ijsat"}
 _FOUR = {"Normal Training": "normal", "AT [PGD10]": "at", "AT [PGD10] eps=16/255": "at-16",
          "AT [PGD10] eps=32/255": "at-32", "AT [JSA10]": "at-jsa", "AT [JSA10-GAN]": "at-jsa-gan",
-         "AT [JSA10] + mixup": "at-jsa-mixup",
-         "IJSAT": "ijsat"}
+         "AT [JSA10] + mixup": "at-jsa-mixup", "IJSAT": "ijsat"}
 _FIVE = {f"{name}{tail}": f"{name.lower()}{tail.lower().replace(' + ', '-')}"
          for name in ("AT", "TRADES", "MART") for tail in ("", " + JSA")}
 _CLEAN_HALF = {"Normal Training": "normal", "Cutout": "cutout", "Input Mixup": "mixup",
-               "Randomized-LA": "randomized-la",
-               "Adversarial-LA": "adversarial-la", "VAE-GAN": "vae-gan", "IJSAT": "ijsat"}
+               "Randomized-LA": "randomized-la", "Adversarial-LA": "adversarial-la",
+               "VAE-GAN": "vae-gan", "IJSAT": "ijsat"}
 _CORRUPTED_HALF = {"Normal Training": "normal", "Linf AT": "linf", "L2 AT": "l2",
-                   "Fast PAT": "fast-pat",
-                   "AdvProp": "advprop", "RLAT": "rlat", "IJSAT": "ijsat"}
+                   "Fast PAT": "fast-pat", "AdvProp": "advprop", "RLAT": "rlat", "IJSAT": "ijsat"}
 _TWO = {f"{label}, left half, no image-space perturbation for IJSAT": f"long-{name}"
         for label, name in _CLEAN_HALF.items()}
 _TWO |= {f"{label}, right half, IJSAT trained with eps=1/255": f"small-{name}"
          for label, name in _CORRUPTED_HALF.items()}
-
-
 _DMAT = {"DMAT": "dmat"}
 _THREE = {label: f"drawn-{name}" for label, name in (_ONE | _DMAT).items()}
 
@@ -311,38 +302,36 @@ ROWS: tuple[Row, ...] = (*_rows(1, _ONE | _DMAT), *_rows(2, _TWO), *_rows(3, _TH
                          *_rows(7, _ONE | _DMAT, "cifar100"))
 
 # %% ../../nbs/63_ijsat.ipynb #5d8dc42f
-SINGLE = {"L2": 320 / 255, "Elastic": 1.0, "JPEG": 0.25}  # one budget of each ladder at 32 pixels
-_BUDGET = {"L2": "eps", "Elastic": "eps_flow", "JPEG": "eps_quanta"}
+# the one budget at 32 pixels at which an unseen attack is asked: its keyword and its value
+_RUNGS = {"Fog": ("strength", 0.22), "Snow": ("strength", 0.095), "Elastic": ("eps_flow", 1.0),
+          "Gabor": ("strength", 0.066), "JPEG": ("eps_quanta", 0.25), "L2": ("eps", 320 / 255)}
+SINGLE = {column: _RUNGS[column][1] for column in ("L2", "Elastic", "JPEG")}
+
+
+def _rung(column: str) -> Spec:
+    "An unseen attack at its one budget."
+    budget, value = _RUNGS[column]
+    return next(spec for spec in unseen_attacks()[column] if spec[1][budget] == value)
 
 
 def _unseen() -> dict[str, Spec]:
-    "One rung of three ladders."
-    ladders = unseen_attacks()
-    return {column: next(spec for spec in ladders[column]
-                         if spec[1][_BUDGET[column]] == SINGLE[column])
-            for column in ("Elastic", "JPEG", "L2")}
+    "Three unseen attacks, at one budget each."
+    return {column: _rung(column) for column in ("Elastic", "JPEG", "L2")}
 
 
 def _ladders() -> dict[str, Spec]:
     "Three ladders in full, columns named by their rungs."
-    ladders = unseen_attacks()
-    return {f"{column} {spec[1][budget]:.4g}": spec for column, budget in _BUDGET.items()
-            for spec in ladders[column]}
+    return {f"{column} {spec[1][_RUNGS[column][0]]:.4g}": spec for column in SINGLE
+            for spec in unseen_attacks()[column]}
 
 # %% ../../nbs/63_ijsat.ipynb #a1dc29cc
-_RUNGS = {"Fog": ("strength", 0.22), "Snow": ("strength", 0.095), "Elastic": ("eps_flow", 1.0),
-          "Gabor": ("strength", 0.066), "JPEG": ("eps_quanta", 0.25), "L2": ("eps", 320 / 255)}
-
-
 def _ten() -> dict[str, Spec]:
     "The columns of Table 3."
-    fifty, ladders = ({"eps": "0.5 eps_pixel", "step": "0.125 eps_pixel", "steps": 50},
-                      unseen_attacks())
+    fifty = {"eps": "0.5 eps_pixel", "step": "0.125 eps_pixel", "steps": 50}
     found = {"clean": ("clean", {}), "FGSM": ("fgsm", {"eps": "0.5 eps_pixel"}),
-             "PGD-50": ("pgd", fifty),
-             "MIA": ("mi_fgsm", fifty), "OM-PGD-50": ("om_pgd", {**LATENT, "steps": 50})}
-    found |= {column: next(spec for spec in ladders[column] if spec[1][budget] == value)
-              for column, (budget, value) in _RUNGS.items()}
+             "PGD-50": ("pgd", fifty), "MIA": ("mi_fgsm", fifty),
+             "OM-PGD-50": ("om_pgd", {**LATENT, "steps": 50})}
+    found |= {column: _rung(column) for column in _RUNGS}
     return {f"drawn {column}": spec for column, spec in found.items()}
 
 # %% ../../nbs/63_ijsat.ipynb #0b41309a
@@ -382,8 +371,7 @@ def corrupted(
     data: str,  # Data set it was judged on
     tier: str,  # Tier
 ) -> Share | None:  # For each seed; None if the corruptions were not measured
-    """Mean accuracy over the corrupted sets, with the error of as many independent images as one
-    set has."""
+    "Mean accuracy over the corrupted sets, with the error of as many images as one set has."
     mine = [run for run in runs if run.usable and run.name == name and run.group == (tier, data)]
     found = [answer for run in mine if (answer := run.metrics("ijsat-corruptions"))]
     if not found: return None
@@ -393,9 +381,8 @@ def corrupted(
 
 AVERAGE_OF_SIX = partial(averaged, columns=SIX)
 SCORES: Mapping[str, str] = MappingProxyType({
-    "Corrupted": "jat_nb.papers.ijsat:corrupted",
-    "Average": "jat_nb.papers.ijsat:averaged",
-    "Average of six": "jat_nb.papers.ijsat:AVERAGE_OF_SIX"})
+    "Corrupted": _HERE + "corrupted", "Average": _HERE + "averaged",
+    "Average of six": _HERE + "AVERAGE_OF_SIX"})
 COLUMNS: Mapping[str, str] = MappingProxyType(
     dict.fromkeys(OWN_SUITES["ijsat"].columns, "ijsat")
     | {"AutoAttack": "autoattack", "PGD100x5": "ijsat-strong"}

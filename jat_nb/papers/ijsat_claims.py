@@ -72,7 +72,7 @@ def centroid(
     change: Tensor,  # Differences of images (B, C, H, W)
 ) -> Tensor:  # Cycles per pixel (B,), 0 for no change
     "Mean spatial frequency of each change, weighted by power."
-    power = torch.fft.fft2(change.double()).abs().square().sum(1)  # (B, H, W)
+    power = torch.fft.fft2(change.cpu().double()).abs().square().sum(1)  # (B, H, W)
     rows, columns = (torch.fft.fftfreq(n, dtype=torch.float64) for n in power.shape[1:])
     radius = (rows[:, None].square() + columns.square()).sqrt().to(power.device)
     return (power * radius).sum((1, 2)) / power.sum((1, 2)).clamp(min=1e-30)
@@ -93,7 +93,7 @@ LEVELS = Kind(_ask_levels, _check_numbers)  # centroid of every image's change, 
 # %% ../../nbs/64_ijsat_claims.ipynb #c0a7e002
 def _ask_maps(suite: Suite, job: Job) -> dict[str, Any]:
     maps = grad_cam(job.model, job.x, job.y)
-    speaks = (maps > 0).any(dim=(1, 2)).double()
+    speaks = (maps > 0).any(dim=(1, 2)).cpu().double()
     return {"entropy": cam_entropy(maps).tolist(), "speaks": speaks.tolist(), "n": len(maps)}
 
 

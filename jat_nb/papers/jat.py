@@ -21,7 +21,7 @@ from ..catalogue import Paper, Row
 from ..claims import Check, Claim, Evidence, Where, mean_finding
 from ..differences import Finding, Share, compared
 from ..recipes import Recipe
-from ..suites import Job, Kind, Suite, as_they_are, attacks_from
+from ..suites import _DOUBLE, _GGSM, _PGD, Job, Kind, Suite, as_they_are, attacks_from
 
 # %% ../../nbs/54_jat.ipynb #6cd82b54
 _PIXEL, _FLOW = {"steps": 1, "eps": 8 / 255, "step": 8 / 255}, {"steps": 1, "eps": 0.3, "step": 0.3}
@@ -100,10 +100,6 @@ SYNONYMS: Mapping[str, str] = MappingProxyType({
 
 # %% ../../nbs/54_jat.ipynb #1526f8a5
 _FGSM = ("fgsm", {"eps": "eps_pixel"})
-_PGD = {"eps": "eps_pixel", "step": "0.25 eps_pixel", "steps": "steps"}
-_GGSM = {"eps": "eps_flow", "step": "0.5 eps_flow", "steps": "steps"}
-_DOUBLE = {"eps_pixel": "eps_pixel", "step_pixel": "0.25 eps_pixel", "eps_flow": "eps_flow",
-           "step_flow": "0.5 eps_flow", "steps": "steps"}
 _LONG_ATTACK = {"steps": "5 steps", "restarts": 2, "keep_best": True}
 
 _COLUMN_SUITE = Suite({

@@ -15,7 +15,6 @@ from typing import Any
 from ..catalogue import Paper
 from ..claims import Check, Claim, Evidence, Where, rank_correlation, redrawn, redrawn_finding
 from ..differences import Finding
-from ..explain import plane
 from .srt import (COLUMNS, COUNTS, FRACTIONS, LAMBDAS, LENGTHS, OWN_SUITES, RATES,
                                RECIPES, ROWS, SYNONYMS, UPDATES)
 from ..recipes import Recipe
@@ -23,7 +22,7 @@ from ..results import Run
 from ..suites import Suite
 
 # %% ../../nbs/62_srt_claims.ipynb #0a349c30
-_HERE = "jat_nb.papers.srt_claims:"
+_HERE, _STUDIED = "jat_nb.papers.srt_claims:", "jat_nb.papers.srt_studies:"
 _HOMES = ("cifar10", "mnist")
 
 
@@ -151,7 +150,7 @@ _WEIGHTS = (
     Claim("SC1",
           "The adversarial risk is the standard risk plus the robust risk of what is right; "
           "the sum of the two exceeds it by what is wrong and changes",
-          (Check(_HERE + "_exact", (), at_most=0.0),)),
+          (Check(_STUDIED + "_exact", (), at_most=0.0),)),
     Claim("SC2", "SRT is at least as good as RT at each weight, clean and attacked",
           tuple(_with_and_without())),
     Claim("SC3", "SRT gains at least 17 points over RT under GridAdv on CIFAR-10", tuple(
@@ -219,8 +218,8 @@ _RIVALS = (
         for d in _HOMES for name in ("at-equal", "trades-equal", *_TAUGHT))))
 
 # %% ../../nbs/62_srt_claims.ipynb #630167e4
-# at 0 all are equal
-_PLUS, _BY_SHARE = ("PGD+ 1", "GridAdv+ 1"), [f"{share:g}" for share in FRACTIONS if share]
+_PLUS = ("PGD+ 1", "GridAdv+ 1")
+_BY_SHARE = [f"{share:g}" for share in FRACTIONS if share]  # at 0 all are equal
 _SINGLE = ("long-srt", "long-at-equal", "spatial-srt-0.2", "spatial-worst-of-k")
 _COMPOUND = ("long-srt-plus", "long-at-plus-equal")
 
@@ -363,7 +362,7 @@ _REST = (
 CLAIMS = (*_WEIGHTS, *_RIVALS, *_TOGETHER, *_UNLABELLED, *_FAST, *_REST)  # SC1 to SC22, in order
 
 # %% ../../nbs/62_srt_claims.ipynb #b1418f4b
-_STUDIES = {f"srt-surface-{data}": Suite(kind=_HERE + "SURFACE", home=data) for data in _HOMES}
+_STUDIES = {f"srt-surface-{data}": Suite(kind=_STUDIED + "SURFACE", home=data) for data in _HOMES}
 PAPER = Paper("srt", "Semi-Supervised Robust Training with Generalized Perturbed Neighborhood",
               RECIPES, ROWS, COLUMNS,
               OWN_SUITES | _STUDIES, CLAIMS, SYNONYMS, updates=UPDATES,

@@ -1,6 +1,7 @@
 "Sphinx settings of the site; build.py stages the pages and passes title, author, copyright and version."
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.writers.html5 import HTML5Translator
 
 extensions = ["myst_nb", "sphinx_copybutton"]
 root_doc = "index"
@@ -13,13 +14,12 @@ myst_enable_extensions = ["amsmath", "attrs_block", "colon_fence", "dollarmath"]
 myst_dmath_double_inline = True
 myst_all_links_external = True  # build.py resolves the links, links.py checks them
 
-# Mathematics: one vendored file, no accessibility menu, which would fetch speech rules.
-mathjax_path = "tex-svg.js"
-mathjax3_config = {"options": {"enableMenu": False}, "svg": {"fontCache": "local"}}
-
 html_theme = "furo"
 html_static_path = ["static"]
-html_css_files = ["book.css"]
+html_css_files = ["katex/katex.min.css", "book.css"]  # KaTeX 0.16.22 typesets what the pages hold as TeX
+html_js_files = [("katex/katex.min.js", {"defer": "defer"}), ("katex/auto-render.min.js", {"defer": "defer"}),
+                 ("math.js", {"defer": "defer"})]
+html_math_renderer = "tex"
 html_use_index = False
 html_copy_source = False
 html_show_sourcelink = False
@@ -40,5 +40,17 @@ def _whole_equations(app: Sphinx, document: nodes.document) -> None:
             equation.children = [nodes.Text(rf"\[{equation.astext()}\]")]
 
 
+def _inline(writer: HTML5Translator, node: nodes.math) -> None:
+    tex = writer.encode(node.astext())
+    writer.body.append(rf'<span class="math">\({tex}\)</span>')
+    raise nodes.SkipNode
+
+
+def _display(writer: HTML5Translator, node: nodes.math_block) -> None:
+    writer.body.append(f'<div class="math">{writer.encode(node.astext())}</div>')
+    raise nodes.SkipNode
+
+
 def setup(app: Sphinx) -> None:
     app.connect("doctree-read", _whole_equations)
+    app.add_html_math_renderer("tex", (_inline, None), (_display, None))
