@@ -26,6 +26,7 @@ from .data import Budget, default_budget, load
 from .glow import Glow
 from .judging import (adopt, classifies, ending, find_runs, judge, needed_runs, networks_for,
                             open_classifier, open_own, run_facts, sources_for, unfinished)
+from .objectives import in_form
 from .own_pictures import attack_files, attack_options, check_apart
 from .processes import on_first, processes, until_interrupted
 from .recipes import Recipe, bind
@@ -43,10 +44,11 @@ from .weights import check_options
 # %% ../nbs/67_cli.ipynb #e4f0818e
 def _measure(s: Setting, needs: dict[str, nn.Module], device: str) -> str:
     "How fast this training will go: three steps of a copy."
-    r, model = s.recipe, copy.deepcopy(s.model).to(device).train()
+    r, bound = s.recipe, bind(s.recipe, needs)
+    model = in_form(bound.objective, copy.deepcopy(s.model)).to(device).train()
     layout = torch.channels_last if r.channels_last else torch.preserve_format
     model.to(memory_format=layout)
-    bound, optimizer = bind(r, needs), make_optimizer(model, r)
+    optimizer = make_optimizer(model, r)
     batch = next(iter(batches(s.train, r.batch_size, unlabelled=s.unlabelled, device=device)))
     batch = batch._replace(x=batch.x.contiguous(memory_format=layout)) if r.channels_last else batch
     if isinstance(model, Glow):
@@ -132,7 +134,8 @@ def jat_train(
     runs, data, size = needed_runs(needs or []), _whole_name(data), _size(size)
     jobs = [(name, s) for s in seed or [0] for name in recipe]
     places = [run_folder(out, *job) if len(jobs) > 1 else Path(out) for job in jobs]
-    _check_jobs({name: replace(adapt(recipes()[name], data, tier), **changes) for name in recipe},
+    asked = changes | ({"model": model} if model and not init else {})  # a file has its own options
+    _check_jobs({name: replace(adapt(recipes()[name], data, tier), **asked) for name in recipe},
                 runs, places, download)
     for (name, number), place in zip(jobs, places):
         s = setting(name, data=data, tier=tier, model=model, images=images, seed=number, init=init,
@@ -331,11 +334,11 @@ def jat_attack(
     _check(eps_pixel=(eps_pixel, 0), eps_flow=(eps_flow, 0)), check_apart(images, out)
     # refuses unknown names before anything is read
     attack_options(attack, default_budget("cifar10"), steps, loss)
-    own = _said(weights, data=data, classes=classes, size=size, mean=mean, std=std, name=model)
+    own = _said(weights, model=model, data=data, classes=classes, size=size, mean=mean, std=std)
     if (run is None) == (own is None):
         raise ValueError("pass the folder of a run, or --weights FILE --model NAME instead")
     facts, network = (open_classifier(run, weights, device) if own is None
-                      else open_own(weights, **own))
+                      else open_own(weights, own.pop("model", None), **own))
     if save and Path(save).is_dir():
         raise ValueError(f"{save} is a folder: --save takes a file, such as {save}/set.safetensors")
     check_writable(Path(save or out).parent), check_writable(out)

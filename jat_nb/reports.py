@@ -41,17 +41,25 @@ def _asked(run: Run, suite: str) -> list[str]:
         eps = (c.get("budget") or {}).get(key, usual[key])
         words += [f"--{key.replace('_', '-')}", f"{scale * eps:.6g}"] if eps != usual[key] else []
     words += ["--source", *(f"runs/{s}" for s in c["sources"])] if c.get("sources") else []
+    words += ["--needs", *(f"{k}=FOLDER" for k in c["needs"])] if c.get("needs") else []
     words += ["--amp"] if c.get("amp") else []
     words += [] if fast == (run.about["tier"] == "cpu") else ["--fast" if fast else "--no-fast"]
     return [str(word) for word in words]
 
 # %% ../nbs/52_reports.ipynb #abf16cb2
+def _names_itself(run: Run) -> bool:
+    "Whether weights from elsewhere came in a file of this package, as its records tell."
+    judged = [record.config.get("run") or {} for record in run.evaluations.values()]
+    return any("record" in facts.get("model", ()) for facts in judged)
+
+
 def _commands(run: Run) -> list[str]:
     "The command lines that train and judge this run again."
     about, folder = run.about, f"runs/{run.folder}"
     if "weights" in about:
-        words = ["jat_eval", "--weights", about["weights"], "--model", about["model"], "--data",
-                 about["data"], "--out", folder]
+        told = [] if _names_itself(run) else ["--model", about["model"]]
+        words = ["jat_eval", "--weights", about["weights"], *told, "--data", about["data"],
+                 "--out", folder]
         return [shlex.join([*words, *_asked(run, suite)]) for suite in run.evaluations or [""]]
     plan = asdict(replace(adapt(recipe(about["name"]), about["data"], about["tier"]),
                           seed=about["seed"]))
@@ -63,6 +71,7 @@ def _commands(run: Run) -> list[str]:
         words += [f"--{key}", about[key]] if key in about else []
     size = about.get("resized", ())
     words += ["--size", *(size if isinstance(size, list) else [size])] if size else []
+    words += ["--needs", *(f"{k}=FOLDER" for k in made["needs"])] if made["needs"] else []
     if "start" in about: words += ["--init", "FILE"]  # which one says its fingerprint in run.json
     elif made["model"] != plan["model"]: words += ["--model", made["model"]]
     told = ("model=", "data=", "seed=", *(["model_options="] if "start" in about else []))
@@ -244,6 +253,15 @@ def _group(runs: Sequence[Run], key: str, tier: str, data: str) -> str:
     return "".join([*parts, *(part for run in mine for part in _classes(run))])
 
 # %% ../nbs/52_reports.ipynb #eca0ce8b
+def _again(run: Run) -> str:
+    "The commands of a run, or why there are none."
+    if "weights" not in run.about and run.name not in recipes():
+        return "not one of this package's recipes"
+    try: return "\n".join(_commands(run))
+    except (KeyError, TypeError, ValueError) as error:  # a damaged run costs none of the others
+        return f"no command: run.json is damaged ({type(error).__name__}: {error})"
+
+
 def _facts(run: Run) -> str:
     "How one run was made, and how to make it again."
     machine, versions = run.environment, run.environment.get("versions", {})
@@ -255,12 +273,10 @@ def _facts(run: Run) -> str:
              "seconds": f"{sum(row.get('seconds', 0) for row in run.log):.0f} of training"
                         + "".join(f", {r.seconds:.0f} of {suite}"
                                   for suite, r in run.evaluations.items())}
-    try: commands = "\n".join(_commands(run))
-    except (KeyError, TypeError, ValueError): commands = "not one of this package's recipes"
     listed = "".join(f"<dt>{key}</dt><dd>{html.escape(str(value))}</dd>"
                      for key, value in facts.items())
     opened = f"<details><summary>{html.escape(run.folder)}</summary>"
-    return f"{opened}<pre>{html.escape(commands)}</pre><dl>{listed}</dl></details>"
+    return f"{opened}<pre>{html.escape(_again(run))}</pre><dl>{listed}</dl></details>"
 
 # %% ../nbs/52_reports.ipynb #a025f5c6
 def _opening(runs: Sequence[Run], links: dict[str, str]) -> str:

@@ -145,15 +145,19 @@ def _size(size: Sequence[int] | None) -> int | tuple[int, int] | None:
     return tuple(size) if size and len(size) == 2 else size[0] if size else None
 
 # %% ../nbs/66_shell.ipynb #2e432d27
+_OPTIONS = ("data", "model", "seed")  # fields with an option of their own
+
+
 def _changes(pairs: Sequence[str]) -> dict[str, Any]:
     "FIELD=VALUE on the command line as fields of a recipe."
-    known, changes = {f.name for f in fields(Recipe)} - {"seed"}, {}
+    known, changes = {f.name for f in fields(Recipe)} - {*_OPTIONS}, {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
+        if name in _OPTIONS:
+            raise ValueError(f"--set does not take {name}: pass --{name} VALUE instead")
         if name not in known or not equals:
             raise ValueError(f"--set takes FIELD=VALUE with a field of {', '.join(sorted(known))}; "
                              f"got {pair!r}")
-        if name == "data": value = _whole_name(value)
         try:
             changes[name] = json.loads({"True": "true", "False": "false",
                                         "None": "null"}.get(value, value))

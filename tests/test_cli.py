@@ -67,6 +67,26 @@ def test_fewer_images_are_another_run_and_say_so(tmp_path, capsys):
     assert jat_train(f"{words} --images 9999".split()) == 2 and "1 to 1405 training images, got 9999" in capsys.readouterr().err
 
 
+def test_options_belong_to_the_network_that_was_named(tmp_path):
+    words = f"--recipe jat/natural {SMOKE} --images 32 --model resnet18 --out {tmp_path} --set epochs=1"
+    assert jat_train([*words.split(), 'model_options={"output_stride": 16}']) == 2  # known to nobody
+    assert jat_train([*words.replace("resnet18", "vit_tiny_patch16_224").split(), 'model_options={"img_size": 32, "patch_size": 8}']) == 0
+
+
+def test_weights_from_elsewhere_need_no_options_of_the_tier(tmp_path):
+    torch.save(create("small_cnn_mnist", in_chans=1).model.state_dict(), tmp_path / "theirs.pth")
+    words = f"--recipe pareto/cifar10-natural {SMOKE} --images 16 --set epochs=1 batch_size=8 --model small_cnn_mnist"  # normalises by groups
+    assert jat_train(f"{words} --out {tmp_path / 'fresh'}".split()) == 2
+    assert jat_train(f"{words} --init {tmp_path / 'theirs.pth'} --out {tmp_path / 'run'}".split()) == 0
+
+
+def test_an_objective_with_a_form_of_its_own_is_measured_in_it(tmp_path, capsys):
+    words = f"--recipe ijsat/small-advprop {SMOKE} --images 32 --set epochs=1 iterations=null batch_size=16"
+    assert jat_train(f"{words} --out {tmp_path / 'run'}".split()) == 0
+    assert "images/s" in capsys.readouterr().out
+    assert jat_eval(f"{tmp_path / 'run'} --suite jat --n 4 --steps 1 --threads 1".split()) == 0
+
+
 def test_seeds_of_a_recipe_share_their_number_of_images(tmp_path):
     words = f"--recipe jat/natural {SMOKE} --set epochs=1"
     assert jat_train(f"{words} --images 32 --out {tmp_path / 'a'}".split()) == 0
@@ -276,6 +296,13 @@ def test_a_picture_that_is_answered_with_no_number_fools(value):
     (jat_train, "--recipe jat/natural --data digits --tier smoke --set attacks=5 --out {x}", "expected attacks"),
     (jat_train, "--recipe jat/natural --data digits --tier smoke --set lr=true --out {x}", "expected lr to be float"),
     (jat_train, "--recipe jat/natural --data digits --tier smoke --model vit_tiny_patch16_224 --out {x}", "doesn't match model"),
+    (jat_train, "--recipe jat/natural --data digits --tier smoke --set data=mnist --out {x}", "pass --data VALUE"),
+    (jat_train, "--recipe jat/natural --data digits --tier smoke --set model=resnet18 --out {x}", "pass --model VALUE"),
+    (jat_train, "--recipe jat/natural --data digits --tier smoke --model small_cnn_mnist --set model_options={{\"norm\":\"group\"}} --out {x}",
+     "cannot build small_cnn_mnist"),
+    (jat_train, "--recipe jat/natural --data digits --tier smoke --model small_cnn_mnist --set model_options={{\"patch_size\":4}} --out {x}",
+     "cannot build small_cnn_mnist"),
+    (jat_attack, "{x} --model small_cnn_mnist --images {file} --out {empty}", "--model say what a run knows itself"),
     (jat_report, "{empty} --out {empty}", "takes the file to write"),
     (jat_attack, "{x} --images {x} --out {empty}", "run.json"), (jat_report, "{x}", ""),
 ])

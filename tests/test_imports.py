@@ -3,9 +3,14 @@ import ast
 import re
 import subprocess
 import sys
+from pkgutil import resolve_name
 
 import pytest
 from conftest import NOTEBOOKS, ROOT, cells
+
+from jat_nb.attacks import ATTACKS
+from jat_nb.catalogue import papers
+from jat_nb.objectives import OBJECTIVES
 
 RANK = {}
 for path in NOTEBOOKS:
@@ -53,6 +58,18 @@ def test_every_module_has_its_chapter():
     files = [p.relative_to(ROOT / "jat_nb") for p in (ROOT / "jat_nb").rglob("*.py") if not p.stem.startswith("_")]
     modules = {".".join(p.with_suffix("").parts) for p in files}
     assert modules == set(RANK)
+
+
+def test_names_written_as_text_lead_somewhere():
+    sources = [p.read_text(encoding="utf-8") for p in (ROOT / "jat_nb").rglob("*.py") if p.stem != "_modidx"]
+    names = {name for source in sources for name in re.findall(r'"(jat_nb\.[a-z_.]+:[A-Za-z_]+)"', source)}
+    for paper in papers().values():
+        names |= {check.kind for claim in paper.claims for check in claim.checks} | {suite.kind for suite in paper.suites.values()}
+        names |= {*paper.scores.values(), paper.remark}
+    names = {name for name in names if ":" in name}
+    assert len(names) > 40
+    for name in sorted(names): resolve_name(name)
+    for registry in (ATTACKS, OBJECTIVES): assert all(callable(registry[name]) for name in registry)
 
 
 def test_attacks_are_light():

@@ -235,7 +235,8 @@ def test_a_recipe_that_cannot_be_read_costs_its_run_only(tmp_path, changes):
     plant(tmp_path, "natural", network())
     spoilt, good = read_runs(tmp_path)
     assert not spoilt.usable and good.usable and "run.json is damaged" in spoilt.problems[0]
-    assert "not one of this package" in html_report([spoilt, good], tmp_path / "page.html").read_text()
+    page = html_report([spoilt, good], tmp_path / "page.html").read_text()
+    assert "no command: run.json is damaged" in page and "not one of this package" not in page
 
 
 def test_an_unfinished_or_repeated_run_fills_no_cell(tmp_path):
@@ -466,6 +467,27 @@ def test_the_page_holds_everything_and_no_address(all_good, tmp_path):
     assert "20 reproduced" in page and "jat_train --recipe jat/madry --data cifar10 --tier cpu --seed 0" in page
     assert "<h3>Table 4</h3>" in page and "53.1" in page
     assert "var(--grey)" not in re.sub(r"stroke: var\(--grey\)", "", page)  # no number was mistaken for a colour
+
+
+def test_commands_name_the_networks_that_a_run_stands_on(tmp_path):
+    runs = [run for run in read_runs(ROOT / "nbs/results/ijsat_cpu") if run.name in ("ijsat/at-jsa", "ijsat/at-16")]
+    page = html_report(runs, tmp_path / "page.html").read_text(encoding="utf-8")
+    lines = re.findall(r"jat_(?:train|eval) [^<\n]*", page)
+    for run in runs:
+        [train] = [line for line in lines if f"--recipe {run.name} " in line and f"--out runs/{run.folder}" in line]
+        assert ("--needs flow=FOLDER" in train) == (run.name == "ijsat/at-jsa")
+        for suite, record in run.evaluations.items():
+            [line] = [line for line in lines if f"jat_eval runs/{run.folder} " in line and f"--suite {suite} " in line]
+            assert ("--needs flow=FOLDER" in line) == bool(record.config.get("needs"))
+    assert page.count("--needs") > 3
+
+
+def test_only_a_recipe_that_nobody_knows_is_called_so(tmp_path):
+    run = plant(tmp_path, "natural", network())
+    facts = json.loads((run / "run.json").read_text())
+    for name, seen in (("jat/natural", "jat_train --recipe jat/natural"), ("mine/natural", "not one of this package")):
+        write_json(run / "run.json", facts | {"about": facts["about"] | {"name": name}})
+        assert seen in html_report(read_runs(tmp_path), tmp_path / "page.html").read_text()
 
 
 def test_names_are_shown_and_not_obeyed(tmp_path):

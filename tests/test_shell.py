@@ -21,7 +21,7 @@ from jat_nb.judging import class_accuracies
 from jat_nb.models import create
 from jat_nb.records import Record
 from jat_nb.results import read_runs
-from jat_nb.weights import load_weights, pretrained, read_tensors
+from jat_nb.weights import load_weights, pretrained, read_tensors, save_weights
 
 OWN = pretrained("digits-joint")
 FORM = f"--model {OWN.metadata['name']} --mean {OWN.metadata['mean'][0]} --std {OWN.metadata['std'][0]}"
@@ -91,9 +91,18 @@ def test_weights_from_elsewhere_are_judged_attacked_and_reported(own, tmp_path, 
     assert run.usable and run.name == "own/theirs" and not run.problems
     assert jat_report([str(tmp_path / "runs"), "--out", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
-    assert "own/theirs" in page and "jat_eval --weights theirs.pth" in page
+    assert "own/theirs" in page and f"jat_eval --weights theirs.pth --model {OWN.metadata['name']}" in page
     assert jat_eval(words.replace("/theirs ", "/theirs --again ").replace(f"{FORM}", f"--model {OWN.metadata['name']}").split()) == 2
     assert "holds another run" in capsys.readouterr().err
+
+
+def test_the_command_of_a_file_that_names_its_network_names_none(own, tmp_path):
+    save_weights(OWN, tmp_path / "ours.safetensors")
+    words = f"--weights {tmp_path}/ours.safetensors --data digits --out {tmp_path}/run --suite jat --n 4 --steps 1 --threads 1"
+    assert jat_eval(words.split()) == 0
+    assert jat_report([str(tmp_path / "run"), "--out", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "jat_eval --weights ours.safetensors --data digits" in page and "--model" not in page
 
 
 @pytest.mark.parametrize("words, seen", [
