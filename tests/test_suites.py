@@ -168,7 +168,7 @@ def test_answers_know_their_damage(job):
 SHARED = """
 import json, sys
 from jat_nb.data import default_budget, load
-from jat_nb.models import pretrained
+from jat_nb.weights import pretrained
 from jat_nb.processes import processes
 from jat_nb.suites import Job, run_suite, suites
 

@@ -130,7 +130,8 @@ def centres(
 # %% ../../nbs/57_pareto_studies.ipynb #5f85c8f1
 def _panel(slices: Tensor) -> dict[str, Any]:
     "What is kept of the surfaces of all images (N, points, points)."
-    mean, peaks, middle = slices.cpu().double().mean(dim=0), local_maxima(slices), slices.shape[1] // 2
+    mean = slices.cpu().double().mean(dim=0)
+    peaks, middle = local_maxima(slices), slices.shape[1] // 2
     return {"surfaces": [[round(v, 4) for v in row] for row in mean.tolist()],
             "curvature": curvature(mean).tolist(), "maxima": peaks.sum(dim=(1, 2)).tolist(),
             "peak": peaks[:, middle, middle].int().tolist()}
