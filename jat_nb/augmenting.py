@@ -156,7 +156,7 @@ def _down(c_in: int, width: int, wrap: Callable[[nn.Module], nn.Module]) -> nn.S
                          wrap(nn.Conv2d(width, 2 * width, 4, 2, 1)), nn.LeakyReLU(0.2),
                          nn.Flatten())
 
-
+# %% ../nbs/30_augmenting.ipynb #fc1cb94a
 class VaeGan(nn.Module):
     "Encoder, decoder and critic for images of known class (Stutz et al. 2019; IJSAT section 6.2)."
 

@@ -81,7 +81,7 @@ def _exact(factor: Tensor) -> Tensor:
     "In double precision, on the CPU where the device has none."
     return (factor if _wide(factor.device) == torch.float64 else factor.cpu()).double()
 
-
+# %% ../nbs/17_flow_layers.ipynb #18d512c7
 class InvertibleConv(nn.Module):
     "A 1 x 1 convolution whose matrix is kept as triangular factors (Glow section 3.2)."
 

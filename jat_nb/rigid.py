@@ -315,7 +315,7 @@ def _joined(first: Adversarial, last: Adversarial, return_info: bool) -> Tensor 
                    within=first.within & last.within, n_forward=first.n_forward + last.n_forward,
                    n_backward=first.n_backward + last.n_backward)
 
-
+# %% ../nbs/14_rigid.ipynb #212a98a5
 def pgd_plus(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
     x: Tensor,  # Clean images (B, C, H, W) in [0, 1]

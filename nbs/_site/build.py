@@ -91,7 +91,7 @@ def lighten(path: Path) -> None:
     """Take off what changes little: marks of names, numbers, operators and space in code, of inline code, of lone paragraphs
     in tables; icons that no page shows and space between tags above the text. Pictures are named as they were packed."""
     above, start, text = path.read_text(encoding="utf-8").partition("<article")
-    above = re.sub(r">\s+<", "><", UNUSED.sub("", above))
+    above = re.sub(r"\s+", " ", re.sub(r">\s+<", "><", UNUSED.sub("", above)))
     text = above + start + PLAIN.sub(r"\1", text)
     for long, short in SHORTER: text = text.replace(long, short)
     text = re.sub(r'(src="_images/\w+)\.png', r"\1.webp", text)
@@ -107,7 +107,7 @@ def run_sphinx(source: Path, site: Path, doctrees: Path) -> None:
     command = [sys.executable, "-m", "sphinx", "-b", "html", "-q", "-W", "--keep-going", "-c", SITE, "-d", doctrees]
     if subprocess.run([*command, *options, source, site]).returncode:
         raise BuildError("Sphinx gave the warnings above")
-    (site / ".buildinfo").unlink(missing_ok=True)
+    for unread in (site / ".buildinfo", *site.rglob("*.map")): unread.unlink(missing_ok=True)
     shutil.rmtree(site / "_sources", ignore_errors=True)
     (site / ".nojekyll").touch()
 

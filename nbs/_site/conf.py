@@ -16,7 +16,7 @@ myst_all_links_external = True  # build.py resolves the links, links.py checks t
 
 html_theme = "furo"
 html_static_path = ["static"]
-html_css_files = ["katex/katex.min.css", "book.css"]  # KaTeX 0.16.22 typesets what the pages hold as TeX
+html_css_files = ["katex/katex.min.css", "book.css"]  # KaTeX 0.16.22, fonts that the book uses
 html_js_files = [("katex/katex.min.js", {"defer": "defer"}), ("katex/auto-render.min.js", {"defer": "defer"}),
                  ("math.js", {"defer": "defer"})]
 html_math_renderer = "tex"
