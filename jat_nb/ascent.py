@@ -90,6 +90,14 @@ def _scaled(grad: Tensor) -> Tensor:
     size = grad.abs().amax(dim=1, keepdim=True)
     return grad / torch.where(size > 0, size, 1)
 
+
+def _scores(logits: Tensor, x: Tensor) -> Tensor:
+    "Logits in the precision of the images, with a gradient that float16 does not lose."
+    scores = logits.to(x.dtype)
+    if scores.requires_grad and _passes_float16(logits):
+        scores.register_hook(_scaled)
+    return scores
+
 # %% ../nbs/11_ascent.ipynb #07aa2c0e
 def logits_of(
     model: nn.Module | Callable[[Tensor], Tensor],  # Classifier, in any mode
@@ -110,6 +118,10 @@ def logits_of(
     return logits
 
 
+_STAND_IN = ("attack another network and transfer the images (jat_nb.masking.transfer), or give "
+             "the model a smooth stand-in")
+
+
 def _check_slope(value: Tensor, of: str, mend: str) -> None:
     "Refuse a loss that cannot be differentiated."
     if not value.requires_grad:
@@ -117,10 +129,6 @@ def _check_slope(value: Tensor, of: str, mend: str) -> None:
                          f"under torch.no_grad, in whole numbers or outside PyTorch; {mend}")
 
 # %% ../nbs/11_ascent.ipynb #23e8f3ce
-_STAND_IN = ("attack another network and transfer the images (jat_nb.masking.transfer), or give "
-             "the model a smooth stand-in")
-
-
 class _Objective:
     "The function that is climbed, with a count of the model passes it took."
 
@@ -138,9 +146,7 @@ class _Objective:
         if self.n_forward == 1:
             for given in (self.y, label):
                 check_labels(given, x, logits.shape[1])
-        scores = logits.to(x.dtype)
-        if scores.requires_grad and _passes_float16(logits):
-            scores.register_hook(_scaled)
+        scores = _scores(logits, x)
         value = self.loss(scores, label)
         if value.shape != (len(x),):
             raise ValueError(f"expected one loss per image ({len(x)},), got {tuple(value.shape)}: "
@@ -148,8 +154,7 @@ class _Objective:
         return sign * value, correct(scores.detach(), label) != (self.target is None)
 
     def gradient(self, threats: Sequence[Threat], x: Tensor, params: Sequence[Tensor],
-                 active: tuple[int, ...]
-                 ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+                 active: tuple[int, ...]) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
         """Gradients in the active parameters, objective and success; `x` is the base of the
         first threat given."""
         live = [p.detach().requires_grad_(i in active) for i, p in enumerate(params)]

@@ -156,6 +156,33 @@ def _down(c_in: int, width: int, wrap: Callable[[nn.Module], nn.Module]) -> nn.S
                          wrap(nn.Conv2d(width, 2 * width, 4, 2, 1)), nn.LeakyReLU(0.2),
                          nn.Flatten())
 
+
+def _up(width: int, c_out: int) -> nn.Sequential:
+    "Four times the side, by two convolutions; values in [0, 1]."
+    return nn.Sequential(nn.ReLU(), nn.ConvTranspose2d(2 * width, width, 4, 2, 1),
+                         nn.ReLU(), nn.ConvTranspose2d(width, c_out, 4, 2, 1), nn.Sigmoid())
+
+
+def _told(h: Tensor, y: Tensor, classes: int) -> Tensor:
+    "Numbers of each image (B, D), and beside them its class as zeros and a one (B, D + classes)."
+    return torch.cat([h, F.one_hot(y, classes).to(h)], dim=1)
+
+# %% ../nbs/30_augmenting.ipynb #fe0fb65f
+_SIGMA = 0.1  # deviation of a value around the drawn one, image units
+
+
+def _nats(images: Tensor, x: Tensor, mean: Tensor, log_deviation: Tensor) -> Tensor:
+    "The first two terms of Eq. 4 for images that were drawn instead of `x` (B,)."
+    nats = (images - x).square().flatten(1).sum(1) / (2 * _SIGMA**2)
+    return nats + (mean.square() + (2 * log_deviation).exp() - 1 - 2 * log_deviation).sum(1) / 2
+
+
+def _played(critic: nn.Module, images: Tensor, x: Tensor) -> Tensor:
+    "What critic and decoder minimise in their game (B,)."
+    fixed = {name: p.detach() for name, p in critic.named_parameters()}
+    hinge = F.relu(1 - critic(x)) + F.relu(1 + critic(images.detach()))
+    return (hinge - functional_call(critic, fixed, images))[:, 0]
+
 # %% ../nbs/30_augmenting.ipynb #fc1cb94a
 class VaeGan(nn.Module):
     "Encoder, decoder and critic for images of known class (Stutz et al. 2019; IJSAT section 6.2)."
@@ -176,38 +203,26 @@ class VaeGan(nn.Module):
         self.look, self.moments = (_down(shape[0], width, nn.Identity()),
                                    nn.Linear(math.prod(self.start) + classes, 2 * code))
         self.first = nn.Linear(code + classes, math.prod(self.start))
-        self.draw = nn.Sequential(nn.ReLU(), nn.ConvTranspose2d(2 * width, width, 4, 2, 1),
-                                  nn.ReLU(),
-                                  nn.ConvTranspose2d(width, shape[0], 4, 2, 1), nn.Sigmoid())
+        self.draw = _up(width, shape[0])
         self.critic = nn.Sequential(_down(shape[0], width, spectral_norm),
                                     spectral_norm(nn.Linear(math.prod(self.start), 1)))
 
-    def _with(self, h: Tensor, y: Tensor) -> Tensor:
-        return torch.cat([h, F.one_hot(y, self.classes).to(h)], dim=1)
-
     def law(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         "Mean and logarithm of the deviation of the codes of images (B, code)."
-        mean, log_deviation = self.moments(self._with(self.look(2 * x - 1), y)).chunk(2, dim=1)
+        mean, log_deviation = self.moments(_told(self.look(2 * x - 1), y, self.classes)).chunk(2, 1)
         return mean, log_deviation.clamp(-6, 2)
 
     def drawn(self, z: Tensor, y: Tensor) -> Tensor:
         "The images of codes (B, C, H, W) in [0, 1]."
-        return self.draw(self.first(self._with(z, y)).view(-1, *self.start))
+        return self.draw(self.first(_told(z, y, self.classes)).view(-1, *self.start))
 
     def forward(self, x: Tensor, y: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         "For each image Eq. 4 without its last term, and what the game adds (B,), nats."
         mean, log_deviation = self.law(x, y)
         images = self.drawn(mean + log_deviation.exp() * noise, y)
-        nats = (images - x).square().flatten(1).sum(1) / (2 * _SIGMA**2)
-        nats = nats + (mean.square() + (2 * log_deviation).exp() - 1 - 2 * log_deviation).sum(1) / 2
-        fixed = {name: p.detach() for name, p in self.critic.named_parameters()}
-        hinge = F.relu(1 - self.critic(x)) + F.relu(1 + self.critic(images.detach()))
-        return nats, (hinge - functional_call(self.critic, fixed, images))[:, 0]
+        return _nats(images, x, mean, log_deviation), _played(self.critic, images, x)
 
     def given(self, y: Tensor) -> "OfClass": return OfClass(self, y)
-
-
-_SIGMA = 0.1  # deviation of a value around the drawn one, image units
 
 # %% ../nbs/30_augmenting.ipynb #7b4b42a9
 class OfClass(nn.Module):

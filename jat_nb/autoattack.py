@@ -90,13 +90,12 @@ def autoattack(
 ) -> Tensor:  # Images (B, C, H, W) in [0, 1]: changed where an attack succeeded, else `x`
     """AutoAttack, standard version, on the pixels (Croce and Hein 2020).
 
-    `x` holds float images (B, C, H, W) in [0, 1], `y` the true classes (B,); `eps` is in image
-    units. With fewer than 4 classes the standard version has no APGD-T, whose loss needs four.
+    With fewer than 4 classes the standard version has no APGD-T, whose loss needs four.
     Needs the extra `autoattack`.
     """
     check_images(x), check_labels(y, x)
-    names = {"linf": "Linf", "l2": "L2"}
-    if norm.lower() not in names or batch_size < 1:
+    kind = {"linf": "Linf", "l2": "L2"}.get(norm.lower())
+    if kind is None or batch_size < 1:
         raise ValueError(f"expected norm 'Linf' or 'L2' and batch_size >= 1, got {norm!r} and "
                          f"{batch_size}")
     if not _is_number(eps):
@@ -104,17 +103,15 @@ def autoattack(
     threat, found, model = Pixel(eps, norm=norm.lower()), [], bare(model)
     with torch.inference_mode(False), torch.no_grad(), frozen(model), _contained(x):
         x, y = x.detach().clone(), y.detach().clone()
-        # the library writes into the logits
-        predict = lambda v: model(v.to(x.dtype)).float().clone()
+        predict = lambda v: model(v.to(x.dtype)).float().clone()  # which the library writes into
         classes = predict(x[:1]).shape[1]
         check_labels(y, x, classes)
         members = _members(attacks, classes)
         for k in range(0, len(x) if eps else 0, batch_size):
-            own = generator[k:k + batch_size] if isinstance(generator, Sequence) else generator
-            xb, yb, own_seed = (x[k:k + batch_size].float(), y[k:k + batch_size],
-                                _combined_seed(own, seed))
-            found.append(_call_library(predict, xb, yb, float(eps), names[norm.lower()], members,
-                                       classes, own_seed))
+            part = slice(k, k + batch_size)
+            own = generator[part] if isinstance(generator, Sequence) else generator
+            found.append(_call_library(predict, x[part].float(), y[part], float(eps), kind, members,
+                                       classes, _combined_seed(own, seed)))
         return _certified(threat, x, torch.cat(found)) if eps else x
 
 # %% ../nbs/44_autoattack.ipynb #c15b4852

@@ -104,8 +104,7 @@ class PreActBlock(nn.Module):
 
 # %% ../nbs/25_backbones.ipynb #26db1668
 class PreActResNet(nn.Module):
-    """A pre-activation residual network: a 3x3 stem, groups of blocks, global average, one
-    linear layer."""
+    "A pre-activation residual network: 3x3 stem, groups of blocks, global average, linear layer."
 
     def __init__(
         self,

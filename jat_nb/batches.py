@@ -242,8 +242,7 @@ def _check_source(source: Any) -> None:
 class Stream:
     "Training data read batch by batch, never held as a whole."
 
-    # batches (x, y); a function makes them anew for every epoch
-    source: Iterable | Callable[[], Iterable]
+    source: Iterable | Callable[[], Iterable]  # batches (x, y), or a function that makes them anew
     length: int | None = None  # batches per epoch; None: as many as `source` has
     name: str = "stream"  # data set it comes from, as augmentations know it
     device: torch.device | str = "cpu"  # where the batches go
@@ -262,8 +261,7 @@ class Stream:
         return replace(self, device=device)
 
     def epoch(self, seed: tuple[int, ...], *, augment: Sequence[str] = (), part: int = 0,
-              parts: int = 1
-              ) -> Iterator[Batch]:
+              parts: int = 1) -> Iterator[Batch]:
         "Walk once through the stream, as `batches` does through a set."
         _check_batches(augment, part, parts)
         torch.manual_seed(seed_from(*seed, "stream"))

@@ -23,7 +23,7 @@ from .attacks import ATTACKS
 from .batches import num_batches
 from .data import Budget, ImageSet, Unlabelled, default_budget, few_labels, load
 from .models import create
-from .recipes import Recipe
+from .recipes import Recipe, _stretched
 from .weights import _for_classes, names_its_network, open_weights, start_from
 
 # %% ../nbs/41_catalogue.ipynb #0040ef56
@@ -35,6 +35,19 @@ class Row(NamedTuple):
     recipe: str  # Full name of the recipe
     data: str = "cifar10"  # Data set, as for `load`
     source: str = ""  # Full name of the recipe whose network makes transferred images; "": none
+
+# %% ../nbs/41_catalogue.ipynb #249f287f
+def _check_names(paper: "Paper") -> None:
+    "Refuse recipes that are not under the paper's key, and names that lead to none of them."
+    foreign = [name for name in paper.recipes if not name.startswith(f"{paper.key}/")]
+    if foreign:
+        raise ValueError(f"recipes of the paper {paper.key!r} are named '{paper.key}/...', "
+                         f"got {foreign[0]!r}")
+    named = {name for row in paper.rows for name in (row.recipe, row.source) if name}
+    named |= {name for own, (other, _) in paper.updates.items() for name in (own, other)}
+    if named - set(paper.recipes):
+        raise ValueError(f"rows or updates of the paper {paper.key!r} name recipes it does not "
+                         f"have: {', '.join(sorted(named - set(paper.recipes)))}")
 
 # %% ../nbs/41_catalogue.ipynb #86276349
 @dataclass(frozen=True)
@@ -58,16 +71,7 @@ class Paper:
     updates: Mapping[str, tuple[str, float]] = field(
         default_factory=dict)  # {recipe: (another, the share of its updates that it makes)}
 
-    def __post_init__(self) -> None:
-        foreign = [name for name in self.recipes if not name.startswith(f"{self.key}/")]
-        if foreign:
-            raise ValueError(f"recipes of the paper {self.key!r} are named '{self.key}/...', "
-                             f"got {foreign[0]!r}")
-        named = {name for row in self.rows for name in (row.recipe, row.source) if name}
-        named |= {name for own, (other, _) in self.updates.items() for name in (own, other)}
-        if named - set(self.recipes):
-            raise ValueError(f"rows or updates of the paper {self.key!r} name recipes it does not "
-                             f"have: {', '.join(sorted(named - set(self.recipes)))}")
+    def __post_init__(self) -> None: _check_names(self)
 
     @property
     def home(self) -> str:
@@ -166,8 +170,7 @@ def _shorter(recipe: Recipe, tier: Tier, batch_size: int) -> dict[str, Any]:
     per_epoch = 1 if unit == "epochs" else math.ceil((tier.images or _FULL_SET) / batch_size)
     before = getattr(recipe, unit)
     after = min(before, tier.epochs * per_epoch)
-    return {unit: after, "milestones": tuple(m * after / before for m in recipe.milestones),
-            "knots": tuple((place * after / before, factor) for place, factor in recipe.knots)}
+    return {unit: after, **_stretched(recipe, before, after)}
 
 # %% ../nbs/41_catalogue.ipynb #f8a4b442
 def _fewer(attack: str, options: Mapping[str, Any], most: int | None) -> dict[str, Any]:
@@ -186,8 +189,7 @@ def _fewer(attack: str, options: Mapping[str, Any], most: int | None) -> dict[st
 def _cut_down(recipe: Recipe, tier: Tier) -> Recipe:
     "A recipe at a tier; fields that it marks essential stay."
     kept = set(recipe.essential) | (_CURVE if "schedule" in recipe.essential else set())
-    attacks = {role: [[name, _fewer(name, options, tier.steps.get(name))]
-                      for name, options in chain]
+    attacks = {role: [[name, _fewer(name, own, tier.steps.get(name))] for name, own in chain]
                for role, chain in recipe.attacks.items()}
     probe = _fewer(recipe.probe, recipe.probe_options, tier.probe_steps)
     probes = {name: [attack, _fewer(attack, options, tier.probe_steps)]
@@ -200,8 +202,7 @@ def _cut_down(recipe: Recipe, tier: Tier) -> Recipe:
     return replace(recipe, **{**shorter, **changes})
 
 # %% ../nbs/41_catalogue.ipynb #f25be82f
-# the budget that `eps` and `step` belong to, if not "pixel"
-_OWN = {"ggsm": "flow", "affine": None}
+_OWN = {"ggsm": "flow", "affine": None}  # the budget of `eps` and `step`, if not "pixel"
 
 
 def _lengths(attack: str, budget: Budget) -> dict[str, float]:
@@ -327,10 +328,8 @@ def _number(plan: Recipe, train: ImageSet, unlabelled: Unlabelled | None) -> int
 
 def _with_updates(plan: Recipe, updates: int) -> Recipe:
     "A recipe of so many updates, its milestones and knots in proportion."
-    before = plan.iterations or plan.epochs
-    return replace(plan, epochs=None, iterations=updates,
-                   milestones=tuple(m * updates / before for m in plan.milestones),
-                   knots=tuple((place * updates / before, factor) for place, factor in plan.knots))
+    curve = _stretched(plan, plan.iterations or plan.epochs, updates)
+    return replace(plan, epochs=None, iterations=updates, **curve)
 
 # %% ../nbs/41_catalogue.ipynb #88c33387
 def _planned(name: str, data: str | None, tier: str, rest: ImageSet, whole: int, images: int | None,

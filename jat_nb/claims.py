@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .catalogue import Paper, papers
-from .differences import Finding, Score, Share, _several, compared, level, verdict
+from .differences import Finding, Score, Share, _middle, _several, compared, level, verdict
 from .records import TIERS
 from .results import Run, survivors
 from .tables import printed_numbers, recipe_names, transfer_key
@@ -59,8 +59,8 @@ class Claim:
 
 # %% ../nbs/50_claims.ipynb #8d774f74
 @dataclass(frozen=True)
-class Evidence:
-    "The runs of one paper at one tier, asked by name."
+class _Named:
+    "The runs of one paper at one tier, and their names."
 
     runs: tuple[Run, ...]
     tier: str
@@ -68,18 +68,6 @@ class Evidence:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "runs", tuple(run.as_published for run in self.runs))
-
-    @cached_property
-    def _numbers(self) -> dict[tuple[str, ...], float]: return printed_numbers(self.paper)
-
-    @property
-    def required(self) -> list[str]: return self.required_on(None)
-
-    def required_on(self, data: str | None) -> list[str]:
-        """The recipes of the paper's first table, without which nothing is decided; None: on
-        every data set."""
-        rows = [row for row in self.paper.rows if row.table == self.paper.rows[0].table]
-        return list(dict.fromkeys(row.recipe for row in rows if data in (None, row.data)))
 
     def of(self, recipe: str, suite: str | None = None, data: str = "") -> list[Run]:
         "Finished runs of one recipe, those that a suite was run on."
@@ -105,6 +93,23 @@ class Evidence:
         if "sources" not in where: return (recipe, *where[1:])
         return (recipe, *where[1:-1],
                 transfer_key(self.runs, recipe, self.full(where[-1]), where[2]))
+
+# %% ../nbs/50_claims.ipynb #eb145e94
+@dataclass(frozen=True)
+class Evidence(_Named):
+    "The runs of one paper at one tier, asked by name."
+
+    @cached_property
+    def _numbers(self) -> dict[tuple[str, ...], float]: return printed_numbers(self.paper)
+
+    @property
+    def required(self) -> list[str]: return self.required_on(None)
+
+    def required_on(self, data: str | None) -> list[str]:
+        """The recipes of the paper's first table, without which nothing is decided; None: on
+        every data set."""
+        rows = [row for row in self.paper.rows if row.table == self.paper.rows[0].table]
+        return list(dict.fromkeys(row.recipe for row in rows if data in (None, row.data)))
 
     def share(self, where: Where, data: str = "") -> Share | Score | None:
         "One accuracy, or one score of the paper, all seeds together."
@@ -219,8 +224,7 @@ def redrawn_finding(
 ) -> Finding:  # With the middle 95 % of the redraws
     "A number computed from several networks at once, as a finding."
     if values is None: return Finding(what, **bounds)
-    low, high = (float(values[1:].quantile(q)) for q in (0.025, 0.975))
-    return Finding(what, float(values[0]), low, high, **bounds)
+    return Finding(what, float(values[0]), *_middle(values[1:]), **bounds)
 
 # %% ../nbs/50_claims.ipynb #10e3c263
 def rank_correlation(
@@ -363,7 +367,8 @@ def compare(
 # %% ../nbs/50_claims.ipynb #fd2c9d64
 def _judged(runs: Sequence[Run]) -> Iterator[tuple[Evidence, Claim, list[Finding]]]:
     for key, paper in papers().items():
-        mine = [run for run in runs if run.paper == key]
+        needed = {name for plan in paper.recipes.values() for name in plan.needs.values()}
+        mine = [run for run in runs if run.paper == key or run.name in needed]
         tiers = sorted({run.group[0] for run in mine if run.usable}, key=TIERS.index)
         shown = {tier: Evidence(tuple(mine), tier, paper) for tier in tiers}
         for claim in paper.claims:

@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from torch import nn
 from .batches import batches
 from .catalogue import Setting, adapt, listing, other_lengths, papers, recipes, setting
 from .claims import judge_claims
-from .data import Budget, default_budget, load
+from .data import default_budget, load
 from .glow import Glow
 from .judging import (adopt, classifies, ending, find_runs, judge, needed_runs, networks_for,
                             open_classifier, open_own, run_facts, sources_for, unfinished)
@@ -34,8 +34,8 @@ from .records import check_writable, progress
 from .reports import html_report
 from .results import read_runs
 from .schedules import make_optimizer
-from .shell import (DEVICE, _changes, _check, _say, _size, _threads, _whole_name, command,
-                          run_folder)
+from .shell import (_changes, _check, _Elsewhere, _Machine, _Pictures, _say, _size, _Start,
+                          _Strength, _whole_name, command, run_folder)
 from .suites import suites
 from .training import fit
 from .updates import train_step
@@ -81,15 +81,38 @@ def _train_one(s: Setting, needs: dict[str, nn.Module], about: dict[str, Any], o
     _say(f"{title}: {ending(history, s.recipe, left)}, in {out}")
     return not left
 
+# %% ../nbs/67_cli.ipynb #40018632
+def _plan(name: str, given: Mapping[str, Any]) -> Recipe:
+    "The recipe as the options of a command change it."
+    changes = {f.name: given[f.name] for f in fields(Recipe) if f.name in given}
+    del changes["data"]  # `adapt` brings the recipe to another data set
+    if not given["model"] or given["init"]:  # a file of weights has its own options
+        del changes["model"]
+    return replace(adapt(recipes()[name], given["data"], given["tier"]), **changes)
+
+
+def _about(name: str, s: Setting, given: Mapping[str, Any],
+           changes: Mapping[str, Any]) -> dict[str, Any]:
+    "What a run's folder says about it."
+    about = {"name": name, "tier": given["tier"], "data": s.recipe.data,
+             "variant": s.train.variant, "seed": s.recipe.seed, "model": s.model.metadata["name"],
+             "changes": {**other_lengths(name, given["tier"], s.recipe), **changes},
+             "classes": s.train.classes, "shape": s.train.images.shape[1:]}
+    about |= {k: v for k, v in {"images": given["images"], "resized": given["size"]}.items() if v}
+    return about | ({"start": s.model.metadata["start"]} if given["init"] else {})
+
 # %% ../nbs/67_cli.ipynb #ba6d7f78
-def _check_jobs(plans: Mapping[str, Recipe], needs: Mapping[str, Path], places: Sequence[Path],
-                download: bool) -> None:
+def _check_jobs(names: Sequence[str], given: Mapping[str, Any], needs: Mapping[str, Path],
+                places: Sequence[Path], download: bool) -> None:
     "What can be refused is refused before anything is trained; missing data sets are fetched."
-    for plan in plans.values():
+    for name in (n for n in names if n not in recipes()):
+        raise ValueError(f"unknown recipe {name!r}: jat_train --list shows all")
+    plans = [_plan(name, given) for name in names]
+    for plan in plans:
         check_options(plan.model, plan.model_options), bind(plan, networks_for(needs, plan))
     for place in places:
         check_writable(place)
-    for name in {plan.data for plan in plans.values()} if download else ():
+    for name in {plan.data for plan in plans} if download else ():
         on_first(lambda: len(load(name, "train", download=True))
                  + len(load(name, "test", download=True)))
 
@@ -100,24 +123,15 @@ def jat_train(
     list_: bool = False,  # Show the recipes by paper, and the rows of its tables that they fill
     recipe: list[str] | None = None,  # What to train, names from --list
     out: str | None = None,  # The run's folder; with several recipes or seeds OUT/PAPER-NAME-sSEED
-    data: str | None = None,  # Data set, a name or folder:PATH; the recipe's own if not given
-    download: bool = False,  # Fetch a data set that is missing
-    size: list[int] | None = None,  # Side, or height and width, to bring pictures in folders to
-    model: str | None = None,  # Network, any name that `create` takes; the tier's if not given
+    pictures: _Pictures,
+    start: _Start,
     needs: list[str] | None = None,  # KEYWORD=RUN: the run of a network that the recipe stands on
-    # Weights to start from: a run's best.safetensors, or a state_dict of --model
-    init: str | None = None,
-    # Of a state_dict in --init: mean of each channel in its training, in [0, 1]
-    mean: list[float] | None = None,
-    std: list[float] | None = None,  # Of a state_dict in --init: spread of each channel
     # How far the published setting is cut down
     tier: Literal["smoke", "cpu", "gpu", "paper"] = "cpu",
-    images: int | None = None,  # Training images; the tier's if not given
     seed: list[int] | None = None,  # One run for each seed; 0 if not given
     set_: list[str] | None = None,  # FIELD=VALUE replaces a field of the recipe, such as epochs=3
     time_budget: float = math.inf,  # Seconds after which training stops, ready to go on
-    device: str = DEVICE,  # Where to compute
-    threads: int | None = None,  # Processor threads; all if not given
+    machine: _Machine,
 ) -> int:  # Exit status: 0 done, 2 refused, 3 out of time
     """Train recipes of the papers. A run that was stopped goes on when the same command is given
     again."""
@@ -126,28 +140,16 @@ def jat_train(
         return 0
     if not recipe or not out:
         raise ValueError("pass --recipe NAME and --out FOLDER, or --list to see the recipes")
-    for name in (n for n in recipe if n not in recipes()):
-        raise ValueError(f"unknown recipe {name!r}: jat_train --list shows all")
-    _threads(threads), _check(time_budget=(time_budget, 0), seed=(min(seed or [0]), 0),
-                              images=(images, 1))
-    deadline, changes = time.perf_counter() + time_budget, _changes(set_ or [])
-    runs, data, size = needed_runs(needs or []), _whole_name(data), _size(size)
+    _check(time_budget=(time_budget, 0), seed=(min(seed or [0]), 0))
+    deadline, runs = time.perf_counter() + time_budget, needed_runs(needs or [])
+    given, changes = {"tier": tier, **pictures.asked(), **asdict(start)}, _changes(set_ or [])
     jobs = [(name, s) for s in seed or [0] for name in recipe]
     places = [run_folder(out, *job) if len(jobs) > 1 else Path(out) for job in jobs]
-    asked = changes | ({"model": model} if model and not init else {})  # a file has its own options
-    _check_jobs({name: replace(adapt(recipes()[name], data, tier), **asked) for name in recipe},
-                runs, places, download)
+    _check_jobs(recipe, given | changes, runs, places, pictures.download)
     for (name, number), place in zip(jobs, places):
-        s = setting(name, data=data, tier=tier, model=model, images=images, seed=number, init=init,
-                    mean=mean, std=std, size=size, **changes)
-        about = {"name": name, "tier": tier, "data": s.recipe.data, "variant": s.train.variant,
-                 "seed": number,
-                 "model": s.model.metadata["name"],
-                 "changes": other_lengths(name, tier, s.recipe) | changes,
-                 "classes": s.train.classes, "shape": s.train.images.shape[1:]}
-        about |= {k: v for k, v in {"images": images, "resized": size}.items() if v}
-        about |= {"start": s.model.metadata["start"]} if init else {}
-        if not _train_one(s, networks_for(runs, s.recipe), about, place, device, deadline):
+        s = setting(name, seed=number, **given, **changes)
+        about = _about(name, s, given, changes)
+        if not _train_one(s, networks_for(runs, s.recipe), about, place, machine.device, deadline):
             _say("the time allowed is over; the same command goes on from here")
             return 3
     return 0
@@ -155,6 +157,9 @@ def jat_train(
 # %% ../nbs/67_cli.ipynb #20bb7bed
 def _finished(runs: Sequence[str]) -> list[Path]:
     "The finished runs in and below folders; says which are passed over."
+    if not runs:
+        raise ValueError("pass the folders of runs, or --weights FILE --model NAME --data NAME "
+                         "--out FOLDER")
     found, why = [], ""
     for run in find_runs(runs):
         try:
@@ -197,9 +202,9 @@ def _each_class(rows: dict[str, Any]) -> str:
     return pd.DataFrame.from_dict(rows, orient="index").to_string(float_format="%.1f", na_rep="-")
 
 # %% ../nbs/67_cli.ipynb #2429db11
-def _said(weights: str, **said: Any) -> dict[str, Any] | None:
+def _said(weights: str, own: _Elsewhere, out: str | None = None) -> dict[str, Any] | None:
     "What was said about weights from elsewhere; None if --weights names an epoch of a run."
-    said = {name: value for name, value in said.items() if value is not None}
+    said = {k: v for k, v in {**asdict(own), "out": out}.items() if v is not None}
     if weights in ("last", "best"):
         if said:
             raise ValueError(f"--{' --'.join(said)} say what a run knows itself: pass them with "
@@ -214,20 +219,26 @@ def _said(weights: str, **said: Any) -> dict[str, Any] | None:
                                                        if "data" in said else {})
 
 
-def _adopted(weights: str, out: str | None, model: str | None, own: dict[str, Any],
-             runs: Sequence[str]) -> str:
+def _adopted(weights: str, said: dict[str, Any], runs: Sequence[str] | None) -> str:
     "The folder in which weights from elsewhere are judged."
-    if runs or not out or "data" not in own:
+    if runs or not {"out", "data"} <= said.keys():
         raise ValueError("weights from elsewhere are judged in a folder of their own: pass --data "
                          "NAME and --out FOLDER beside --weights FILE, and no runs")
-    return on_first(lambda: str(adopt(weights, out, model, **own)))
+    out, model = said.pop("out"), said.pop("model", None)
+    return on_first(lambda: str(adopt(weights, out, model, **said)))
 
-# %% ../nbs/67_cli.ipynb #2e415632
-def _budget(data: str, eps_pixel: float | None, eps_flow: float | None) -> Budget:
-    "The budget of a data set, or of one's own in levels and pixels."
-    default = default_budget(data)
-    return Budget(default.eps_pixel if eps_pixel is None else eps_pixel / 255,
-                  default.eps_flow if eps_flow is None else eps_flow)
+# %% ../nbs/67_cli.ipynb #1026a4f5
+def _answer(run: Path, suite: str, source: Sequence[str], per_class: bool, **options: Any) -> str:
+    "Judge one run by one suite; what there is to say about it."
+    sources = sources_for(run, suite, source)
+    if "sources" in suites()[suite].needs and source and not sources:
+        return f"{run}, {suite}: passed over, it has no source but itself"
+    record, new = judge(run, suite, sources=sources, **options)
+    said = f"{_one_line(record.metrics)} ({record.seconds:.0f} s)"
+    text = f"{run}, {suite}: {said if new else 'already there (--again repeats it)'}"
+    if per_class and "by_class" in record.metrics:
+        text += "\n" + _each_class(record.metrics["by_class"])
+    return text
 
 # %% ../nbs/67_cli.ipynb #ae96d6c2
 @command
@@ -240,61 +251,32 @@ def jat_eval(
     n: int = 1000,  # Test images; fewer are the first of more
     per_class: bool = False,  # Show the accuracy of every class as well
     weights: str = "last",  # Which epoch, last or best; or a file of weights from elsewhere
-    model: str | None = None,  # With --weights FILE: its network, any name that `create` takes
-    data: str | None = None,  # With --weights FILE: data set, a name or folder:PATH
-    # With --weights FILE: names of its classes in order, or their number
-    classes: list[str] | None = None,
-    size: list[int] | None = None,  # With --weights FILE: side, or height and width, of its images
-    # With --weights FILE: mean of each channel in its training, in [0, 1]
-    mean: list[float] | None = None,
-    std: list[float] | None = None,  # With --weights FILE: spread of each channel
+    own: _Elsewhere,
     out: str | None = None,  # With --weights FILE: folder for weights and answers
-    # Pixel budget in grey levels of 255; the data set's if not given
-    eps_pixel: float | None = None,
-    eps_flow: float | None = None,  # Flow budget in pixels; the data set's if not given
-    steps: int = 20,  # Steps of the iterated attacks
+    strength: _Strength,
     source: list[str] | None = None,  # Runs on which transferred images are made
     # KEYWORD=RUN: the run of a network that an attack stands on, such as flow=RUN
     needs: list[str] | None = None,
-    seed: int = 0,  # Seed of the attacks
-    batch_size: int = 250,  # Images attacked at once; not the result
     # Attack a faster copy, judge by the network itself; on at tier cpu if not given
     fast: bool | None = None,
     amp: bool = False,  # bfloat16 while attacking; verdicts stay in float32
     again: bool = False,  # Repeat what is already there
-    device: str = DEVICE,  # Where to compute
-    threads: int | None = None,  # Processor threads; all if not given
+    machine: _Machine,
 ) -> int:  # Exit status: 0 done, 2 refused
     """Judge trained runs. Each suite's answers are written into the run's folder; those already
     there are kept."""
-    _threads(threads), _check(n=(n, 1), steps=(steps, 1), batch_size=(batch_size, 1),
-                              seed=(seed, 0), eps_pixel=(eps_pixel, 0), eps_flow=(eps_flow, 0))
+    _check(n=(n, 1))
     for name in (s for s in suite or () if s not in suites()):
         raise ValueError(f"unknown suite {name!r}: choose from {', '.join(suites())}")
-    own = _said(weights, model=model, data=data, classes=classes, size=size, mean=mean, std=std,
-                out=out)
-    if own is not None:
-        runs, weights = [_adopted(weights, own.pop("out", None), own.pop("model", None), own,
-                                  runs or ())], "last"
-    if not runs:
-        raise ValueError("pass the folders of runs, or --weights FILE --model NAME --data NAME "
-                         "--out FOLDER")
-    finished, standing = _finished(runs), needed_runs(needs or [])
+    if said := _said(weights, own, out):
+        runs, weights = [_adopted(weights, said, runs)], "last"
+    finished, standing = _finished(runs or ()), needed_runs(needs or [])
     jobs = [(run, name) for name in suite or [""] for run in finished]
     for run, name in progress(jobs, description="judging", unit="suite"):
-        name = name or _first_suite(run)
-        sources = sources_for(run, name, source or [])
-        if "sources" in suites()[name].needs and source and not sources:
-            _say(f"{run}, {name}: passed over, it has no source but itself")
-            continue
-        budget = _budget(run_facts(run)["about"]["data"], eps_pixel, eps_flow)
-        record, new = judge(run, name, n=n, weights=weights, budget=budget, steps=steps,
-                            sources=sources, needs=standing,
-                            seed=seed, fast=fast, batch_size=batch_size, amp=amp, again=again,
-                            device=device)
-        _say(f"{run}, {name}: {_one_line(record.metrics)} ({record.seconds:.0f} s)" if new
-             else f"{run}, {name}: already there (--again repeats it)")
-        if per_class and "by_class" in record.metrics: _say(_each_class(record.metrics["by_class"]))
+        options = strength.options(run_facts(run)["about"]["data"])
+        _say(_answer(run, name or _first_suite(run), source or [], per_class, n=n, weights=weights,
+                     needs=standing, fast=fast, amp=amp, again=again, device=machine.device,
+                     **options))
     return 0
 
 # %% ../nbs/67_cli.ipynb #0490fa76
@@ -307,45 +289,28 @@ def jat_attack(
     attack: str = "double_pass",  # Which attack, by its name in `ATTACKS`
     # What the attack climbs: cross_entropy, margin or dlr; the attack's own if not given
     loss: str | None = None,
-    # Pixel budget in grey levels of 255; the data set's if not given
-    eps_pixel: float | None = None,
-    eps_flow: float | None = None,  # Flow budget in pixels; the data set's if not given
-    steps: int = 20,  # Steps of the attack
-    batch_size: int = 250,  # Pictures attacked at once; not the result
+    strength: _Strength,
     weights: str = "last",  # Which epoch, last or best; or a file of weights from elsewhere
-    model: str | None = None,  # With --weights FILE: its network, any name that `create` takes
-    # With --weights FILE: data set that names its classes, if one is at hand
-    data: str | None = None,
-    # With --weights FILE: names of its classes in order, or their number
-    classes: list[str] | None = None,
-    size: list[int] | None = None,  # With --weights FILE: side, or height and width, of its images
-    # With --weights FILE: mean of each channel in its training, in [0, 1]
-    mean: list[float] | None = None,
-    std: list[float] | None = None,  # With --weights FILE: spread of each channel
+    own: _Elsewhere,
     # File *.safetensors for the numbers: clean, adversarial, labels, verdicts
     save: str | None = None,
-    seed: int = 0,  # Seed of the random start
-    device: str = DEVICE,  # Where to compute
-    threads: int | None = None,  # Processor threads; all if not given
+    machine: _Machine,
 ) -> int:  # Exit status: 0 done, 2 refused
     """Attack pictures: writes each as PNG, its flow as a colour picture, and attack.json with
     what became of it."""
-    _threads(threads), _check(steps=(steps, 1), batch_size=(batch_size, 1), seed=(seed, 0))
-    _check(eps_pixel=(eps_pixel, 0), eps_flow=(eps_flow, 0)), check_apart(images, out)
+    check_apart(images, out)
     # refuses unknown names before anything is read
-    attack_options(attack, default_budget("cifar10"), steps, loss)
-    own = _said(weights, model=model, data=data, classes=classes, size=size, mean=mean, std=std)
-    if (run is None) == (own is None):
+    attack_options(attack, default_budget("cifar10"), strength.steps, loss)
+    said = _said(weights, own)
+    if (run is None) == (said is None):
         raise ValueError("pass the folder of a run, or --weights FILE --model NAME instead")
-    facts, network = (open_classifier(run, weights, device) if own is None
-                      else open_own(weights, own.pop("model", None), **own))
+    facts, network = (open_classifier(run, weights, machine.device) if said is None
+                      else open_own(weights, said.pop("model", None), **said))
     if save and Path(save).is_dir():
         raise ValueError(f"{save} is a folder: --save takes a file, such as {save}/set.safetensors")
     check_writable(Path(save or out).parent), check_writable(out)
-    _say(attack_files(network.to(device), facts, images, out, attack=attack, steps=steps, loss=loss,
-                      batch_size=batch_size,
-                      budget=_budget(facts["about"]["data"], eps_pixel, eps_flow), seed=seed,
-                      save=save))
+    _say(attack_files(network.to(machine.device), facts, images, out, attack=attack, loss=loss,
+                      save=save, **strength.options(facts["about"]["data"])))
     return 0
 
 # %% ../nbs/67_cli.ipynb #7f6e80e5

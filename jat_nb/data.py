@@ -74,26 +74,20 @@ def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
                      .cpu().double() / pixels.shape[1] for k in (1, 2))
     return first / 255, (second - first.square()).clamp(min=0).sqrt() / 255
 
-# %% ../nbs/08_data.ipynb #2da1d266
+# %% ../nbs/08_data.ipynb #d0ee811b
 @dataclass(frozen=True, eq=False)
-class ImageSet:
-    "Labelled images, held whole as bytes on one device."
+class _Images:
+    "The bytes, their labels, and what is known of both."
 
     name: str  # As given to `load`
     images: Tensor  # uint8, (N, C, H, W)
     labels: Tensor  # int64, (N,), below the number of classes
     classes: tuple[str, ...]  # Class names, in the order of the labels
-    variant: str = "official"  # Trust in the pixels: 'official', 'upscaled', 'folder' or 'jpeg'
+    variant: str = "official"  # Trust in the pixels: official, upscaled, folder or jpeg; the side if scaled
 
-    def __post_init__(self):
-        _check_set(self.images, self.labels, self.classes)
+    def __post_init__(self) -> None: _check_set(self.images, self.labels, self.classes)
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __repr__(self) -> str:
-        form = f"{len(self)} images {tuple(self.images.shape[1:])}, {self.num_classes} classes"
-        return f"ImageSet({self.name!r}, {form}, {self.variant}, {self.images.device})"
+    def __len__(self) -> int: return len(self.images)
 
     @property
     def x(self) -> Tensor:
@@ -101,12 +95,10 @@ class ImageSet:
         return self.images.float().div(255)
 
     @property
-    def num_classes(self) -> int:
-        return len(self.classes)
+    def num_classes(self) -> int: return len(self.classes)
 
     @property
-    def channels(self) -> int:
-        return self.images.shape[1]
+    def channels(self) -> int: return self.images.shape[1]
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -117,6 +109,15 @@ class ImageSet:
     def std(self) -> tuple[float, ...]:
         "Standard deviation of each channel over these images, in [0, 1]."
         return tuple(_moments(self.images)[1].tolist())
+
+# %% ../nbs/08_data.ipynb #2da1d266
+@dataclass(frozen=True, eq=False)
+class ImageSet(_Images):
+    "Labelled images, held whole as bytes on one device."
+
+    def __repr__(self) -> str:
+        form = f"{len(self)} images {tuple(self.images.shape[1:])}, {self.num_classes} classes"
+        return f"ImageSet({self.name!r}, {form}, {self.variant}, {self.images.device})"
 
     def split(
         self,

@@ -135,13 +135,17 @@ def _redraws(n: int) -> Tensor:
     counts.scatter_add_(1, drawn, torch.ones(1, 1, dtype=torch.float64).expand_as(drawn))
     return torch.cat([torch.ones(1, n, dtype=torch.float64), counts])
 
+
+def _middle(values: Tensor) -> tuple[float, float]:
+    "Between which the middle 95 % of redrawn values lie."
+    return float(values.quantile(0.025)), float(values.quantile(0.975))
+
 # %% ../nbs/46_differences.ipynb #ec90a5cf
 @dataclass(frozen=True)
 class Score:
     "A number made of verdicts, as it is and on redrawn images."
 
-    # {folders of a network's runs: its values (1 + draws, seeds)}
-    parts: Mapping[tuple[str, ...], Tensor]
+    parts: Mapping[tuple[str, ...], Tensor]  # {a network's run folders: values (1 + draws, seeds)}
     n: int  # images that count, of the network that has fewest
     grain: float = 0.0  # what so few images cannot resolve
     limits: tuple[float, float] = (-math.inf, math.inf)  # smallest and largest value there can be
@@ -164,10 +168,9 @@ class Score:
     @property
     def interval(self) -> tuple[float, float]:
         "95 %: the images by redrawing them, and the seeds where there are several."
-        low, high = (float(self.drawn[1:].quantile(q)) for q in (0.025, 0.975))
-        extra = math.hypot(self.grain,
-                           _seed_error([rows[0].tolist() for rows in self.parts.values()]))
-        return _widened(self.value, low, high, extra, *self.limits)
+        error = _seed_error([rows[0].tolist() for rows in self.parts.values()])
+        extra = math.hypot(self.grain, error)
+        return _widened(self.value, *_middle(self.drawn[1:]), extra, *self.limits)
 
     @property
     def text(self) -> str: return _text(self)

@@ -81,10 +81,10 @@ def clean(
     "The attack that does nothing: its column is the accuracy without an attack."
     return x
 
-# %% ../nbs/42_evaluation.ipynb #a4486c1e
+# %% ../nbs/42_evaluation.ipynb #9bfd3fea
 @dataclass(frozen=True)
-class Evaluation:
-    "Who survived what: one row per entry of a suite, one column per image."
+class _Verdicts:
+    "Who survived what, and the counts that follow."
 
     names: tuple[str, ...]  # entries of the suite, in order
     correct: Tensor  # whether each image survived each entry (A, N), bool
@@ -106,6 +106,11 @@ class Evaluation:
     @property
     def union(self) -> Tensor: return self.correct.all(dim=0)  # survived every entry (N,)
 
+# %% ../nbs/42_evaluation.ipynb #a4486c1e
+@dataclass(frozen=True)
+class Evaluation(_Verdicts):
+    "Who survived what: one row per entry of a suite, one column per image."
+
     def table(self) -> pd.DataFrame:
         "One row per entry and one for the union; `text` is what belongs into a report."
         survived = torch.cat([self.correct, self.union[None]]).sum(dim=1)
@@ -126,8 +131,7 @@ class Evaluation:
         return [*self.blind.sum(dim=1).tolist(), int(self.blind.any(dim=0).sum())]
 
     def per_class(self, names: Sequence[str] | None = None) -> pd.DataFrame:
-        """Accuracy (%) of each entry and of the union, one row per class, and the images of the
-        class."""
+        "Accuracy (%) of each entry and of the union, one row per class, and the class's images."
         if self.labels is None: raise ValueError("no labels were kept: evaluate anew")
         n = self.labels.bincount(minlength=len(names or ()))
         rows = zip([*self.names, "Union"], torch.cat([self.correct, self.union[None]]).double())
@@ -239,28 +243,28 @@ class _Trial:
         found = torch.zeros(3, len(self.x), dtype=torch.bool)
         for rows in _shares(standing, getattr(attack, "block", None), self.batch_size):
             with _watched(self.target) as moved:
-                broken, done = self.broken(self.target, name, attack, part, rows)
+                broken, done = _broken(self, self.target, name, attack, part, rows)
             if (again := done & ~broken).any():
-                broken[again] = self.broken(self.model, name, attack, part, rows[again])[0]
+                broken[again] = _broken(self, self.model, name, attack, part, rows[again])[0]
             found[0, rows], found[1, rows] = broken, bool(moved)
             found[2, rows] = _ever_moved(moved, len(rows))
             self.bar.update(len(rows))
         self.bar.update(len(self.x) - int(standing.sum()))  # whose verdict was known
         return total(found.int()).bool()
 
-    def broken(self, target: nn.Module, name: str, attack: Attack, part: int, rows: Tensor
-               ) -> tuple[Tensor, Tensor]:
-        """Which images an attack on `target` broke by the model's verdict, and with which it
-        believes to be done (B,) each."""
-        x, y = self.batch(rows)
-        x_adv = attack(target, x, y,
-                       generator=image_generators(self.seed, (self.first + rows).tolist(), part))
-        check_result(name, x, x_adv)
-        x_adv = x_adv.detach()
-        broken = ~_verdict(self.model, x_adv, y).cpu()
-        if target is self.model: return broken, broken
-        if getattr(attack, "block", None): return broken, (x_adv != x).flatten(1).any(dim=1).cpu()
-        return broken, ~_verdict(target, x_adv, y).cpu()
+# %% ../nbs/42_evaluation.ipynb #25c50aa6
+def _broken(trial: _Trial, target: nn.Module, name: str, attack: Attack, part: int,
+            rows: Tensor) -> tuple[Tensor, Tensor]:
+    "Which images an attack on `target` broke for the model, and which it takes as done (B,) each."
+    x, y = trial.batch(rows)
+    x_adv = attack(target, x, y,
+                   generator=image_generators(trial.seed, (trial.first + rows).tolist(), part))
+    check_result(name, x, x_adv)
+    x_adv = x_adv.detach()
+    broken = ~_verdict(trial.model, x_adv, y).cpu()
+    if target is trial.model: return broken, broken
+    if getattr(attack, "block", None): return broken, (x_adv != x).flatten(1).any(dim=1).cpu()
+    return broken, ~_verdict(target, x_adv, y).cpu()
 
 # %% ../nbs/42_evaluation.ipynb #3227df43
 _Suite = Mapping[str, Attack | Sequence[Attack]]

@@ -33,6 +33,11 @@ class Squeeze(nn.Module):
     ) -> Tensor:  # (B, C, 2 H, 2 W)
         return F.pixel_shuffle(h, 2)
 
+# %% ../nbs/17_flow_layers.ipynb #66b2cc22
+def _stretch(h: Tensor, log_factors: Tensor) -> Tensor:
+    "Log-determinants (B,) where every pixel's channels are stretched by the same factors."
+    return (h.shape[2] * h.shape[3] * log_factors.sum()).expand(len(h))
+
 # %% ../nbs/17_flow_layers.ipynb #8743470a
 class ActNorm(nn.Module):
     "Shift and scale each channel; the first batch decides where they start (Glow section 3.1)."
@@ -56,8 +61,7 @@ class ActNorm(nn.Module):
         "Start at mean 0 and deviation 1; call it before the flow is shared by several processes."
         if not self.training:
             raise ValueError("only a flow in train mode can be initialised: call train() first")
-        if self.initialised:
-            return
+        if self.initialised: return
         std, mean = torch.std_mean(h, dim=(0, 2, 3), correction=0)  # (C,)
         self.bias.copy_(-mean.view(-1, 1, 1))
         self.log_scale.copy_(-std.clamp(min=self.floor).log().view(-1, 1, 1))
@@ -67,8 +71,7 @@ class ActNorm(nn.Module):
         self,
         h: Tensor,  # (B, C, H, W)
     ) -> tuple[Tensor, Tensor]:  # The same shape, and log-determinants (B,)
-        stretch = h.shape[2] * h.shape[3] * self.log_scale.sum()
-        return (h + self.bias) * self.log_scale.exp(), stretch.expand(len(h))  # Eq. 2
+        return (h + self.bias) * self.log_scale.exp(), _stretch(h, self.log_scale)  # Eq. 2
 
     def inverse(
         self,
@@ -77,6 +80,15 @@ class ActNorm(nn.Module):
         return h * (-self.log_scale).exp() - self.bias
 
 # %% ../nbs/17_flow_layers.ipynb #ea8de601
+def _rotation(channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    "A random rotation as its permutation, lower and upper factor."
+    drawn = torch.randn(channels, channels, dtype=torch.float64, device="cpu")
+    factors = torch.linalg.lu(torch.linalg.qr(drawn).Q)
+    permutation, lower, upper = (f.float().contiguous().to(torch.get_default_device())
+                                 for f in factors)
+    return permutation, lower, upper
+
+
 def _exact(factor: Tensor) -> Tensor:
     "In double precision, on the CPU where the device has none."
     return (factor if _wide(factor.device) == torch.float64 else factor.cpu()).double()
@@ -90,10 +102,7 @@ class InvertibleConv(nn.Module):
         channels: int,  # Channels in and out
     ):
         super().__init__()
-        drawn = torch.randn(channels, channels, dtype=torch.float64, device="cpu")
-        factors = torch.linalg.lu(torch.linalg.qr(drawn).Q)
-        permutation, lower, upper = (f.float().contiguous().to(torch.get_default_device())
-                                     for f in factors)
+        permutation, lower, upper = _rotation(channels)
         diagonal = upper.diagonal()
         self.register_buffer("permutation", permutation)
         self.register_buffer("sign", diagonal.sign())
@@ -112,8 +121,7 @@ class InvertibleConv(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # The same shape, and log-determinants (B,)
         lower, upper = self._factors()
         out = (self.permutation @ lower @ upper) @ h.flatten(2)  # (B, C, H W), Eq. 3
-        stretch = h.shape[2] * h.shape[3] * self.log_diagonal.sum()
-        return out.view_as(h), stretch.expand(len(h))
+        return out.view_as(h), _stretch(h, self.log_diagonal)
 
     def inverse(
         self,

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from .batches import Batch
 from .data import _deal
+from .flow_layers import _exact
 from .gan import Generator
 from .glow import _full_precision
 from .mixing import mix, mixed_loss, partners
 from .models import frozen
 from .randomness import Randomness
 from .threats import _normal, check_images
+from .warp import _wide
 
 # %% ../nbs/33_generators.ipynb #3a2c9bfd
 class Projection(NamedTuple):
@@ -91,26 +93,13 @@ class _Drawn:
     def __getitem__(self, index: Tensor | slice) -> Tensor:
         return render(self.generator, self.z[index])
 
-# %% ../nbs/33_generators.ipynb #95a93882
+
 @dataclass(frozen=True, eq=False)
-class LatentSet:
-    "Labelled images that a generator draws from their codes (IJSAT section 6.3)."
+class _Codes:
+    "Codes, and the images that a generator draws from them."
 
     generator: nn.Module = field(repr=False)  # Draws images from codes
     z: Tensor = field(repr=False)  # Codes (N, code)
-    labels: Tensor = field(repr=False)  # int64, (N,), below the number of classes
-    classes: tuple[str, ...]  # Class names, in the order of the labels
-    name: str = "generated"  # Names the augmentation, as for `ImageSet`
-    variant: str = "generated"  # Trust in the pixels, as for `ImageSet`
-
-    def __post_init__(self) -> None:
-        fits = (self.z.ndim == 2 and self.labels.shape == self.z.shape[:1]
-                and self.labels.dtype == torch.int64)
-        if (not fits or len(self)
-            and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes)):
-            raise ValueError("expected codes (N, code) and N int64 labels below "
-                             f"{len(self.classes)}, got {tuple(self.z.shape)} and "
-                             f"{self.labels.dtype} {tuple(self.labels.shape)}")
 
     def __len__(self) -> int: return len(self.z)
 
@@ -125,10 +114,29 @@ class LatentSet:
         return render(self.generator, self.z)
 
     @property
-    def num_classes(self) -> int: return len(self.classes)
+    def channels(self) -> int: return self.generator.shape[0]
+
+# %% ../nbs/33_generators.ipynb #95a93882
+@dataclass(frozen=True, eq=False)
+class LatentSet(_Codes):
+    "Labelled images that a generator draws from their codes (IJSAT section 6.3)."
+
+    labels: Tensor = field(repr=False)  # int64, (N,), below the number of classes
+    classes: tuple[str, ...]  # Class names, in the order of the labels
+    name: str = "generated"  # Names the augmentation, as for `ImageSet`
+    variant: str = "generated"  # Trust in the pixels, as for `ImageSet`
+
+    def __post_init__(self) -> None:
+        fits = (self.z.ndim == 2 and self.labels.shape == self.z.shape[:1]
+                and self.labels.dtype == torch.int64)
+        if (not fits or len(self)
+            and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes)):
+            raise ValueError("expected codes (N, code) and N int64 labels below "
+                             f"{len(self.classes)}, got {tuple(self.z.shape)} and "
+                             f"{self.labels.dtype} {tuple(self.labels.shape)}")
 
     @property
-    def channels(self) -> int: return self.generator.shape[0]
+    def num_classes(self) -> int: return len(self.classes)
 
     def _part(self, index: Tensor) -> "LatentSet":
         return replace(self, z=self.z[index], labels=self.labels[index])
@@ -149,19 +157,57 @@ class LatentSet:
                        labels=self.labels.to(device))
 
 # %% ../nbs/33_generators.ipynb #c2dd2ea5
-def _marks(x: Tensor) -> Tensor:
-    "A few fixed random sums of the values of each image (B, 8), float64."
+def _marks(x: Tensor, device: torch.device) -> Tensor:
+    "A few fixed random sums of the values of each image (B, 8), as precise as that device can."
     fixed = torch.Generator().manual_seed(0)
     directions = torch.randn(x[0].numel(), 8, generator=fixed, dtype=torch.float64, device="cpu")
-    return x.flatten(1).double() @ directions.to(x.device)
+    values = _exact(x.flatten(1))
+    return (values @ directions.to(values.device)).to(_wide(device)).to(device)
 
 # %% ../nbs/33_generators.ipynb #7c1a5828
 def _values(images: Tensor) -> Tensor:
     "Bytes as numbers in [0, 1]; drawn images are that already."
     return images if images.is_floating_point() else images.float().div(255)
 
+
+def _marks_of(images: Any, device: torch.device) -> Tensor:
+    "The marks of many images (N, 8), which are drawn or read in parts."
+    parts = (images[i:i + 256] for i in range(0, len(images), 256))
+    return torch.cat([_marks(_values(part), device) for part in parts])
+
+# %% ../nbs/33_generators.ipynb #027b0b61
+class _Known(nn.Module):
+    "Codes of images, found again by the marks of the images; both move with the module."
+
+    search: Callable[[Tensor], Tensor] | None  # finds codes of other images; None: refuse them
+
+    def _keep(self, *kept: Tensor) -> None:
+        self.marks, self.codes = (nn.Parameter(v, requires_grad=False) for v in kept)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        "Move as any module does; marks are rounded first where the new device has no float64."
+        if _wide(fn(self.codes[:0]).device) == torch.float32:
+            self.marks.data = self.marks.data.float()
+        return super()._apply(fn, recurse)
+
+    def _codes_of(self, x: Tensor) -> Tensor:
+        "The code of each image that is known, or that the search finds (B, code)."
+        marks = _marks(x, x.device)
+        gaps = torch.cdist(marks, self.marks.to(marks.dtype),
+                           compute_mode="donot_use_mm_for_euclid_dist")
+        nearest, place = gaps.min(1)
+        strange = nearest > 1e-3  # one value that differs by one grey level is about 0.01
+        z = self.codes[place].to(x.dtype)
+        if strange.any() and self.search is None:
+            raise ValueError(f"{int(strange.sum())} of {len(x)} images are none of the "
+                             f"{len(self.codes)} with known codes (augmented images are others): "
+                             "find codes with project, or give search=")
+        if strange.any():
+            z[strange] = self.search(x[strange]).to(z)
+        return z
+
 # %% ../nbs/33_generators.ipynb #dd9949e9
-class Projected(nn.Module):
+class Projected(_Known):
     "A generator behind the interface of a flow; it encodes the images whose codes it was given."
 
     def __init__(
@@ -179,12 +225,7 @@ class Projected(nn.Module):
                              f"{len(codes)} codes")
         self.generator, self.search = generator, search
         self.shape, self.latent_shapes = generator.shape, generator.latent_shapes
-        starts = range(0, len(codes), 256)
-        marks = torch.cat([_marks(_values(images[i:i + 256])) for i in starts]).to(codes.device)
-        self._keep(marks, codes.detach().clone())
-
-    def _keep(self, *kept: Tensor) -> None:
-        self.marks, self.codes = (nn.Parameter(v, requires_grad=False) for v in kept)
+        self._keep(_marks_of(images, codes.device), codes.detach().clone())
 
     @torch.no_grad()
     def encode(
@@ -194,17 +235,7 @@ class Projected(nn.Module):
         whitened: bool = False,  # Nothing changes: codes are standard normal as they are
     ) -> list[Tensor]:  # One level: the codes (B, code)
         "The code of each image that is known."
-        gaps = torch.cdist(_marks(x), self.marks, compute_mode="donot_use_mm_for_euclid_dist")
-        nearest, place = gaps.min(1)
-        strange = nearest > 1e-3  # one value that differs by one grey level is about 0.01
-        z = self.codes[place].to(x.dtype)
-        if strange.any() and self.search is None:
-            raise ValueError(f"{int(strange.sum())} of {len(x)} images are none of the "
-                             f"{len(self.codes)} with known codes (augmented images are others): "
-                             "find codes with project, or give search=")
-        if strange.any():
-            z[strange] = self.search(x[strange]).to(z)
-        return [z]
+        return [self._codes_of(x)]
 
     def decode(
         self,
@@ -221,7 +252,7 @@ def _room(shape: Sequence[int], *, width: int = 256, code: int = 128, count: int
     "An adapter with room for so many codes, to be filled from a file."
     found = Projected(Generator(shape, width=width, code=code), torch.zeros(1, *shape),
                       torch.zeros(1, code))
-    found._keep(torch.zeros(count, 8, dtype=torch.float64), torch.zeros(count, code))
+    found._keep(found.marks.new_zeros(count, 8), found.codes.new_zeros(count, code))
     return found
 
 # %% ../nbs/33_generators.ipynb #87fdba35

@@ -65,6 +65,13 @@ class _Level(nn.Module):
             h = layer.inverse(h)
         return h
 
+    def decode(self, h: Tensor, z: Tensor, whitened: bool) -> Tensor:
+        "From what went on and the latents back to what came in."
+        if whitened:
+            mean, log_std = self.split.moments(h)
+            z = mean + z * log_std.exp()
+        return self.inverse(self.split.inverse(h, z))
+
     def initialise(self, h: Tensor) -> Tensor:
         "Start every ActNorm with what arrives there; returns what goes on."
         for layer in self.layers:
@@ -107,16 +114,12 @@ class _Chain(nn.Module):
         h = torch.zeros_like(latents[-1][:, :1])
         with _full_precision(h.device):
             for level, z in zip(reversed(self.levels), reversed(latents)):
-                if whitened:
-                    mean, log_std = level.split.moments(h)
-                    z = mean + z * log_std.exp()
-                h = level.inverse(level.split.inverse(h, z))
+                h = level.decode(h, z, whitened)
         return h
 
     def log_density(self, h: Tensor) -> Tensor:
         pairs, logdet = self(h)
-        priors = [_log_normal(z, *m) for (_, z), m in zip(pairs, self.moments(pairs))]
-        return logdet + sum(priors)
+        return logdet + sum(_log_normal(z, *m) for (_, z), m in zip(pairs, self.moments(pairs)))
 
 # %% ../nbs/18_glow.ipynb #9dd251e3
 def _rim(shape: Sequence[int], levels: int) -> tuple[int, int, int, int]:
@@ -161,9 +164,9 @@ def _bits(log_density: Tensor, n: int) -> Tensor:
     "Bits for each of n values, Eq. 2."
     return (n * math.log(256) - log_density) / (n * math.log(2))
 
-# %% ../nbs/18_glow.ipynb #a94d6d58
-class Glow(nn.Module):
-    "An invertible network between images in [0, 1] and latents (Kingma and Dhariwal 2018)."
+# %% ../nbs/18_glow.ipynb #13075d8d
+class _Layers(nn.Module):
+    "The layers for images of one shape, and their start."
 
     def __init__(
         self,
@@ -185,6 +188,22 @@ class Glow(nn.Module):
         _check_shape(x, self.shape, next(self.parameters()).dtype)
         return F.pad(x, self.rim)
 
+    @torch.no_grad()
+    def initialise(
+        self,
+        x: Tensor,  # First batch of training images (B, C, H, W) in [0, 1], from bytes
+        generator: Randomness = None,  # Of the noise
+    ) -> None:  # Nothing; a flow that has started, also one from a file, is left alone
+        "Start every ActNorm; with several processes, before they share the flow."
+        h = dequantise(self._canvas(x), generator) - 0.5
+        with _full_precision(x.device):
+            for level in self.chain.levels:
+                h = level.initialise(h)
+
+# %% ../nbs/18_glow.ipynb #e8c683b9
+class _Coder(_Layers):
+    "Images to latents and back, and images of latents that are drawn."
+
     def encode(
         self,
         x: Tensor,  # Images (B, C, H, W) as they are, without noise; not only in [0, 1]
@@ -203,6 +222,24 @@ class Glow(nn.Module):
         "The image of each code."
         _check_latents(latents, self.latent_shapes)
         return F.pad(self.chain.inverse(latents, whitened) + 0.5, [-n for n in self.rim])
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,  # Images wanted
+        temperature: float = 0.7,  # Factor on every deviation (Glow: 0.7); 0 gives the mode
+        generator: Randomness = None,  # One generator, or one per image
+    ) -> Tensor:  # Images (n, C, H, W), clamped to [0, 1]
+        "Draw images, from the coarsest latents to the finest."
+        if n < 1 or not 0 <= temperature < math.inf:
+            raise ValueError(f"expected n >= 1 and a temperature >= 0, got {n} and {temperature}")
+        like = [next(self.parameters()).new_empty(n, *shape) for shape in self.latent_shapes]
+        draws = [temperature * _normal(z, generator) for z in like]
+        return self.decode(draws, whitened=True).clamp(0, 1)
+
+# %% ../nbs/18_glow.ipynb #a94d6d58
+class Glow(_Coder):
+    "An invertible network between images in [0, 1] and latents (Kingma and Dhariwal 2018)."
 
     def log_prob(
         self,
@@ -223,32 +260,6 @@ class Glow(nn.Module):
         return _bits(self.chain.log_density(canvas - 0.5), canvas[0].numel())
 
     forward = bits_per_dim
-
-    @torch.no_grad()
-    def initialise(
-        self,
-        x: Tensor,  # First batch of training images (B, C, H, W) in [0, 1], from bytes
-        generator: Randomness = None,  # Of the noise
-    ) -> None:  # Nothing; a flow that has started, also one from a file, is left alone
-        "Start every ActNorm; with several processes, before they share the flow."
-        h = dequantise(self._canvas(x), generator) - 0.5
-        with _full_precision(x.device):
-            for level in self.chain.levels:
-                h = level.initialise(h)
-
-    @torch.no_grad()
-    def sample(
-        self,
-        n: int,  # Images wanted
-        temperature: float = 0.7,  # Factor on every deviation (Glow: 0.7); 0 gives the mode
-        generator: Randomness = None,  # One generator, or one per image
-    ) -> Tensor:  # Images (n, C, H, W), clamped to [0, 1]
-        "Draw images, from the coarsest latents to the finest."
-        if n < 1 or not 0 <= temperature < math.inf:
-            raise ValueError(f"expected n >= 1 and a temperature >= 0, got {n} and {temperature}")
-        like = [next(self.parameters()).new_empty(n, *shape) for shape in self.latent_shapes]
-        draws = [temperature * _normal(z, generator) for z in like]
-        return self.decode(draws, whitened=True).clamp(0, 1)
 
 # %% ../nbs/18_glow.ipynb #791b2087
 @torch.no_grad()

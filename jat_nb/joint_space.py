@@ -39,10 +39,10 @@ def _mask(flow: nn.Module, levels: Sequence[int] | None, like: Tensor) -> Tensor
            for level, shape in enumerate(flow.latent_shapes, start=1)]
     return torch.cat(own, dim=1).to(like)
 
-# %% ../nbs/19_joint_space.ipynb #16a7c08a
+# %% ../nbs/19_joint_space.ipynb #a4a38f62
 @dataclass(frozen=True)
-class Latent:
-    "Move the latents of each image, every one by at most `eta`, and decode (IJSAT section 3)."
+class _LatentCodes:
+    "The codes of images, and the images of codes that were moved."
 
     flow: nn.Module = field(repr=False)  # encodes and decodes: a Glow
     eta: float | Tensor = 0.02  # budget in latent units (IJSAT section 6); one for all or (B,)
@@ -69,16 +69,21 @@ class Latent:
             raise ValueError("the codes are not finite: train the flow again, with smaller steps")
         return codes
 
-    def prepare(self, x: Tensor) -> "Latent":
-        "The same threat with these images encoded."
-        return replace(self, known=(x, [z.detach() for z in self.encode(x)]))
-
     def decode(self, x: Tensor, p: Tensor) -> Tensor:
         "The images of the moved codes, not cut to [0, 1]."
         pieces = p.to(x.dtype).split([math.prod(shape) for shape in self.flow.latent_shapes], dim=1)
         moved = [z + piece.view_as(z) for z, piece in zip(self.encode(x), pieces)]
         with frozen(self.flow):
             return self.flow.decode(moved, whitened=self.whitened)
+
+# %% ../nbs/19_joint_space.ipynb #16a7c08a
+@dataclass(frozen=True)
+class Latent(_LatentCodes):
+    "Move the latents of each image, every one by at most `eta`, and decode (IJSAT section 3)."
+
+    def prepare(self, x: Tensor) -> "Latent":
+        "The same threat with these images encoded."
+        return replace(self, known=(x, [z.detach() for z in self.encode(x)]))
 
     def apply(self, x: Tensor, p: Tensor) -> Tensor:
         "The images of the moved codes."

@@ -230,6 +230,31 @@ def _answered(path: Path, config: dict[str, Any], seed: int) -> Record | None:
         return None
     return old if same else None
 
+# %% ../nbs/53_judging.ipynb #7aa5c522
+def _place(run: Path, suite: str) -> Path:
+    "The file of an answer."
+    out = run / f"eval-{suite}.json"
+    if out.is_dir(): raise ValueError(f"{out} is a folder, where the answer is to go: remove it")
+    return out
+
+
+def _standing(suite: str, needs: Mapping[str, Path], data: str) -> dict[str, Path]:
+    "The runs that the attacks of a suite stand on, all trained on the data set of the question."
+    asked = {keyword: needs[keyword] for keyword in networks_of(suite) if keyword in needs}
+    for keyword, run in asked.items():
+        check_same_data(keyword, run, data)
+    return asked
+
+
+def _question(run: Path, facts: dict[str, Any], suite: str, weights: str, sources: Sequence[Path],
+              asked: Mapping[str, Path], **settings: Any) -> dict[str, Any]:
+    "All that an answer depends on, in the form in which it is read back."
+    config = {"suite": suite, "weights": weights, "sha256": _hash(run, weights), **settings,
+              "run": facts, "sources": {path.name: _hash(path, weights) for path in sources}}
+    if asked:
+        config["needs"] = {keyword: _hash(path, "last") for keyword, path in asked.items()}
+    return json.loads(json.dumps(config))
+
 # %% ../nbs/53_judging.ipynb #4130c539
 def class_accuracies(
     verdicts: Mapping[str, str],  # By attack: for each image "1" if the answer was right, else "0"
@@ -246,6 +271,20 @@ def class_accuracies(
     return {name: {k: v if k == "n" else 100 * v / row["n"] for k, v in row.items()}
             for name, row in rows.items()}
 
+# %% ../nbs/53_judging.ipynb #e3a48cd4
+def _answer(record: Record, suite: str, job: Job, classes: Sequence[str], out: Path) -> None:
+    "Run a suite; what it found and what it cost goes into the record, and that into its file."
+    start, amp = time.perf_counter(), record.config["amp"]
+    with (counted(job.model) as count,
+          torch.autocast(job.x.device.type, torch.bfloat16, enabled=amp)):
+        record.metrics = run_suite(suite, job)
+    if isinstance(verdicts := record.metrics.get("correct"), dict):
+        record.metrics["by_class"] = class_accuracies(verdicts, job.y, classes)
+    record.seconds = time.perf_counter() - start
+    record.forwards, record.backwards = total(torch.tensor(count)).tolist()  # of all processes
+    if processes().rank == 0:
+        record.save(out)
+
 # %% ../nbs/53_judging.ipynb #2191f6ec
 def judge(
     run: str | Path,  # Folder of a finished run; the answer goes there as eval-SUITE.json
@@ -256,8 +295,7 @@ def judge(
     budget: Budget | None = None,  # How far the attacks may go; None: the data set's
     steps: int = 20,  # Steps of the iterated attacks
     sources: Sequence[Path] = (),  # Runs on which transferred images are made
-    # Runs of networks that attacks stand on, by keyword
-    needs: Mapping[str, Path] = MappingProxyType({}),
+    needs: Mapping[str, Path] = MappingProxyType({}),  # Runs that attacks stand on, by keyword
     seed: int = 0,  # Seed of the attacks
     batch_size: int = 250,  # Images attacked at once; not the result
     fast: bool | None = None,  # Attack a faster copy; None: at tier cpu
@@ -267,40 +305,23 @@ def judge(
 ) -> tuple[Record, bool]:  # The answer, and whether it is new
     "The answers of a suite for a run; those already there are kept."
     run, (facts, model) = check_writable(run), open_classifier(run, weights, device)
-    about, out = facts["about"], run / f"eval-{suite}.json"
-    if out.is_dir(): raise ValueError(f"{out} is a folder, where the answer is to go: remove it")
-    whole, identity = _test_set(about)
-    test, budget = whole.subset(min(n, len(whole))), budget or default_budget(about["data"])
+    about, out = facts["about"], _place(run, suite)
+    (whole, identity), budget = _test_set(about), budget or default_budget(about["data"])
+    test = whole.subset(min(n, len(whole)))
     fast = about["tier"] == "cpu" if fast is None else fast
-    config = {"suite": suite, "weights": weights, "sha256": _hash(run, weights), "test": identity,
-              "n": len(test),
-              "epoch": model.metadata.get("record", {}).get("epoch"), "budget": asdict(budget),
-              "steps": steps,
-              "batch_size": batch_size, "fast": fast, "amp": amp, "run": facts,
-              "sources": {path.name: _hash(path, weights) for path in sources}}
-    asked = [keyword for keyword in networks_of(suite) if keyword in needs]
-    for keyword in asked: check_same_data(keyword, needs[keyword], about["data"])
-    if asked:
-        config["needs"] = {keyword: _hash(needs[keyword], "last") for keyword in asked}
-    config = json.loads(json.dumps(config))
+    asked = _standing(suite, needs, about["data"])
+    config = _question(run, facts, suite, weights, sources, asked, test=identity, n=len(test),
+                       epoch=model.metadata.get("record", {}).get("epoch"), budget=asdict(budget),
+                       steps=steps, batch_size=batch_size, fast=fast, amp=amp)
     if old := on_first(lambda: None if again else _answered(out, config, seed)):
         return old, False
-    record = Record("jat_eval", config, about["tier"], about["data"], about["variant"], seed,
-                    device=device)
     others = {path.name: open_run(path, weights, device)[1] for path in sources}
-    networks = {keyword: open_run(needs[keyword], "last", device)[1] for keyword in asked}
+    networks = {keyword: open_run(path, "last", device)[1] for keyword, path in asked.items()}
     job = Job(model, test.x.to(device), test.labels.to(device), budget, steps, seed, batch_size,
               others, fast=fast, data=about["data"], networks=networks)
-    start = time.perf_counter()
-    with counted(model) as count, torch.autocast(device.split(":")[0], torch.bfloat16, enabled=amp):
-        record.metrics = run_suite(suite, job)
-    if isinstance(record.metrics.get("correct"), dict):
-        verdicts = record.metrics["correct"]
-        record.metrics["by_class"] = class_accuracies(verdicts, test.labels, test.classes)
-    record.seconds = time.perf_counter() - start
-    record.forwards, record.backwards = total(torch.tensor(count)).tolist()  # of all processes
-    if processes().rank == 0:
-        record.save(out)
+    record = Record("jat_eval", config, about["tier"], about["data"], about["variant"], seed,
+                    device=device)
+    _answer(record, suite, job, test.classes, out)
     return record, True
 
 # %% ../nbs/53_judging.ipynb #90a23eb8

@@ -189,7 +189,7 @@ def most_confusing_target(
 def uniform_labels(
     y: Tensor,  # (B,) int64 true class
     num_classes: int,  # K, at least 2
-    # Mass off the true class; 0.5 is the bilateral value for K = 10 equal rivals
+    # Mass off the true class; 0.5 is the bilateral value for K = 10, nine equal rivals
     eps_y: float = 0.5,
 ) -> Tensor:  # (B, K) float32, rows sum to 1
     "Label with mass `1 - eps_y` on the true class and the rest spread over the others."

@@ -288,6 +288,13 @@ def _autoattack_row(model: nn.Module, x: Tensor, y: Tensor, pgd: Tensor, eps: fl
     return _row("autoattack", demand, autoattack_agrees(longest, auto, len(x)), AutoAttack=auto,
                 PGD=longest, n=len(x), **kept)
 
+def _linearity_row(cosines: Tensor, least: float) -> dict[str, Any]:
+    "Whether nearby gradients agree on the images that were classified correctly."
+    demand = f"mean cosine > {least:g}"
+    if not len(cosines): return _row("linearity", demand, None)
+    cosine = cosines.mean().item()
+    return _row("linearity", demand, cosine > least, cosine=cosine, n=len(cosines))
+
 # %% ../nbs/45_masking.ipynb #d2e3ee60
 def masking_report(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
@@ -326,7 +333,5 @@ def masking_report(
     longest = white.correct[white.names.index("long"), few]
     rows.append(_autoattack_row(model, x[few], y[few], longest, eps_pixel, **options))
     cosines = local_linearity(model, x, y, eps=eps_pixel, **plain)[white.correct[0]]
-    cosine = {"cosine": cosines.mean().item(), "n": len(cosines)} if len(cosines) else {}
-    rows.append(_row("linearity", f"mean cosine > {min_cosine:g}",
-                     cosine["cosine"] > min_cosine if cosine else None, **cosine))
+    rows.append(_linearity_row(cosines, min_cosine))
     return MaskingReport(tuple(rows), len(x), seed)

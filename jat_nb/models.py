@@ -182,7 +182,7 @@ def unwrap(
 def bare(
     model: nn.Module,  # Perhaps shared by several processes
 ) -> nn.Module:  # The module of this process; the model itself where nothing is shared
-    "The module to attack and to judge: its gradients are nobody else's business."
+    "The module to attack and to judge: that of this process alone."
     whole = getattr(model, "_orig_mod", model)  # torch.compile may have wrapped the wrapper
     return whole.module if isinstance(whole, nn.parallel.DistributedDataParallel) else model
 

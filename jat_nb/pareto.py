@@ -214,6 +214,32 @@ def _facts(found: Weights, mean: NDArray) -> dict[str, Any]:
             "clipped": int(found.clipped), "held": int(found.solver in ("held", "failed")),
             "solver": found.solver}
 
+# %% ../nbs/29_pareto.ipynb #210e3853
+def _check_settings(p: "Pareto") -> None:
+    "Refuse settings that can never work."
+    _check_r(p.r, p.mode)
+    if p.estimator not in ("window", "batch"):
+        raise ValueError(f"unknown estimator {p.estimator!r}: choose 'window' or 'batch'")
+    if not 1 <= p.warm_up <= p.window:
+        raise ValueError("expected 1 <= warm_up <= window, since weights move from warm_up "
+                         f"batches on, got {p.warm_up} and {p.window}")
+
+
+def _estimated(p: "Pareto", window: Tensor, terms: Tensor) -> tuple[NDArray, NDArray]:
+    "Mean losses (k,) and second moments (k, k), of the window or of the batch just seen."
+    k, found = window.shape[1], moments(window)  # refuses losses that are not finite
+    if p.estimator == "window":
+        return found
+    return terms[:k].numpy(), terms[k:].view(k, k).numpy()
+
+
+def _next_weights(p: "Pareto", mean: NDArray, second: NDArray, seen: int,
+                  previous: NDArray) -> Weights:
+    "The weights of the next step: the previous ones as long as too few batches were seen."
+    if seen < p.warm_up:
+        return Weights(previous, float(previous[1:] @ mean[1:]), False, "warm-up")
+    return _or_previous(mean, second, p.r, p.mode, previous)
+
 # %% ../nbs/29_pareto.ipynb #b5d709b4
 @dataclass(frozen=True, kw_only=True)
 class Pareto:
@@ -225,13 +251,7 @@ class Pareto:
     warm_up: int = 8  # as long as fewer are remembered, all weights are equal
     estimator: Literal["window", "batch"] = "window"  # moments over batches, or over images of one
 
-    def __post_init__(self) -> None:
-        _check_r(self.r, self.mode)
-        if self.estimator not in ("window", "batch"):
-            raise ValueError(f"unknown estimator {self.estimator!r}: choose 'window' or 'batch'")
-        if not 1 <= self.warm_up <= self.window:
-            raise ValueError("expected 1 <= warm_up <= window, since weights move from warm_up "
-                             f"batches on, got {self.warm_up} and {self.window}")
+    def __post_init__(self) -> None: _check_settings(self)
 
     def start(self, roles: int) -> State:
         "Equal weights (k,), an empty window (window, k), and how many batches it has seen."
@@ -245,8 +265,7 @@ class Pareto:
 
     def __call__(self, model: nn.Module, batch: Batch, state: State,
                  **attacks: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
-        """The loss under the weights of the step before, and what `update` needs to know of this
-        one."""
+        "The loss under the weights of the step before, and what `update` needs to know of it."
         losses = attacked_losses(model, batch, attacks, include_natural=True)  # (k, B)
         rows = losses.detach().cpu().double()
         loss = (state["alpha"].to(losses) * losses.mean(1)).sum()
@@ -257,13 +276,8 @@ class Pareto:
         "Remember the losses of a step, and solve for the weights of the next."
         k, seen, window = len(state["alpha"]), int(state["seen"]) + 1, state["window"].clone()
         window[(seen - 1) % self.window] = terms[:k]
-        mean, second = moments(window[:seen])
-        if self.estimator == "batch":
-            mean, second = terms[:k].numpy(), terms[k:].view(k, k).numpy()
-        previous = state["alpha"].numpy()
-        found = Weights(previous, float(previous[1:] @ mean[1:]), False, "warm-up")
-        if seen >= self.warm_up:
-            found = _or_previous(mean, second, self.r, self.mode, previous)
+        mean, second = _estimated(self, window[:seen], terms)
+        found = _next_weights(self, mean, second, seen, state["alpha"].numpy())
         alpha = torch.from_numpy(found.alpha.copy())
         return {"alpha": alpha, "window": window, "seen": state["seen"] + 1}, _facts(found, mean)
 

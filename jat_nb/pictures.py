@@ -223,7 +223,7 @@ def similarity(
     return pd.DataFrame({"SSIM": ssim(x, x_adv).tolist(), "linf": change.tolist()})
 
 # %% ../nbs/01_pictures.ipynb #a701686d
-# told apart by colour-blind readers
+# six colours that stay apart for readers without red-green vision
 PALETTE = {"blue": "#2166ac", "red": "#b2182b", "green": "#4d9221",
            "orange": "#e08214", "purple": "#762a83", "grey": "0.4"}
 

@@ -28,10 +28,10 @@ from .weights import _check_option_names
 # %% ../nbs/35_recipes.ipynb #24cbcc46
 _Schedule = Literal["multistep", "onecycle", "cosine", "constant", "piecewise"]
 
-# %% ../nbs/35_recipes.ipynb #9e7cc3bf
+# %% ../nbs/35_recipes.ipynb #d4b748a3
 @dataclass(frozen=True)
-class Recipe:
-    "Everything that decides how a model is trained, in plain JSON-able data."
+class _Training:
+    "The part of a recipe that decides the weights."
 
     objective: str = "natural"  # Key of OBJECTIVES
     objective_options: Mapping[str, Any] = field(default_factory=dict)  # Keywords of the objective
@@ -63,6 +63,12 @@ class Recipe:
     clip_norm: float = 0.0  # A gradient longer than this is shortened to it; 0: never
     accumulate: int = 1  # Parts of a process's share; batch norm sees one part at a time
     seed: int = 0  # Order of the images, augmentation, targets, random starts, dropout
+
+# %% ../nbs/35_recipes.ipynb #9e7cc3bf
+@dataclass(frozen=True)
+class Recipe(_Training):
+    "Everything that decides how a model is trained, in plain JSON-able data."
+
     probe: str = "double_pass"  # Key of ATTACKS: what validation images face after an epoch
     probe_options: Mapping[str, Any] = field(default_factory=lambda: {"steps": 10})  # Keywords
     probe_images: int = 512  # How many it faces; about 4 points of 95 % interval
@@ -80,6 +86,12 @@ class Recipe:
     ) -> "Recipe":  # Checked as any other
         "Read a recipe back."
         return cls(**_of_today({**missing, **written}, [f.name for f in fields(cls)]))
+
+# %% ../nbs/35_recipes.ipynb #96772e84
+def _stretched(recipe: Recipe, before: float, after: float) -> dict[str, Any]:
+    "Milestones and knots of a recipe whose length changes from one number to another."
+    return {"milestones": tuple(place * after / before for place in recipe.milestones),
+            "knots": tuple((place * after / before, factor) for place, factor in recipe.knots)}
 
 # %% ../nbs/35_recipes.ipynb #df0be79b
 def _tupled(value: Any, kind: Any) -> Any:

@@ -176,10 +176,28 @@ def environment(
     return {"versions": {k: v for k, v in versions.items() if v}, "device": _device(device),
             "threads": torch.get_num_threads(), "commit": _commit(folder)}
 
-# %% ../nbs/06_records.ipynb #ad499ff1
+# %% ../nbs/06_records.ipynb #306ee6fd
 TIERS = ("smoke", "cpu", "gpu", "paper")
 
 
+def _check_tier(tier: str) -> None:
+    if tier not in TIERS:
+        raise ValueError(f"expected tier to be one of {', '.join(TIERS)}, got {tier!r}")
+
+
+def _read_row(path: str | Path, known: set[str]) -> dict[str, Any]:
+    "The fields of a saved record, exactly the known ones."
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no record at {path}; Record(...).save(path) writes one")
+    try:
+        row = dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (TypeError, ValueError):
+        row = {}
+    if set(row) != known:
+        raise ValueError(f"{path} is no record: missing or unknown are {sorted(known ^ set(row))}")
+    return row
+
+# %% ../nbs/06_records.ipynb #ad499ff1
 @dataclass
 class Record:
     "One run: what was asked, where it ran, what came out."
@@ -188,7 +206,7 @@ class Record:
     config: dict[str, Any] = field(default_factory=dict)  # All settings, JSON-able
     tier: str = "smoke"  # One of TIERS: how far the published setting was cut down
     data: str = ""  # Name of the data set
-    variant: str = ""  # `ImageSet.variant`: official pixels, or not
+    variant: str = ""  # How far the pixels can be trusted, as `ImageSet.variant` of chapter 8 says
     seed: int = 0  # Seed of every generator of the run
     seconds: float = 0.0  # Wall clock
     forwards: int = 0  # Images sent forward through the model
@@ -200,9 +218,8 @@ class Record:
     threads: int = 0  # Filled with `versions`
     commit: str | None = None  # Filled with `versions`
 
-    def __post_init__(self):
-        if self.tier not in TIERS:
-            raise ValueError(f"expected tier to be one of {', '.join(TIERS)}, got {self.tier!r}")
+    def __post_init__(self) -> None:
+        _check_tier(self.tier)
         if not self.versions:
             self.__dict__.update(environment(self.device or None))
 
@@ -219,17 +236,7 @@ class Record:
         path: str | Path,  # Written by `save`
     ) -> "Record":  # As saved; tuples have become lists, NaN has become None
         "Read a record back."
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no record at {path}; Record(...).save(path) writes one")
-        known = {f.name for f in fields(cls)}
-        try:
-            row = dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (TypeError, ValueError):
-            row = {}
-        if set(row) != known:
-            raise ValueError(f"{path} is no record: missing or unknown are "
-                             f"{sorted(known ^ set(row))}")
-        return cls(**row)
+        return cls(**_read_row(path, {f.name for f in fields(cls)}))
 
 # %% ../nbs/06_records.ipynb #71318af4
 def progress(

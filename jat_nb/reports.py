@@ -47,20 +47,32 @@ def _asked(run: Run, suite: str) -> list[str]:
     return [str(word) for word in words]
 
 # %% ../nbs/52_reports.ipynb #abf16cb2
-def _names_itself(run: Run) -> bool:
-    "Whether weights from elsewhere came in a file of this package, as its records tell."
+def _sides(size: Any) -> list[Any]:
+    "The option of a size: one side, or height and width; nothing if pictures kept theirs."
+    return ["--size", *(size if isinstance(size, list) else [size])] if size else []
+
+
+def _of_weights(run: Run) -> list[str]:
+    "What was said of weights from elsewhere; a file of this package says the network itself."
     judged = [record.config.get("run") or {} for record in run.evaluations.values()]
-    return any("record" in facts.get("model", ()) for facts in judged)
+    models = [facts["model"] for facts in judged if facts.get("model")]
+    about, words = run.about, []
+    if not any("record" in model for model in models):
+        words += ["--model", about["model"]]
+        for key in ("mean", "std") if models else ():
+            words += [f"--{key}", *map(repr, models[0][key])]
+    if about["data"].startswith("folder:"):
+        words += ["--classes", *about["classes"]]
+    return words + ["--data", about["data"], *_sides(about.get("resized"))]
 
-
+# %% ../nbs/52_reports.ipynb #f160aa65
 def _commands(run: Run) -> list[str]:
     "The command lines that train and judge this run again."
     about, folder = run.about, f"runs/{run.folder}"
     if "weights" in about:
-        told = [] if _names_itself(run) else ["--model", about["model"]]
-        words = ["jat_eval", "--weights", about["weights"], *told, "--data", about["data"],
-                 "--out", folder]
-        return [shlex.join([*words, *_asked(run, suite)]) for suite in run.evaluations or [""]]
+        words = ["jat_eval", "--weights", about["weights"], *_of_weights(run), "--out", folder]
+        return [shlex.join(map(str, [*words, *_asked(run, suite)]))
+                for suite in run.evaluations or [""]]
     plan = asdict(replace(adapt(recipe(about["name"]), about["data"], about["tier"]),
                           seed=about["seed"]))
     made = asdict(run.plan)
@@ -69,8 +81,7 @@ def _commands(run: Run) -> list[str]:
     words = ["jat_train", "--recipe", about["name"]]
     for key in ("data", "tier", "images", "seed"):
         words += [f"--{key}", about[key]] if key in about else []
-    size = about.get("resized", ())
-    words += ["--size", *(size if isinstance(size, list) else [size])] if size else []
+    words += _sides(about.get("resized"))
     words += ["--needs", *(f"{k}=FOLDER" for k in made["needs"])] if made["needs"] else []
     if "start" in about: words += ["--init", "FILE"]  # which one says its fingerprint in run.json
     elif made["model"] != plan["model"]: words += ["--model", made["model"]]

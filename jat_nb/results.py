@@ -68,8 +68,8 @@ def row_labels(
 
 # %% ../nbs/48_results.ipynb #c35bd1bb
 @dataclass(frozen=True)
-class Run:
-    "One trained network: what it was, how it went, what it withstood."
+class _Trained:
+    "What a folder holds of one trained network."
 
     folder: str  # below the folder that was read
     about: dict[str, Any]  # name of the recipe, tier, data, variant, model, seed
@@ -82,12 +82,12 @@ class Run:
 
     @property
     def name(self) -> str:
-        # full name of the recipe
+        "Full name of the recipe."
         return str(self.about.get("name", self.folder))
 
     @property
     def paper(self) -> str:
-        # its key
+        "Its key."
         return self.name.partition("/")[0] if "/" in self.name else ""
 
     @property
@@ -100,8 +100,13 @@ class Run:
 
     @property
     def group(self) -> tuple[str, str]:
-        # what compares
+        "Tier and data set: runs with the same are compared."
         return self.about.get("tier", ""), self.about.get("data", "")
+
+# %% ../nbs/48_results.ipynb #789c557e
+@dataclass(frozen=True)
+class Run(_Trained):
+    "One trained network: what it was, how it went, what it withstood."
 
     @property
     def as_published(self) -> "Run":

@@ -41,10 +41,10 @@ def _check_shift(x: Tensor, max_px: float) -> None:
         raise ValueError(f"max_px={max_px:g} moves images of {x.shape[2]} x {x.shape[3]} out of "
                          "sight: give the largest shift in pixels")
 
-# %% ../nbs/14_rigid.ipynb #6b3146b3
+# %% ../nbs/14_rigid.ipynb #123900b3
 @dataclass(frozen=True)
-class Rigid:
-    "Turn and shift each image, both bounded (SRT section 4.1)."
+class _RigidBounds:
+    "Bounds on angle and shifts, and draws within them."
 
     max_deg: float = 30.0  # bound on the angle, in degrees (SRT)
     max_px: float = 3.0  # bound on each shift, in pixels (SRT)
@@ -61,9 +61,15 @@ class Rigid:
     def draw(self, x: Tensor, k: int, generator: Randomness = None) -> Tensor:
         """k movements of each image, uniform within the bounds (B, k, 3); the first of more are
         those of fewer."""
-        _check_counts(k=k), _check_shift(x, self.max_px)
+        _check_counts(k=k)
+        _check_shift(x, self.max_px)
         p = x.new_zeros(len(x), k, 3)
         return (2 * uniform(p, generator) - 1) * self._limits(p)
+
+# %% ../nbs/14_rigid.ipynb #6b3146b3
+@dataclass(frozen=True)
+class Rigid(_RigidBounds):
+    "Turn and shift each image, both bounded (SRT section 4.1)."
 
     def init(self, x: Tensor, random: bool = True, generator: Randomness = None) -> Tensor:
         "The identity, or angle and shifts uniform within their bounds (B, 3)."
@@ -140,8 +146,7 @@ def search(
     threat: Threat,  # Whose parameters are tried, such as `Rigid`
     candidates: Tensor,  # Parameters to try (k, 3), or each image's own (B, k, 3)
     *,
-    # Per-example loss that ranks candidates, or its name in LOSSES
-    loss: Loss | str = cross_entropy,
+    loss: Loss | str = cross_entropy,  # Per-example loss that ranks them, or its name in LOSSES
     target: Tensor | None = None,  # Classes (B,) to be mistaken for
     # An image that is fooled leaves the search; False: find its largest loss
     until_fooled: bool = True,
@@ -152,8 +157,8 @@ def search(
     "Try candidates, the identity first; success first, then loss (SRT section 4.2)."
     check_images(x)
     for labels in (y, y if target is None else target): check_labels(labels, x)
-    _check_counts(images_per_pass=images_per_pass,
-                  max_bytes=max_bytes), _check_candidates(x, threat, candidates)
+    _check_counts(images_per_pass=images_per_pass, max_bytes=max_bytes)
+    _check_candidates(x, threat, candidates)
     own = candidates.to(x).expand(len(x), *candidates.shape[-2:])
     own = torch.cat([own.new_zeros(len(x), 1, own.shape[2]), own], dim=1)  # the identity first
     per_pass = max(1, min(images_per_pass, max_bytes // (x[0].numel() * x.element_size())))

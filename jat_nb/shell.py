@@ -11,10 +11,10 @@ import math
 import os
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
-from inspect import Parameter, signature
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -22,6 +22,7 @@ import torch
 from fastcore.docments import docments
 
 import jat_nb
+from .data import Budget, default_budget
 from .processes import processes
 from .recipes import Recipe
 
@@ -39,6 +40,18 @@ def _kind(anno: Any) -> dict[str, Any]:
         return {"nargs": "+", "action": "extend", "type": inner[0]}
     return _kind(inner[0]) if inner else {"type": anno}
 
+# %% ../nbs/66_shell.ipynb #117b2fba
+def _options(work: Callable[..., Any]) -> list[tuple[Parameter, str]]:
+    "The options of a function, each with its comment; a dataclass stands for its fields."
+    comments, found = docments(work, returns=False), []
+    for name, p in signature(work).parameters.items():
+        if is_dataclass(p.annotation):
+            found += [(q.replace(kind=Parameter.KEYWORD_ONLY), text)
+                      for q, text in _options(p.annotation)]
+        else:
+            found.append((p, comments[name] or ""))
+    return found
+
 # %% ../nbs/66_shell.ipynb #a312fe8f
 class _Parser(ArgumentParser):
     "Complains in one line."
@@ -55,9 +68,8 @@ def _parser(work: Callable[..., int]) -> ArgumentParser:
     "The command line of a documented function."
     parser = _Parser(work.__name__, description=work.__doc__, epilog=_STATUS)
     parser.add_argument("--version", action="version", version=f"jat_nb {jat_nb.__version__}")
-    kinds, comments = signature(work).parameters, docments(work, returns=False)
-    for name, p in kinds.items():
-        options, text = _kind(p.annotation), (comments[name] or "").replace("%", "%%")
+    for p, comment in _options(work):
+        name, options, text = p.name, _kind(p.annotation), comment.replace("%", "%%")
         if p.kind is Parameter.POSITIONAL_OR_KEYWORD:
             if p.default is not Parameter.empty:
                 options["nargs"] = "*" if "nargs" in options else "?"
@@ -79,6 +91,16 @@ def _home(value: Any) -> Any:
         return [_home(v) for v in value]
     return os.path.expanduser(value) if isinstance(value, str) else value
 
+# %% ../nbs/66_shell.ipynb #ed357584
+def _grouped(work: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    "Options as the function takes them: those of a group in one dataclass, ~ made the home folder."
+    values = {name: _home(value) for name, value in options.items()}
+    for name, p in signature(work).parameters.items():
+        if is_dataclass(p.annotation):
+            given = {f.name for f in fields(p.annotation)} & values.keys()
+            values[name] = p.annotation(**{key: values.pop(key) for key in given})
+    return values
+
 # %% ../nbs/66_shell.ipynb #36c4e0c0
 def command(
     work: Callable[..., int],  # Documented function; its answer is the exit status
@@ -88,10 +110,10 @@ def command(
     @wraps(work)
     def program(words: Sequence[str] | None = None, /, **options: Any) -> int:
         if options:
-            return work(**{k: _home(v) for k, v in options.items()})
+            return work(**_grouped(work, options))
         options = vars(_parser(work).parse_args(words))
         try:
-            return work(**{k: _home(v) for k, v in options.items()})
+            return work(**_grouped(work, options))
         except _FAILURES as error:
             print(f"{work.__name__}: error: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
@@ -99,6 +121,7 @@ def command(
             print(f"{work.__name__}: interrupted; the same command goes on from here",
                   file=sys.stderr)
             return 130
+    setattr(program, "__signature__", Signature([p for p, _ in _options(work)]))
     return program
 
 # %% ../nbs/66_shell.ipynb #5d8f1217
@@ -112,9 +135,17 @@ def _check(**least: tuple[float | None, float]) -> None:
             raise ValueError(f"expected {name} >= {low:g}, got {value}")
 
 # %% ../nbs/66_shell.ipynb #1c5247d4
-def _threads(threads: int | None) -> None:
-    _check(threads=(threads, 1))
-    if threads: torch.set_num_threads(threads)
+@dataclass(frozen=True)
+class _Machine:
+    "Where a command computes."
+
+    device: str = DEVICE  # Where to compute
+    threads: int | None = None  # Processor threads; all if not given
+
+    def __post_init__(self) -> None:
+        _check(threads=(self.threads, 1))
+        if self.threads:
+            torch.set_num_threads(self.threads)
 
 # %% ../nbs/66_shell.ipynb #69b30816
 def _say(*words: Any) -> None:
@@ -143,6 +174,74 @@ def _size(size: Sequence[int] | None) -> int | tuple[int, int] | None:
     if size and len(size) > 2:
         raise ValueError(f"--size takes one side, or height and width; got {len(size)} numbers")
     return tuple(size) if size and len(size) == 2 else size[0] if size else None
+
+# %% ../nbs/66_shell.ipynb #b7b102bd
+@dataclass(frozen=True)
+class _Start:
+    "The network that a training starts from."
+
+    model: str | None = None  # Network, any name that `create` takes; the tier's if not given
+    # Weights to start from: a run's best.safetensors, or a state_dict of --model
+    init: str | None = None
+    # Of a state_dict in --init: mean of each channel in its training, in [0, 1]
+    mean: list[float] | None = None
+    std: list[float] | None = None  # Of a state_dict in --init: spread of each channel
+
+# %% ../nbs/66_shell.ipynb #813c3d5a
+@dataclass(frozen=True)
+class _Pictures:
+    "The images of a training."
+
+    data: str | None = None  # Data set, a name or folder:PATH; the recipe's own if not given
+    download: bool = False  # Fetch a data set that is missing
+    size: list[int] | None = None  # Side, or height and width, to bring pictures in folders to
+    images: int | None = None  # Training images; the tier's if not given
+
+    def asked(self) -> dict[str, Any]:
+        "The same as `setting` takes it."
+        _check(images=(self.images, 1))
+        return {"data": _whole_name(self.data), "size": _size(self.size), "images": self.images}
+
+# %% ../nbs/66_shell.ipynb #966d5356
+@dataclass(frozen=True)
+class _Elsewhere:
+    "What the folder of a run tells, said about weights that no run of this package wrote."
+
+    model: str | None = None  # With --weights FILE: its network, any name that `create` takes
+    data: str | None = None  # With --weights FILE: its data set, a name or folder:PATH
+    # With --weights FILE: names of its classes in order, or their number
+    classes: list[str] | None = None
+    size: list[int] | None = None  # With --weights FILE: side, or height and width, of its images
+    # With --weights FILE: mean of each channel in its training, in [0, 1]
+    mean: list[float] | None = None
+    std: list[float] | None = None  # With --weights FILE: spread of each channel
+
+# %% ../nbs/66_shell.ipynb #2e415632
+@dataclass(frozen=True)
+class _Strength:
+    "How hard the attacks of a command try."
+
+    # Pixel budget in grey levels of 255; the data set's if not given
+    eps_pixel: float | None = None
+    eps_flow: float | None = None  # Flow budget in pixels; the data set's if not given
+    steps: int = 20  # Steps of the iterated attacks
+    batch_size: int = 250  # Images attacked at once; not the result
+    seed: int = 0  # Seed of the attacks
+
+    def __post_init__(self) -> None:
+        _check(eps_pixel=(self.eps_pixel, 0), eps_flow=(self.eps_flow, 0), steps=(self.steps, 1),
+               batch_size=(self.batch_size, 1), seed=(self.seed, 0))
+
+    def budget(self, data: str) -> Budget:
+        "The budget of a data set, or the one that was asked for."
+        default = default_budget(data)
+        return Budget(default.eps_pixel if self.eps_pixel is None else self.eps_pixel / 255,
+                      default.eps_flow if self.eps_flow is None else self.eps_flow)
+
+    def options(self, data: str) -> dict[str, Any]:
+        "The same as `judge` and `attack_files` take it."
+        return {"budget": self.budget(data), "steps": self.steps, "seed": self.seed,
+                "batch_size": self.batch_size}
 
 # %% ../nbs/66_shell.ipynb #2e432d27
 _OPTIONS = ("data", "model", "seed")  # fields with an option of their own

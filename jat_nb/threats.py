@@ -62,13 +62,6 @@ def _check_budget(**budgets: float | np.ndarray | Tensor) -> None:
                              f"as a tensor or a NumPy array, got {value!r}")
 
 
-def _check_unit(**budgets: float | np.ndarray | Tensor) -> None:
-    "Refuse a largest change of more than the whole range of an image."
-    for name, value in budgets.items():
-        if bool((_numbers(value) > 1).any()):
-            raise ValueError(f"{name} is in image units, where white is 1, got {value!r}: "
-                             "divide grey levels by 255")
-
 # %% ../nbs/05_threats.ipynb #b7d4c1e2
 def _check_std(start_std: float | None) -> None:
     "Refuse a deviation that is no number or negative."
@@ -79,11 +72,6 @@ def _check_std(start_std: float | None) -> None:
 def _check_norm(norm: str, known: tuple[str, ...]) -> None:
     if norm not in known:
         raise ValueError(f"unknown norm {norm!r}: choose one of {', '.join(known)}")
-
-
-def _check_valid(valid: str) -> None:
-    if valid not in ("project", "clamp"):
-        raise ValueError(f"unknown valid={valid!r}: choose project or clamp")
 
 
 def _single(x: Tensor) -> Tensor:
@@ -108,19 +96,31 @@ def project_ball_box(
         low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
     return fit(low)
 
-# %% ../nbs/05_threats.ipynb #f654607d
-def _project_boxes(delta: Tensor, eps: float | Tensor, base: Tensor) -> Tensor:
-    eps = per_image(eps, delta)
-    return delta.clamp(torch.maximum(-eps, -base), torch.minimum(eps, 1 - base))
-
 # %% ../nbs/05_threats.ipynb #7f77294c
+def _length(p: Tensor, norm: str) -> Tensor:
+    "The norm of each image's parameters (B,)."
+    if norm == "l2inf":
+        return l2inf_norm(p)
+    return p.flatten(1).norm(dim=1, p=torch.inf if norm == "linf" else 2)
+
+
 def _project_ball(delta: Tensor, eps: float | Tensor, norm: str) -> Tensor:
     "The ball alone, wherever its centre is."
+    if norm == "l2inf":
+        return project_disc(delta, eps)
     eps = per_image(eps, delta)
     if norm == "linf":
         return torch.minimum(torch.maximum(delta, -eps), eps)
     length = delta.flatten(1).norm(dim=1).view(-1, *[1] * (delta.ndim - 1))
     return delta * torch.where(length > eps, eps / length * (1 - 1e-6), 1)  # rounding stays inside
+
+
+def _steepest(grad: Tensor, norm: str) -> Tensor:
+    "The direction of unit norm that gains most."
+    if norm == "linf":
+        return grad.sign()
+    vectors = grad if norm == "l2inf" else grad.flatten(1)
+    return generalized_sign(vectors).view_as(grad)
 
 # %% ../nbs/05_threats.ipynb #5075a011
 def _normal(like: Tensor, generator: Randomness) -> Tensor:
@@ -128,22 +128,31 @@ def _normal(like: Tensor, generator: Randomness) -> Tensor:
     return torch.special.ndtri(uniform(like, generator).clamp(1e-7, 1 - 1e-7))
 
 
-def _random_ball(like: Tensor, eps: float | Tensor, generator: Randomness) -> Tensor:
+def _random_ball(like: Tensor, eps: float | Tensor, norm: str, generator: Randomness) -> Tensor:
+    "Uniform draws from the ball, in the shape of `like`."
+    if norm == "l2inf":
+        return random_disc(like.shape, eps, generator, like=like)
+    if norm == "linf":  # in the memory layout of the images
+        draws = torch.empty_like(like).copy_(uniform(like, generator))
+        return (2 * draws - 1) * per_image(eps, draws)
     normal = torch.special.ndtri(uniform(like, generator).clamp(min=1e-7))
     radius = per_image(eps, like) * uniform(like[:, :1, :1, :1], generator) ** (1 / like[0].numel())
     return generalized_sign(normal.flatten(1)).view_as(like) * radius
 
-# %% ../nbs/05_threats.ipynb #3f372605
-@dataclass(frozen=True)
-class Pixel:
-    "Add a perturbation bounded in the largest-change or the Euclidean norm (JAT section 2, Eq. 3)."
+# %% ../nbs/05_threats.ipynb #f654607d
+def _project_boxes(delta: Tensor, eps: float | Tensor, base: Tensor) -> Tensor:
+    eps = per_image(eps, delta)
+    return delta.clamp(torch.maximum(-eps, -base), torch.minimum(eps, 1 - base))
 
-    # budget in image units (JAT section 6); one for all or (B,)
-    eps_pixel: float | Tensor = 8 / 255
+# %% ../nbs/05_threats.ipynb #548a8ef8
+@dataclass(frozen=True)
+class _PixelBudget:
+    "Which perturbations are allowed, and the nearest one that is."
+
+    eps_pixel: float | Tensor = 8 / 255  # budget in image units, one or (B,) (JAT section 6)
     step_pixel: float | Tensor = 2 / 255  # step in image units (JAT section 6)
     norm: str = "linf"  # "linf" or "l2"
-    # Gaussian start of this deviation, unit of the budget; None: uniform
-    start_std: float | None = None
+    start_std: float | None = None  # Gaussian start, deviation in the budget's unit; None: uniform
     # how [0, 1] is kept: "project" the perturbation, or "clamp" the sum in `apply`
     valid: str = "project"
 
@@ -151,30 +160,32 @@ class Pixel:
         _check_budget(eps_pixel=self.eps_pixel, step_pixel=self.step_pixel)
         _check_std(self.start_std)
         _check_norm(self.norm, ("linf", "l2"))
-        if self.norm == "linf":
-            _check_unit(eps_pixel=self.eps_pixel)
-        _check_valid(self.valid)
+        if self.norm == "linf" and bool((_numbers(self.eps_pixel) > 1).any()):
+            raise ValueError("eps_pixel is in image units, where white is 1, got "
+                             f"{self.eps_pixel!r}: divide grey levels by 255")
+        if self.valid not in ("project", "clamp"):
+            raise ValueError(f"unknown valid={self.valid!r}: choose project or clamp")
 
     @property
     def needs_base(self) -> bool: return self.valid == "project"  # projecting asks for the image
+
+    def project(self, p: Tensor, base: Tensor) -> Tensor:
+        "The nearest perturbation within the budget, and with a valid image unless `apply` clamps."
+        if self.valid == "clamp":
+            return _project_ball(p, self.eps_pixel, self.norm)
+        return (project_ball_box if self.norm == "l2" else _project_boxes)(p, self.eps_pixel, base)
+
+# %% ../nbs/05_threats.ipynb #3f372605
+@dataclass(frozen=True)
+class Pixel(_PixelBudget):
+    "Add a perturbation bounded in the largest-change or the Euclidean norm (JAT section 2, Eq. 3)."
 
     def init(self, x: Tensor, random: bool = True, generator: Randomness = None) -> Tensor:
         "Zeros, or a random start: uniform in the ball, or Gaussian; then projected."
         if not random: return torch.zeros_like(_single(x))
         if self.start_std is not None:
             return self.project(_normal(_single(x), generator) * self.start_std, x)
-        if self.norm == "l2":
-            return self.project(_random_ball(_single(x), self.eps_pixel, generator), x)
-        # in the memory layout of the images
-        draws = torch.empty_like(_single(x)).copy_(uniform(_single(x), generator))
-        return self.project((2 * draws - 1) * per_image(self.eps_pixel, draws), x)
-
-    def project(self, p: Tensor, base: Tensor) -> Tensor:
-        """The nearest perturbation within the budget; one that keeps the image valid, unless
-        `apply` clamps."""
-        if self.valid == "clamp":
-            return _project_ball(p, self.eps_pixel, self.norm)
-        return (project_ball_box if self.norm == "l2" else _project_boxes)(p, self.eps_pixel, base)
+        return self.project(_random_ball(_single(x), self.eps_pixel, self.norm, generator), x)
 
     def apply(self, x: Tensor, p: Tensor) -> Tensor:
         "Sum of image and perturbation."
@@ -182,18 +193,23 @@ class Pixel:
         return moved.clamp(0, 1) if self.valid == "clamp" else moved
 
     def step(self, p: Tensor, grad: Tensor, base: Tensor) -> Tensor:
-        """Move by the sign of the gradient, or along the gradient for the Euclidean norm; then
-        project."""
-        unit = (grad.sign() if self.norm == "linf"
-                else generalized_sign(grad.flatten(1)).view_as(grad))
-        return self.project(torch.addcmul(p, per_image(self.step_pixel, p), unit), base)
+        "Move by the gradient's sign, or along it for the Euclidean norm; then project."
+        step = per_image(self.step_pixel, p)
+        return self.project(torch.addcmul(p, step, _steepest(grad, self.norm)), base)
 
     def contains(self, base: Tensor, p: Tensor) -> Tensor:
         "Within the budget, and base + p in [0, 1] unless `apply` clamps."
-        length = p.flatten(1).norm(dim=1, p=torch.inf if self.norm == "linf" else 2)
-        eps, image = per_image(self.eps_pixel, length), self.apply(base, p).flatten(1)
+        length, image = _length(p, self.norm), self.apply(base, p).flatten(1)
         valid = (image.amin(1) >= -_ROUNDING) & (image.amax(1) <= 1 + _ROUNDING)
-        return (length <= eps + _ROUNDING) & valid
+        return (length <= per_image(self.eps_pixel, length) + _ROUNDING) & valid
+
+# %% ../nbs/05_threats.ipynb #462919f6
+def _random_start(like: Tensor, eps: float | Tensor, norm: str, start_std: float | None,
+                  generator: Randomness) -> Tensor:
+    "Parameters within the budget: uniform, or Gaussian of this deviation and projected."
+    if start_std is None:
+        return _random_ball(like, eps, norm, generator)
+    return _project_ball(_normal(like, generator) * start_std, eps, norm)
 
 # %% ../nbs/05_threats.ipynb #0be752fb
 @dataclass(frozen=True)
@@ -204,8 +220,7 @@ class Flow:
     step_flow: float | Tensor = 0.15  # step in pixels (JAT section 6)
     norm: str = "l2inf"  # "l2inf": a disc at every pixel; "linf": a box
     padding: str = "border"  # what lies outside the image, see `warp`
-    # Gaussian start of this deviation, unit of the budget; None: uniform
-    start_std: float | None = None
+    start_std: float | None = None  # Gaussian start, deviation in the budget's unit; None: uniform
 
     def __post_init__(self) -> None:
         _check_budget(eps_flow=self.eps_flow, step_flow=self.step_flow)
@@ -215,14 +230,8 @@ class Flow:
     def init(self, x: Tensor, random: bool = True, generator: Randomness = None) -> Tensor:
         "The zero flow, or a random start: uniform in each disc (box), or Gaussian and projected."
         flow = _single(x).new_zeros(len(x), 2, *x.shape[2:])
-        if not random:
-            return flow
-        if self.start_std is not None:
-            # zero gradient: projects
-            return self.step(_normal(flow, generator) * self.start_std, flow, x)
-        if self.norm == "l2inf":
-            return random_disc(flow.shape, self.eps_flow, generator, like=flow)
-        return (2 * uniform(flow, generator) - 1) * per_image(self.eps_flow, flow)
+        if not random: return flow
+        return _random_start(flow, self.eps_flow, self.norm, self.start_std, generator)
 
     def apply(self, x: Tensor, p: Tensor) -> Tensor:
         "The warped image."
@@ -234,14 +243,12 @@ class Flow:
 
     def step(self, p: Tensor, grad: Tensor, base: Tensor) -> Tensor:
         "Every displacement moves by the same length in its own best direction; then project."
-        eps, step = per_image(self.eps_flow, p), per_image(self.step_flow, p)
-        if self.norm == "l2inf":
-            return project_disc(p + step * generalized_sign(grad), self.eps_flow)
-        return torch.minimum(torch.maximum(p + step * grad.sign(), -eps), eps)
+        moved = p + per_image(self.step_flow, p) * _steepest(grad, self.norm)
+        return _project_ball(moved, self.eps_flow, self.norm)
 
     def contains(self, base: Tensor, p: Tensor) -> Tensor:
         "The longest displacement (component) within the budget."
-        length = l2inf_norm(p) if self.norm == "l2inf" else p.flatten(1).abs().amax(1)
+        length = _length(p, self.norm)
         return length <= per_image(self.eps_flow, length) * (1 + _ROUNDING)
 
 # %% ../nbs/05_threats.ipynb #95f41539
@@ -253,8 +260,7 @@ class Affine:
     eps_affine: float | Tensor = 0.3
     step_affine: float | Tensor = 0.1  # step in the same unit (Pareto section 4.4, MNIST)
     padding: str = "zeros"  # what lies outside the image, see `warp`
-    # Gaussian start of this deviation, unit of the budget; None: uniform
-    start_std: float | None = None
+    start_std: float | None = None  # Gaussian start, deviation in the budget's unit; None: uniform
 
     def __post_init__(self) -> None:
         _check_budget(eps_affine=self.eps_affine, step_affine=self.step_affine)
@@ -263,10 +269,7 @@ class Affine:
     def init(self, x: Tensor, random: bool = True, generator: Randomness = None) -> Tensor:
         "The identity, or a random start: every entry uniform, or Gaussian and projected."
         w = _single(x).new_zeros(len(x), 2, 3)
-        if random and self.start_std is not None:
-            # zero gradient: projects
-            return self.step(_normal(w, generator) * self.start_std, w, x)
-        return (2 * uniform(w, generator) - 1) * per_image(self.eps_affine, w) if random else w
+        return _random_start(w, self.eps_affine, "linf", self.start_std, generator) if random else w
 
     def apply(self, x: Tensor, p: Tensor) -> Tensor:
         "The image seen through the map."
@@ -274,23 +277,20 @@ class Affine:
 
     def displacement(self, x: Tensor, p: Tensor) -> Tensor:
         "What the map moves every pixel by, in pixels (B, 2, H, W)."
-        identity = torch.eye(2, 3, dtype=p.dtype, device=p.device)
-        return affine_flow(identity + p, *x.shape[2:])
+        return affine_flow(torch.eye(2, 3, dtype=p.dtype, device=p.device) + p, *x.shape[2:])
 
     def step(self, p: Tensor, grad: Tensor, base: Tensor) -> Tensor:
         "Every entry moves by the sign of its gradient; then project."
-        eps = per_image(self.eps_affine, p)
-        return torch.minimum(torch.maximum(p + per_image(self.step_affine, p) * grad.sign(), -eps),
-                             eps)
+        moved = p + per_image(self.step_affine, p) * grad.sign()
+        return _project_ball(moved, self.eps_affine, "linf")
 
     def contains(self, base: Tensor, p: Tensor) -> Tensor:
         "Every entry within the bound."
-        return p.flatten(1).abs().amax(1) <= per_image(self.eps_affine,
-                                                       p)[:, 0, 0] * (1 + _ROUNDING)
+        length = _length(p, "linf")
+        return length <= per_image(self.eps_affine, length) * (1 + _ROUNDING)
 
 # %% ../nbs/05_threats.ipynb #68d16d7e
-# threats with their parameters that make one image from another
-_Stage = list[tuple[Threat, Tensor]]
+_Stage = list[tuple[Threat, Tensor]]  # threats and parameters that make one image from another
 
 
 def _is_geometric(threat: Threat) -> bool:
@@ -311,10 +311,9 @@ def _stages(threats: Sequence[Threat], params: Sequence[Tensor]) -> list[_Stage]
     "Geometric neighbours together, every other threat alone."
     stages: list[_Stage] = []
     for i, pair in enumerate(zip(threats, params, strict=True)):
-        if grid_start(threats, i) < i:
-            stages[-1].append(pair)
-        else:
-            stages.append([pair])
+        if grid_start(threats, i) == i:
+            stages.append([])
+        stages[-1].append(pair)
     return stages
 
 
@@ -347,7 +346,7 @@ def contains_chain(
     x: Tensor,  # Images (B, C, H, W) in [0, 1]
     params: Sequence[Tensor],  # One tensor of parameters for each threat
 ) -> Tensor:  # Whether every parameter of an image respects its budget (B,)
-    "The certificate of an adversarial image: each budget holds around the image it acts on."
+    "The check of an adversarial image: each budget holds around the image it acts on."
     inside = torch.ones(len(x), dtype=torch.bool, device=x.device)
     for stage in _stages(threats, params):
         for threat, p in stage:
@@ -359,7 +358,7 @@ def contains_chain(
 def check_images(
     x: Tensor,  # What should be images (B, C, H, W), floating point, in [0, 1]
 ) -> None:  # Nothing: it raises ValueError when they are not
-    "Refuse images of the wrong rank, type or range, and name the mend."
+    "Refuse images of the wrong rank, type or range, and say what to do."
     if not isinstance(x, Tensor):
         raise ValueError(f"expected images as a tensor, got {type(x).__name__}: "
                          "use torch.as_tensor(x)")
@@ -384,7 +383,7 @@ def check_labels(
     x: Tensor,  # The images they belong to (B, C, H, W)
     num_classes: int | None = None,  # Number of classes, where it is known
 ) -> None:  # Nothing: it raises ValueError when they are not
-    "Refuse labels of the wrong shape, type or range, and name the mend."
+    "Refuse labels of the wrong shape, type or range, and say what to do."
     if not isinstance(y, Tensor):
         raise ValueError(f"expected labels as a tensor, got {type(y).__name__}: use "
                          "torch.as_tensor(y)")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,20 @@ from .schedules import learning_rate, make_optimizer
 from .updates import Judge, Memory, OnEpoch, accuracy, judge_classifier, train_step
 from .weights import check_rebuildable
 
+# %% ../nbs/40_training.ipynb #fc7fd32b
+class _Given(NamedTuple):
+    "What a run is given: images, and trained networks by the recipe's `needs`."
+
+    train: ImageSet | Stream
+    validation: ImageSet | None  # Held out
+    unlabelled: Unlabelled | None  # Training images without labels
+    needs: Mapping[str, nn.Module]
+
+    def to(self, device: torch.device) -> "_Given":
+        return _Given(self.train.to(device), self.validation and self.validation.to(device),
+                      self.unlabelled and self.unlabelled.to(device),
+                      {name: network.to(device) for name, network in self.needs.items()})
+
 # %% ../nbs/40_training.ipynb #f11c31b3
 @dataclass
 class _Run:
@@ -47,6 +61,7 @@ class _Run:
     recipe: Recipe
     bound: Bound  # Its functions, or those that stand in for them
     judge: Judge  # Asked after every epoch
+    given: _Given  # On the device of the network
     per_epoch: int  # Batches in one pass over the data
     history: list[dict[str, Any]]  # Rows of the epochs that are done
     iteration: int = 0  # Batches of the next epoch that are done
@@ -54,9 +69,10 @@ class _Run:
     seconds: float = 0.0  # Time they took
     memory: Memory | None = None  # Of an objective that has one
     said: dict[str, Any] = field(default_factory=dict)  # What it said in them, see `_tally`
-    unlabelled: Unlabelled | None = None  # Training images without labels
     on_epoch: OnEpoch | None = None  # Told of every epoch
     patience: int | None = None  # Epochs without a better one before it stops
+    folder: Path | None = None  # Where log and checkpoints go
+    identity: Mapping[str, Any] = field(default_factory=dict)  # What makes it this run
 
     @property
     def judged(self) -> nn.Module:
@@ -75,26 +91,29 @@ class _Run:
             return 0
         return self.length - len(self.history) * self.per_epoch - self.iteration
 
-    def position(self) -> dict[str, Any]:
-        names = ("history", "iteration", "loss", "seconds", "said")
-        return {k: getattr(self, k) for k in names}
+# %% ../nbs/40_training.ipynb #d1dc9805
+def _position(run: _Run) -> dict[str, Any]:
+    "Where a run stands, beside its tensors."
+    return {k: getattr(run, k) for k in ("history", "iteration", "loss", "seconds", "said")}
 
-    def move(self, position: Mapping[str, Any]) -> None:
-        for k, own in self.position().items():
-            setattr(self, k, position.get(k, own))  # a file of 0.3 has no "said"
 
-    @property
-    def remembered(self) -> State | None:
-        return None if self.memory is None else self.memory.state
+def _go_to(run: _Run, position: Mapping[str, Any]) -> None:
+    "Stand there instead."
+    for k, own in _position(run).items():
+        setattr(run, k, position.get(k, own))  # a file of 0.3 has no "said"
+
+
+def _remembered(run: _Run) -> State | None:
+    "The tensors of an objective with memory."
+    return None if run.memory is None else run.memory.state
 
 # %% ../nbs/40_training.ipynb #d0fe83d4
-def _open(run: _Run, folder: Path, identity: Mapping[str, Any], about: Mapping[str, Any],
-          device: torch.device) -> None:
+def _open(run: _Run, folder: Path, about: Mapping[str, Any], device: torch.device) -> None:
     "Claim a folder and go back to what lies there."
-    claim(folder, identity, {"about": about})
+    claim(folder, run.identity, {"about": about})
     if (folder / RESUME).exists():
-        run.move(load_state(folder / RESUME, run.model, run.optimizer, average=run.average,
-                            memory=run.remembered))
+        _go_to(run, load_state(folder / RESUME, run.model, run.optimizer, average=run.average,
+                               memory=_remembered(run)))
     log = folder / "log.jsonl"  # written last: a kill may have come between the state and the rest
     if not run.iteration and not (log.exists() and read_jsonl(log) == run.history):
         publish(folder, run.judged, run.history)
@@ -106,26 +125,26 @@ def _open(run: _Run, folder: Path, identity: Mapping[str, Any], about: Mapping[s
 def _follow_first(run: _Run) -> None:
     "Take weights, buffers, moments and position over from the first process."
     if processes().count > 1:
-        own = state_tensors(run.model, run.optimizer, run.average, run.remembered)
+        own = state_tensors(run.model, run.optimizer, run.average, _remembered(run))
         portable = {k: v.detach().cpu() for k, v in own.items()}
-        tensors, position = from_first((portable, run.position()))
-        run.move(position)
-        restore(tensors, run.model, run.optimizer, run.average, run.remembered)
+        tensors, position = from_first((portable, _position(run)))
+        _go_to(run, position)
+        restore(tensors, run.model, run.optimizer, run.average, _remembered(run))
 
 # %% ../nbs/40_training.ipynb #b688cd23
-def _save(run: _Run, folder: Path, identity: Mapping[str, Any], published: bool) -> None:
+def _save(run: _Run, folder: Path, published: bool) -> None:
     "The state, and after a finished epoch its weights and log."
-    state = {**identity, **run.position()}
+    state = {**run.identity, **_position(run)}
     save_state(folder / RESUME, run.model, run.optimizer, state, average=run.average,
-               memory=run.remembered)
+               memory=_remembered(run))
     if published:
         publish(folder, run.judged, run.history)
 
 # %% ../nbs/40_training.ipynb #49474e9c
-def _keep(run: _Run, folder: Path | None, identity: Mapping[str, Any], published: bool) -> None:
+def _keep(run: _Run, published: bool) -> None:
     "Save in the first process, where there is a folder; a full disk stops all."
-    if folder is not None:
-        on_first(partial(_save, run, folder, identity, published))
+    if run.folder is not None:
+        on_first(partial(_save, run, run.folder, published))
 
 # %% ../nbs/40_training.ipynb #399a3c95
 def _batch(run: _Run, shared: nn.Module, batch: Batch) -> None:
@@ -154,22 +173,24 @@ def _batch(run: _Run, shared: nn.Module, batch: Batch) -> None:
     run.iteration, run.loss = i + 1, run.loss + round(len(batch.y) / batch.share) * loss
 
 # %% ../nbs/40_training.ipynb #365efa44
-def _walk(run: _Run, train: ImageSet | Stream, place: Processes) -> Iterator[Batch]:
+def _walk(run: _Run, place: Processes) -> Iterator[Batch]:
     "The batches of the next epoch, in a process at this place."
     r, seed, (rank, count) = run.recipe, (run.recipe.seed, len(run.history)), place
+    train, unlabelled = run.given.train, run.given.unlabelled
     if isinstance(train, Stream):
         return train.epoch(seed, augment=r.augment, part=rank, parts=count)
-    return batches(train, r.batch_size, unlabelled=run.unlabelled, shuffle=True, augment=r.augment,
-                   seed=seed, part=rank, parts=count)
+    return batches(train, r.batch_size, unlabelled=unlabelled or None, shuffle=True,
+                   augment=r.augment, seed=seed, part=rank, parts=count)
 
 
-def _train_epoch(run: _Run, shared: nn.Module, train: ImageSet | Stream, ticks: Iterator[int],
+def _train_epoch(run: _Run, shared: nn.Module, ticks: Iterator[int],
                  time_is_up: Callable[[], bool]) -> dict[str, Any] | None:
     "What is left of an epoch: a function of weights, recipe and number; None if time was up first."
-    start, streamed, images = time.perf_counter() - run.seconds, isinstance(train, Stream), 0
+    start, images = time.perf_counter() - run.seconds, 0
+    streamed = isinstance(run.given.train, Stream)
     here = min(run.per_epoch, run.left + run.iteration)  # a run by iterations may end in mid-epoch
     run.model.train()
-    for batch in islice(_walk(run, train, processes()), run.iteration, here):
+    for batch in islice(_walk(run, processes()), run.iteration, here):
         _batch(run, shared, batch)
         next(ticks, None)
         run.seconds, images = (time.perf_counter() - start,
@@ -177,8 +198,9 @@ def _train_epoch(run: _Run, shared: nn.Module, train: ImageSet | Stream, ticks: 
         if run.iteration < here and not streamed and time_is_up():
             return None
     if not streamed:  # count also those before a kill
-        in_batch = shares(run.recipe.batch_size, len(train), len(run.unlabelled or ()))[0]
-        images = len(train) if here == run.per_epoch else here * in_batch
+        n, others = len(run.given.train), len(run.given.unlabelled or ())
+        in_batch = shares(run.recipe.batch_size, n, others)[0]
+        images = n if here == run.per_epoch else here * in_batch
     lr = run.optimizer.param_groups[0]["lr"]
     row = {"epoch": len(run.history) + 1, "iterations": here, "lr": lr, "loss": run.loss / images,
            "seconds": round(run.seconds, 3)}
@@ -187,8 +209,9 @@ def _train_epoch(run: _Run, shared: nn.Module, train: ImageSet | Stream, ticks: 
     return row
 
 # %% ../nbs/40_training.ipynb #660786bf
-def _finish_epoch(run: _Run, row: dict[str, Any], validation: ImageSet | None) -> None:
+def _finish_epoch(run: _Run, row: dict[str, Any]) -> None:
     "Judge an epoch; all processes take part, and go on with what the first one found."
+    validation = run.given.validation
     if validation is not None:
         few = validation.subset(min(run.recipe.probe_images, len(validation)))
         row |= from_first(run.judge(run.judged, validation, few))
@@ -229,10 +252,14 @@ def _check_unlabelled(recipe: Recipe, unlabelled: Unlabelled | None) -> None:
                          "empty set, or set unlabelled=0 in the recipe")
 
 
-def _check_fit(model: nn.Module, recipe: Recipe, train: ImageSet | Stream,
-               validation: ImageSet | None,
+def _check_fit(model: nn.Module, recipe: Recipe, given: _Given, patience: int | None,
                kept: bool) -> None:
     "What would be noticed only after hours otherwise."
+    train, validation, unlabelled, _ = given
+    if patience is not None and (patience < 1 or validation is None):
+        raise ValueError("patience counts epochs by what validation= says: pass it, and at least "
+                         f"1, got {patience}")
+    _check_beside(train, validation, unlabelled)
     counts = [len(d) for d in (train, validation) if d is not None and not isinstance(d, Stream)]
     if not isinstance(model, nn.Module) or not list(model.parameters()) or 0 in counts:
         raise ValueError("expected an nn.Module with weights and at least one image in each set, "
@@ -243,12 +270,20 @@ def _check_fit(model: nn.Module, recipe: Recipe, train: ImageSet | Stream,
                          "start fewer")
     if kept and getattr(unwrap(model), "metadata", None):
         check_rebuildable(model)
+    _check_unlabelled(recipe, unlabelled)
 
 # %% ../nbs/40_training.ipynb #dde0f869
-def _start(model: nn.Module, recipe: Recipe, bound: Bound, judge: Judge, per_epoch: int,
-           folder: Path | None,
-           identity: Mapping[str, Any], about: Mapping[str, Any], device: torch.device,
-           unlabelled: Unlabelled | None) -> _Run:
+def _per_epoch(recipe: Recipe, given: _Given) -> int:
+    "Batches in one pass over the data."
+    if isinstance(given.train, Stream):
+        return len(given.train)
+    return num_batches(len(given.train), recipe.batch_size, processes().count,
+                       unlabelled=len(given.unlabelled or ()))
+
+
+def _start(model: nn.Module, recipe: Recipe, bound: Bound, judge: Judge, given: _Given,
+           out: str | Path | None, identity: Mapping[str, Any], about: Mapping[str, Any],
+           device: torch.device) -> _Run:
     "A new run, or the one that its folder holds; the same in all processes."
     if processes().count > 1:
         agree({**identity, "versions": environment(device)["versions"]})
@@ -257,54 +292,68 @@ def _start(model: nn.Module, recipe: Recipe, bound: Bound, judge: Judge, per_epo
     average = None
     if recipe.ema:
         average = AveragedModel(unwrap(model), multi_avg_fn=_averaging(recipe.ema))
-    run = _Run(model, average, make_optimizer(model, recipe), recipe, bound, judge, per_epoch, [],
-               unlabelled=unlabelled and unlabelled.to(device))
+    run = _Run(model, average, make_optimizer(model, recipe), recipe, bound, judge,
+               given.to(device), _per_epoch(recipe, given), [], identity=identity,
+               folder=None if out is None else Path(out))
     if isinstance(bound.objective, WithMemory):
         run.memory = Memory(bound.objective.start(len(bound.attacks)))
-    if folder is not None:
-        on_first(partial(_open, run, folder, identity, about, device))
+    if run.folder is not None:
+        on_first(partial(_open, run, run.folder, about, device))
     _follow_first(run)
     return run
 
 
-def _initialise(run: _Run, train: ImageSet | Stream) -> None:
+def _initialise(run: _Run) -> None:
     "A new flow sees the whole first batch, in every process, before it is shared."
     flow = unwrap(run.model).train()
     if run.left == run.length and isinstance(flow, Glow):
-        first = next(_walk(run, train, Processes(0, 1)))
+        first = next(_walk(run, Processes(0, 1)))
         flow.initialise(first.x, first.generator)
 
 # %% ../nbs/40_training.ipynb #953085f8
-def _train(run: _Run, train: ImageSet | Stream, validation: ImageSet | None,
-           time_is_up: Callable[[], bool],
-           keep: Callable[[bool], Any]) -> None:
+def _train(run: _Run, time_is_up: Callable[[], bool]) -> None:
     "Epoch after epoch, until the run or the time is over."
     ticks = iter(progress(range(run.left), description="training", unit="batch"))
     with distribute(run.model) as shared:
         while run.left > 0:
-            row = _train_epoch(run, shared, train, ticks, time_is_up)
+            row = _train_epoch(run, shared, ticks, time_is_up)
             if row is not None:
-                _finish_epoch(run, row, validation)
+                _finish_epoch(run, row)
             try:
                 if row is not None:
                     _stop(run)
             finally:
-                keep(row is not None)
+                _keep(run, row is not None)
             if row is None or time_is_up():
                 break
     next(ticks, None)
 
+
+def _carry_out(run: _Run, device: torch.device, time_is_up: Callable[[], bool]) -> None:
+    "Train; afterwards torch's randomness is as before, and the model has the judged weights."
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        _initialise(run)
+        _train(run, time_is_up)
+    if run.average is not None and run.left <= 0:
+        unwrap(run.model).load_state_dict(run.judged.state_dict())
+    run.model.eval()
+
 # %% ../nbs/40_training.ipynb #1c45b717
-def _functions(recipe: Recipe, needs: Mapping[str, nn.Module], given: Mapping[str, Any]) -> Bound:
-    "The recipe's functions, or those that stand in for them."
-    bound, own = bind(recipe, needs), {k: v for k, v in given.items() if v is not None}
-    return bound._replace(**{**own, "attacks": {**bound.attacks, **own.get("attacks", {})}})
+def _functions(recipe: Recipe, needs: Mapping[str, nn.Module],
+               own: Mapping[str, Any]) -> tuple[Bound, Judge]:
+    "The recipe's functions and its objective's judge, or those that stand in for them."
+    bound, mine = bind(recipe, needs), {k: v for k, v in own.items() if v is not None}
+    judge = mine.pop("judge", None)
+    bound = bound._replace(**{**mine, "attacks": {**bound.attacks, **mine.get("attacks", {})}})
+    plain = partial(judge_classifier, probe=bound.probe, amp=recipe.amp)
+    return bound, judge or JUDGES.get(recipe.objective, plain)
 
 
-def _judge(recipe: Recipe, bound: Bound) -> Judge:
-    "The judge of a recipe: its objective's, else that of classifiers."
-    return JUDGES.get(recipe.objective,
-                      partial(judge_classifier, probe=bound.probe, amp=recipe.amp))
+def _identity(model: nn.Module, recipe: Recipe, given: _Given, own: Mapping[str, Any]
+              ) -> dict[str, Any]:
+    "What must be the same when the same call goes on with a run."
+    return run_identity(recipe, model, given.train, given.validation, function_names(own),
+                        unlabelled=given.unlabelled, needs=given.needs)
 
 # %% ../nbs/40_training.ipynb #f453a4ba
 def fit(
@@ -314,8 +363,7 @@ def fit(
     recipe: Recipe,  # Everything that decides the result, but the initial weights
     *,
     validation: ImageSet | None = None,  # Held-out training images, never the test set
-    # Images without labels, if the recipe uses any; may be empty
-    unlabelled: Unlabelled | None = None,
+    unlabelled: Unlabelled | None = None,  # Images without labels, if the recipe uses any; or empty
     needs: Mapping[str, nn.Module] | None = None,  # Trained networks, by the recipe's `needs`
     objective: Callable[..., Any] | None = None,  # Instead of the recipe's; `WithMemory` or not
     attacks: Mapping[str, Callable[..., Tensor]] | None = None,  # Instead of the recipe's, by role
@@ -331,38 +379,19 @@ def fit(
     device: str | torch.device | None = None,  # Where to train; None: where the model is
 ) -> list[dict[str, Any]]:  # A row per epoch: loss, lr, seconds, and what the judge says
     "Train a model by a recipe, in one process or in all that were started together."
-    given = {"objective": objective, "attacks": attacks, "probe": probe}
+    own = {"objective": objective, "attacks": attacks, "probe": probe, "judge": judge}
     if not hasattr(train, "images") and not isinstance(train, Stream):
         train = Stream(train)
-    if patience is not None and (patience < 1 or validation is None):
-        raise ValueError("patience counts epochs by what validation= says: pass it, and at least "
-                         f"1, got {patience}")
     with report_lost():
-        _check_beside(train, validation, unlabelled)
-        _check_fit(model, recipe, train, validation, out is not None)
-        _check_unlabelled(recipe, unlabelled)
-        needs, folder = dict(needs or {}), None if out is None else Path(out)
-        bound = _functions(recipe, needs, given)
+        given = _Given(train, validation, unlabelled, dict(needs or {}))
+        _check_fit(model, recipe, given, patience, out is not None)
+        bound, judge = _functions(recipe, given.needs, own)
         model = in_form(bound.objective, model)
-        own = {} if out is None else function_names({**given, "judge": judge})
-        identity = run_identity(recipe, model, train, validation, own, unlabelled=unlabelled,
-                                needs=needs)
+        identity = _identity(model, recipe, given, {} if out is None else own)
         alone, where = processes().count == 1, next(model.parameters()).device
         device = own_device(where if device is None and alone else device)
-        per_epoch = len(train) if isinstance(train, Stream) else num_batches(
-            len(train), recipe.batch_size, processes().count, unlabelled=len(unlabelled or ()))
-        for network in needs.values():
-            network.to(device)
         time_is_up = timer(seconds, device)
-        run = _start(model, recipe, bound, judge or _judge(recipe, bound), per_epoch, folder,
-                     identity, about or {}, device, unlabelled or None)
+        run = _start(model, recipe, bound, judge, given, out, identity, about or {}, device)
         run.on_epoch, run.patience = on_epoch, patience
-        keep = partial(_keep, run, folder, identity)
-        train, validation = train.to(device), None if validation is None else validation.to(device)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            _initialise(run, train)
-            _train(run, train, validation, time_is_up, keep)
-    if run.average is not None and run.left <= 0:
-        unwrap(model).load_state_dict(run.judged.state_dict())
-    model.eval()
+        _carry_out(run, device, time_is_up)
     return run.history

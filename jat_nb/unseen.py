@@ -129,9 +129,14 @@ def _l1_corner(grad: Tensor, eps: Tensor) -> Tensor:
     grad (B, n)."""
     order = grad.abs().argsort(dim=1, descending=True, stable=True)
     spent = _MOST * torch.arange(grad.shape[1], dtype=grad.dtype, device=grad.device)
-    return torch.zeros_like(grad).scatter(1, order,
-                                          (eps
-                                           - spent).clamp(0, _MOST).expand_as(grad)) * grad.sign()
+    size = (eps - spent).clamp(0, _MOST).expand_as(grad)
+    return torch.zeros_like(grad).scatter(1, order, size) * grad.sign()
+
+
+def _l1_step(p: Tensor, grad: Tensor, eps: Tensor, step: Tensor) -> Tensor:
+    "From p (B, n) by step / eps of the way to the best corner; without a gradient not at all."
+    share = (step / eps.clamp(min=1e-12)).clamp(max=1) * grad.any(1, keepdim=True)
+    return p + share * (_l1_corner(grad, eps) - p)
 
 
 def _l1_start(like: Tensor, eps: Tensor, generator: Randomness) -> Tensor:
@@ -140,6 +145,18 @@ def _l1_start(like: Tensor, eps: Tensor, generator: Randomness) -> Tensor:
     spacing = -torch.log1p(-uniform(one_more, generator))  # exponential
     size = (eps * spacing / spacing.sum(1, keepdim=True))[:, :-1].clamp(max=_MOST)
     return size * (uniform(like, generator) - 0.5).sign()
+
+# %% ../nbs/23_unseen.ipynb #6b490792
+def _moved_planes(planes: Sequence[Tensor], p: Tensor) -> list[Tensor]:
+    "Planes with their coefficients moved by the parameters (B, n), Eq. 2."
+    moved, start = [], 0
+    for plane, table in zip(planes, _TABLES):
+        height, width = plane.shape[2:]
+        quantum = table.to(plane).repeat(height // 8, width // 8)
+        change = p[:, start:start + plane[0].numel()].to(plane.dtype).view_as(plane) / 2
+        start += plane[0].numel()
+        moved.append(_block_dct((_block_dct(plane) / quantum + change) * quantum, inverse=True))
+    return moved
 
 # %% ../nbs/23_unseen.ipynb #49cda09f
 @dataclass(frozen=True)
@@ -165,26 +182,16 @@ class JPEG:
         return (2 * uniform(p, generator) - 1) * per_image(self.eps_quanta, p) if random else p
 
     def apply(self, x: Tensor, p: Tensor) -> Tensor:
-        """The image that the changed file shows; at zero parameters its colours are at half
-        resolution."""
-        planes, start = [], 0
-        for plane, table in zip(_to_planes(x, self.subsample), _TABLES):
-            height, width = plane.shape[2:]
-            quantum = table.to(plane).repeat(height // 8, width // 8)
-            change = p[:, start:start + plane[0].numel()].to(plane.dtype).view_as(plane) / 2
-            start += plane[0].numel()
-            planes.append(_block_dct((_block_dct(plane) / quantum + change) * quantum,
-                                     inverse=True))
+        "The image that the changed file shows; at zero parameters colours are at half resolution."
+        planes = _moved_planes(_to_planes(x, self.subsample), p)
         return _from_planes(planes, *x.shape[2:]).clamp(0, 1).to(x.dtype)
 
     def step(self, p: Tensor, grad: Tensor, base: Tensor) -> Tensor:
         # sign step, or towards the best corner
         eps, step = per_image(self.eps_quanta, p), per_image(self.step_quanta, p)
-        if self.norm == "linf":
-            return torch.minimum(torch.maximum(p + step * grad.sign(), -eps), eps)
-        # no gradient: stay
-        share = (step / eps.clamp(min=1e-12)).clamp(max=1) * grad.any(1, keepdim=True)
-        return p + share * (_l1_corner(grad, eps) - p)
+        if self.norm == "l1":
+            return _l1_step(p, grad, eps, step)
+        return torch.minimum(torch.maximum(p + step * grad.sign(), -eps), eps)
 
     def contains(self, base: Tensor, p: Tensor) -> Tensor:  # largest number, or sum as well
         eps = per_image(self.eps_quanta, p)[:, 0] * (1 + _ROUNDING)
@@ -237,25 +244,27 @@ def _even_contrast(v: Tensor) -> Tensor:
     peak = v.abs().amax((1, 2, 3), keepdim=True)
     return _unit_range(v / (0.001 * torch.where(peak > 0, peak, 1) + v.abs()))
 
+
+def _chosen(places: Tensor) -> Tensor:
+    "One point in 14 of each image (B, n): those with the smallest numbers (B, n)."
+    few = math.ceil(places.shape[1] / 14)
+    return places <= places.kthvalue(few, dim=1, keepdim=True).values
+
 # %% ../nbs/23_unseen.ipynb #1fb9c0e5
 @dataclass(frozen=True)
 class Gabor:
     "Ripples around a few points, whose heights the adversary chooses (Kang et al. 2019)."
 
-    # largest change of a value, in image units; one for all or (B,)
-    strength: float | Tensor = 0.066
+    strength: float | Tensor = 0.066  # largest change of a value, in image units; one or (B,)
     step_gabor: float | Tensor = 0.002236  # step of the heights, which lie in [-1, 1]
 
     def __post_init__(self) -> None:
         _check_budget(strength=self.strength, step_gabor=self.step_gabor)
 
     def _parts(self, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Heights (B, n), where they may differ from zero (B, n), and four numbers for the
-        kernel (B, 4)."""
+        "Heights (B, n), where they may differ from zero (B, n), numbers of the kernel (B, 4)."
         heights, places = p[:, :-4].chunk(2, dim=1)
-        few = math.ceil(heights.shape[1] / 14)  # one point in 14
-        return (heights, places <= places.kthvalue(few, dim=1, keepdim=True).values,
-                p[:, -4:].detach())
+        return heights, _chosen(places), p[:, -4:].detach()
 
     def init(self, x: Tensor, random: bool = True, generator: Randomness = None) -> Tensor:
         "Heights, places and kernel (B, 2 H W + 4); without randomness the same for every image."
@@ -278,8 +287,7 @@ class Gabor:
         moved = (heights + per_image(self.step_gabor, p) * grad[:, :n].sign()).clamp(-1, 1) * chosen
         return torch.cat([moved, p[:, n:]], dim=1)
 
-    def contains(self, base: Tensor, p: Tensor) -> Tensor:
-        # heights in [-1, 1] and zero outside the chosen places
+    def contains(self, base: Tensor, p: Tensor) -> Tensor:  # in [-1, 1], zero where not chosen
         heights, chosen, _ = self._parts(p)
         return (heights.abs().amax(1) <= 1) & ~(heights.bool() & ~chosen).any(1)
 

@@ -48,6 +48,18 @@ def _loss_and_terms(objective: Callable[..., Any], model: nn.Module, piece: Batc
     loss, terms = objective(model, piece, memory.state, **attacks)
     return loss, terms.detach().cpu().double()
 
+# %% ../nbs/39_updates.ipynb #2194f3e8
+def _move(model: nn.Module, optimizer: torch.optim.Optimizer, value: Tensor, terms: Tensor,
+          clip_norm: float) -> None:
+    "Step along the gradients at hand; refuse them where they, loss or terms are not finite."
+    weights = [p for p in bare(model).parameters() if p.grad is not None]
+    length = nn.utils.get_total_norm([p.grad for p in weights])
+    if not (value.isfinite() and length.isfinite() and terms.isfinite().all()):
+        raise FloatingPointError(f"the loss is {value:.3g}, its gradient has length {length:.3g}")
+    if clip_norm:
+        nn.utils.clip_grads_with_norm_(weights, clip_norm, length)
+    optimizer.step()
+
 # %% ../nbs/39_updates.ipynb #3f5454db
 def train_step(
     model: nn.Module,  # Classifier in train mode, perhaps wrapped by `distribute`
@@ -81,13 +93,7 @@ def train_step(
     if count > 1:
         value = total(value) / count
         terms = terms if memory is None else total(terms * batch.share)
-    weights = [p for p in bare(model).parameters() if p.grad is not None]
-    length = nn.utils.get_total_norm([p.grad for p in weights])
-    if not (value.isfinite() and length.isfinite() and terms.isfinite().all()):
-        raise FloatingPointError(f"the loss is {value:.3g}, its gradient has length {length:.3g}")
-    if clip_norm:
-        nn.utils.clip_grads_with_norm_(weights, clip_norm, length)
-    optimizer.step()
+    _move(model, optimizer, value, terms, clip_norm)
     if memory is not None:
         update = partial(objective.update, memory.state, terms)
         memory.state, memory.facts = update() if count == 1 else on_first(update)

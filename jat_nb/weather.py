@@ -145,10 +145,10 @@ def _block_mean(flakes: Tensor) -> Tensor:
     return mean.repeat_interleave(8, 2).repeat_interleave(8, 3)[:, :, :flakes.shape[2],
                                                                 :flakes.shape[3]]
 
-# %% ../nbs/22_weather.ipynb #87f61ab3
+# %% ../nbs/22_weather.ipynb #c492baf2
 @dataclass(frozen=True)
-class Snow:
-    "Let it snow where it hurts (Kang et al. 2019)."
+class _Snowfall:
+    "Flakes, no denser than allowed, and the snow that they make."
 
     # brightness of a flake at full intensity, where white is 1; one or (B,)
     strength: float | Tensor = 0.095
@@ -171,13 +171,6 @@ class Snow:
         thinned = flakes * ((1 - _ROUNDING) * self.max_density / _block_mean(flakes)).clamp(max=1)
         return torch.cat([thinned.flatten(1), shapes], dim=1)
 
-    def init(self, x: Tensor, random: bool = True, generator: Randomness = None) -> Tensor:
-        "Many faint flakes, few bright ones (B, n); without randomness the same for every image."
-        height, width = (math.ceil(n / 4) for n in x.shape[2:])
-        u = _draws(x, 7 * height * width + 22, random, generator)
-        return self._settle(x, torch.cat([(-u[:, :-22] / self.max_density).exp(), u[:, -22:]],
-                                         dim=1))
-
     def snow(self, x: Tensor, p: Tensor) -> Tensor:
         "The flakes alone (B, 1, H, W), at strength 1."
         flakes, shapes = self._parts(x, p)
@@ -185,6 +178,18 @@ class Snow:
         for i, (row, column) in enumerate(_CORNERS):
             sky[:, i, row::4, column::4] = flakes[:, i] ** 4
         return _convolve(sky[:, :, :x.shape[2], :x.shape[3]], _flake_shapes(shapes))
+
+# %% ../nbs/22_weather.ipynb #87f61ab3
+@dataclass(frozen=True)
+class Snow(_Snowfall):
+    "Let it snow where it hurts (Kang et al. 2019)."
+
+    def init(self, x: Tensor, random: bool = True, generator: Randomness = None) -> Tensor:
+        "Many faint flakes, few bright ones (B, n); without randomness the same for every image."
+        height, width = (math.ceil(n / 4) for n in x.shape[2:])
+        u = _draws(x, 7 * height * width + 22, random, generator)
+        return self._settle(x, torch.cat([(-u[:, :-22] / self.max_density).exp(), u[:, -22:]],
+                                         dim=1))
 
     def apply(self, x: Tensor, p: Tensor) -> Tensor:
         "Image whitened by a quarter, plus flakes; at strength 0 the whitening alone."

@@ -8,11 +8,14 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from jat_nb import generators
 from jat_nb import warp as warping
 from jat_nb.attacks import double_pass, ggsm, pgd
 from jat_nb.evaluation import wilson_interval
 from jat_nb.explain import cam_entropy, curvature, skewness
 from jat_nb.flow_layers import InvertibleConv
+from jat_nb.gan import Generator
+from jat_nb.generators import Projected
 from jat_nb.masking import local_linearity
 from jat_nb.minimum_norm import at_threshold, distance, jsma, pointwise
 from jat_nb.mixing import draw_share
@@ -137,6 +140,27 @@ def test_flows_decode_without_doubles(apple):
     assert found.dtype == torch.float32
     assert_close(found.cpu(), expected, atol=1e-6, rtol=1e-6)
     with torch.device("meta"): assert InvertibleConv(4).permutation.device.type == "meta"
+
+
+def test_codes_are_found_again_without_doubles(apple):
+    generator, images, codes = Generator((3, 64, 64), width=2, code=8), torch.rand(6, 3, 64, 64), torch.randn(6, 8)
+    known = Projected(generator, *apple(images), codes)
+    assert known.marks.dtype == torch.float32
+    assert_close(known.encode(*apple(images.flip(0)))[0], codes.flip(0))
+    images[0, 0, 9, 9] += 1 / 255
+    with pytest.raises(ValueError, match="1 of 1 images"): known.encode(*apple(images[:1]))
+
+
+def test_known_codes_move_to_a_device_without_doubles_and_back(monkeypatch):
+    images, codes = torch.rand(6, 3, 64, 64), torch.randn(6, 8)
+    known, away = (Projected(Generator((3, 64, 64), width=2, code=8), images, codes) for _ in range(2))
+    exact = known.marks.clone()
+    assert exact.dtype == torch.float64 and torch.equal(known.to("cpu").marks, exact)
+    monkeypatch.setattr(generators, "_wide", lambda device: torch.float32 if device.type == "meta" else torch.float64)
+    assert (away.to("meta").marks.dtype, away.marks.device.type, away.codes.device.type) == (torch.float32, "meta", "meta")
+    assert nn.Sequential(away).to("meta")[0].marks.dtype == torch.float32
+    known.marks.data = exact.float()  # as they come back
+    assert_close(known.encode(images.flip(0))[0], codes.flip(0))
 
 
 def test_searches_and_ascents_work_without_doubles(apple):

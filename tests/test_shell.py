@@ -1,7 +1,9 @@
 "What people bring to the commands: weights, pictures and names of their own; and damage that costs nothing else."
+import html
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -92,6 +94,9 @@ def test_weights_from_elsewhere_are_judged_attacked_and_reported(own, tmp_path, 
     assert jat_report([str(tmp_path / "runs"), "--out", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
     assert "own/theirs" in page and f"jat_eval --weights theirs.pth --model {OWN.metadata['name']}" in page
+    told = html.unescape(re.search(r"jat_eval (--weights theirs.pth [^<\n]*)", page)[1])  # the page's own command, given again
+    told = told.replace("theirs.pth", f"{own}/theirs.pth").replace("runs/theirs", str(tmp_path / "runs" / "theirs"))
+    assert jat_eval(shlex.split(told)) == 0 and "already there" in capsys.readouterr().out
     assert jat_eval(words.replace("/theirs ", "/theirs --again ").replace(f"{FORM}", f"--model {OWN.metadata['name']}").split()) == 2
     assert "holds another run" in capsys.readouterr().err
 

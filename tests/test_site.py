@@ -185,6 +185,29 @@ def test_entries_are_read_from_source() -> None:
     assert (limits.signature, limits.summary) == ("LIMITS = (0, 1)", "Range of a pixel")
 
 
+BUILT_ON = '''class _Base:
+    "Hidden."
+    size: int  # Pixels
+
+    def area(self) -> int:  # Square pixels
+        "Size squared."
+        return self.size**2
+
+
+class _Where:
+    device: str = "cpu"  # Where to compute
+'''
+
+
+def test_private_classes_are_shown_as_part_of_what_is_built_on_them() -> None:
+    source = "class Box(_Base):\n    unit: str = 'px'  # Name\n\ndef work(n: int, *, where: _Where):\n    'Work.'\n"
+    box, work = entries(source, BUILT_ON)
+    assert (box.signature, [m.name for m in box.members]) == ("Box(size, unit='px')", ["area"])
+    assert [p.meaning for p in work.parameters] == ["", "Where to compute"]
+    assert work.signature == 'work(n, *, device="cpu")'
+    assert entries(BUILT_ON) == []
+
+
 def in_a_browser(address: str, tmp_path: Path) -> str:
     "The page as a browser without a network makes it."
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",

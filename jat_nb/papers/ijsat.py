@@ -58,7 +58,7 @@ VAE_GAN = Recipe(objective="vae_gan", model="vae_gan",
                  model_options={"width": 64, "code": 128, "classes": 10}, epochs=60,
                  batch_size=128, optimizer="adamw", lr=1e-3, weight_decay=0.0, clip_norm=1000.0,
                  schedule="constant", augment=("flip",),
-                 essential=("schedule", "weight_decay"))  # the code is the spec's, the rest ours
+                 essential=("schedule", "weight_decay"))  # the length of the code is the paper's, the rest ours
 
 # %% ../../nbs/63_ijsat.ipynb #20afbcc8
 _BARE = Recipe(model="resnet18_cifar", epochs=120, milestones=(75, 90, 100), lr=0.1,
@@ -209,7 +209,7 @@ def make_gan(
     images: int | None = None,  # As for `jat_train`
     steps: int = 50_000,  # Steps of the generator in training; ours
     width: int = 256,  # Its channels (IJSAT appendix A.2); the discriminator has half
-    search: int = 500,  # Steps of a search for a code (spec: 500 to 1000)
+    search: int = 500,  # Steps of a search for a code; more come closer
     restarts: int = 3,  # Searches for each image
     seed: int = 0,  # Of weights, game and searches
     device: str = "cpu",  # Where to compute
@@ -378,7 +378,7 @@ def corrupted(
     return Share(tuple(sum(a["accuracy"]) / len(a["accuracy"]) for a in found),
                  min(min(a["n"]) for a in found))
 
-
+# %% ../../nbs/63_ijsat.ipynb #bdb72675
 AVERAGE_OF_SIX = partial(averaged, columns=SIX)
 SCORES: Mapping[str, str] = MappingProxyType({
     "Corrupted": _HERE + "corrupted", "Average": _HERE + "averaged",

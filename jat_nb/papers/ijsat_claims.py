@@ -170,6 +170,8 @@ _TIED = 1e-4
 _TEN = ("FGSM", "PGD-50", "MIA", "OM-PGD-50", "Fog", "Snow", "Elastic", "Gabor", "JPEG", "L2")
 _MODELS = ("normal", "at", "iat", "trades", "mart", "at-jsa", "ijsat")
 _ROBUST = _MODELS[1:]
+
+# %% ../../nbs/64_ijsat_claims.ipynb #8266ce78
 _ATTACK = (
     Claim("IC1",
           "The flow reconstructs every image to 1e-4, the projection onto a generator does not", (

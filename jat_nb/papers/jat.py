@@ -190,7 +190,7 @@ def _steps(name: str, budget: str) -> tuple[Where, ...]:
 
 # %% ../../nbs/54_jat.ipynb #e1c08ec0
 _ATTACK = (
-    Claim("JC1", "The joint attack leaves no more than the weaker of its parts, for every model "
+    Claim("JC1", "The joint attack leaves no more than the stronger of its parts, for every model "
           "(1 point)", tuple(_gap(("*", column), ("*", "Joint"), at_least=-1)
                              for column in ("PGD20", "Spatial")), "Tables 1 to 7"),
     Claim("JC2", "Accuracy under GGSM never rises with the budget, for every model (1 point)",

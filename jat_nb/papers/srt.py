@@ -14,7 +14,7 @@ from typing import Any
 
 from ..catalogue import Row
 from ..minimum_norm import THRESHOLDS
-from ..recipes import Recipe
+from ..recipes import Recipe, _stretched
 from ..suites import Spec, Suite
 
 # %% ../../nbs/55_srt.ipynb #5972ae11
@@ -134,8 +134,7 @@ def _swept(fast: Recipe) -> dict[str, Recipe]:
     "Fast SRT at four highest learning rates and four shares of its length (Figure 9)."
     found, unit = {}, "epochs" if fast.epochs else "iterations"
     for rate, share in ((r, s) for r in RATES for s in LENGTHS):
-        knots = tuple((place * share, factor) for place, factor in fast.knots)
-        length = {unit: round(getattr(fast, unit) * share), "knots": knots}
+        length = {unit: round(getattr(fast, unit) * share), **_stretched(fast, 1, share)}
         found[f"fast-srt-{rate}-{share}"] = replace(fast, lr=rate, **length)
     del found["fast-srt-0.2-1.0"]  # the published one
     return {"fast-srt": fast, **found}

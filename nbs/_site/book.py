@@ -13,7 +13,7 @@ from nbformat import NotebookNode
 from pybtex.database import Entry as Paper
 from pybtex.database import parse_file
 
-from reference import Entry, entries, starts
+from reference import Entry, entries, private_classes, starts
 
 SITE = Path(__file__).resolve().parent
 NOTEBOOKS = SITE.parent
@@ -100,7 +100,21 @@ class Chapter:
 
     @cached_property
     def entries(self) -> list[Entry]:
-        return [entry for cell, _ in self.cells if cell.exported for entry in entries(cell.source)]
+        return [entry for cell, _ in self.cells if cell.exported for entry in self.defined(cell)]
+
+    def defined(self, cell: Cell) -> list[Entry]:
+        "What an exported cell defines."
+        return entries(cell.source, self.context)
+
+    @cached_property
+    def context(self) -> str:
+        "The private classes that the public names of this chapter are built on."
+        return private_classes(self.file)
+
+    @property
+    def file(self) -> Path:
+        "The module that is exported from this notebook."
+        return ROOT / PACKAGE / f"{self.module.replace('.', '/')}.py"
 
     @property
     def number(self) -> str:
@@ -133,8 +147,7 @@ class Chapter:
 
     def line(self, name: str) -> int:
         "Line of the module on which a public name begins, decorators included."
-        module = ROOT / PACKAGE / f"{self.module.replace('.', '/')}.py"
-        return starts(module.read_text(encoding="utf-8"))[name]
+        return starts(self.file.read_text(encoding="utf-8"))[name]
 
     def _opening(self, mark: str) -> str:
         first = self.cells[0][0].source if self.cells else ""

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import base64
 import copy
-import html
 import json
 import os
 import re
@@ -20,7 +19,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from pybtex.database import Entry as Paper
 
 from book import NOTEBOOKS, PACKAGE, ROOT, SITE, Book, BuildError, Cell, Chapter, settings
-from reference import Entry, Parameter, entries
+from reference import Entry, Parameter
 
 MAP = "<!-- chapters -->"
 BIBLIOGRAPHY = "_site/references.bib"
@@ -119,7 +118,7 @@ def body(book: Book, chapter: Chapter) -> list[NotebookNode]:
             caption = "{.caption}\n" if cell.alternative else ""
             staged.append(new_markdown_cell(caption + edit(cell.source)))
             continue
-        found = entries(cell.source) if cell.exported else []
+        found = chapter.defined(cell) if cell.exported else []
         staged += [defines(chapter, found)] if found else []
         staged.append(code(cell, following))
     return staged

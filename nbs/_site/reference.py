@@ -3,9 +3,11 @@ from __future__ import annotations
 
 import ast
 import io
+import re
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,24 @@ class Entry:
     members: tuple[Entry, ...] = ()
 
 
-def entries(source: str) -> list[Entry]:
-    "Public functions, classes and constants at the top level of `source`, in their order."
-    reader = _Reader(source)
-    return [entry for node in ast.parse(source).body for entry in reader.read(node)]
+def entries(source: str, context: str = "") -> list[Entry]:
+    """Public functions, classes and constants at the top level of `source`, in their order; `context` holds the private
+    classes that they are built on."""
+    reader = _Reader(f"{context}\n{source}")
+    return [entry for node in reader.body for entry in reader.read(node)]
+
+
+def private_classes(module: Path) -> str:
+    "The private classes that a module defines, or imports from its neighbours, as source."
+    source, found = module.read_text(encoding="utf-8"), []
+    for node in ast.parse(source).body:
+        match node:
+            case ast.ClassDef(name=name) if name.startswith("_"):
+                found.append(ast.get_source_segment(source, node) or "")
+            case ast.ImportFrom(module=str(name), level=level) if any(re.match("_[A-Z]", a.name) for a in node.names):
+                folder = module.parents[level - 1] if level else module.parent
+                found.append(private_classes(folder.joinpath(*name.split(".")).with_suffix(".py")))
+    return "\n\n".join(found)
 
 
 def starts(source: str) -> dict[str, int]:
@@ -64,6 +80,8 @@ class _Reader:
     def __init__(self, source: str) -> None:
         self.source = source
         self.comments, self.alone = _comments(source)
+        self.body = ast.parse(source).body
+        self.hidden = {node.name: node for node in self.body if isinstance(node, ast.ClassDef) and node.name[0] == "_"}
 
     def read(self, node: ast.stmt) -> Iterator[Entry]:
         match node:
@@ -107,8 +125,14 @@ class _Reader:
         rows += [(f"*{a.vararg.arg}", a.vararg, None)] if a.vararg else []
         rows += [(arg.arg, arg, default) for arg, default in zip(a.kwonlyargs, a.kw_defaults, strict=True)]
         rows += [(f"**{a.kwarg.arg}", a.kwarg, None)] if a.kwarg else []
-        return [Parameter(name, self.text(arg.annotation), self.text(value), self.comment((value or arg).end_lineno))
-                for name, arg, value in rows]
+        return [p for name, arg, value in rows for p in self.parameter(name, arg, value)]
+
+    def parameter(self, name: str, arg: ast.arg, value: ast.expr | None) -> list[Parameter]:
+        "One argument; a private group of options stands for its fields."
+        kind = self.text(arg.annotation)
+        if kind in self.hidden and value is None:
+            return self.fields(self.hidden[kind])
+        return [Parameter(name, kind, self.text(value), self.comment((value or arg).end_lineno))]
 
     def call(self, node: ast.FunctionDef, bound: bool) -> str:
         "The arguments as a caller sees them: names and defaults, without types."
@@ -119,15 +143,24 @@ class _Reader:
 
     def class_(self, node: ast.ClassDef) -> Entry:
         "A class as its constructor, written or generated from its fields, and its public methods."
-        methods = [m for m in node.body if isinstance(m, ast.FunctionDef)]
-        init = next((m for m in methods if m.name == "__init__"), None)
-        fields = [self.field(f.target.id, f) for f in node.body
-                  if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name) and f.target.id[0] != "_"]
+        methods = [m for part in self.parts(node) for m in part.body if isinstance(m, ast.FunctionDef)]
+        init = next((m for m in reversed(methods) if m.name == "__init__"), None)
+        fields = [field for part in self.parts(node) for field in self.fields(part)]
         parameters = self.arguments(init)[1:] if init else fields
         call = self.call(init, True) if init else ", ".join(_default(p) for p in fields)
         members = tuple(self.function(m, method=True) for m in methods if not m.name.startswith("_"))
         return Entry(node.name, f"{node.name}({call})" if call else node.name, _summary(node), tuple(parameters),
                      members=members)
+
+    def parts(self, node: ast.ClassDef) -> list[ast.ClassDef]:
+        "A class after the private classes of its module that it is built on: a reader meets them as one."
+        bases = [self.hidden[name] for base in node.bases if (name := self.text(base)) in self.hidden]
+        return [part for base in bases for part in self.parts(base)] + [node]
+
+    def fields(self, node: ast.ClassDef) -> list[Parameter]:
+        "The public fields that a class declares."
+        return [self.field(f.target.id, f) for f in node.body
+                if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name) and f.target.id[0] != "_"]
 
     def field(self, name: str, node: ast.AnnAssign) -> Parameter:
         return Parameter(name, self.text(node.annotation), self.text(node.value), self.comment(node.end_lineno))
