@@ -192,7 +192,7 @@ class VaeGan(nn.Module):
         shape: Sequence[int] = (3, 32, 32),  # (C, H, W) of an image, sides divisible by 4
         *,
         width: int = 64,  # Channels of the first convolutions; ours
-        code: int = 128,  # Numbers in a code (spec: 128)
+        code: int = 128,  # Numbers in a code
         classes: int = 10,  # Number of classes
     ):
         super().__init__()

@@ -123,15 +123,15 @@ def jat_train(
     list_: bool = False,  # Show the recipes by paper, and the rows of its tables that they fill
     recipe: list[str] | None = None,  # What to train, names from --list
     out: str | None = None,  # The run's folder; with several recipes or seeds OUT/PAPER-NAME-sSEED
-    pictures: _Pictures,
-    start: _Start,
+    pictures: _Pictures,  # The images
+    start: _Start,  # The network before training
     needs: list[str] | None = None,  # KEYWORD=RUN: the run of a network that the recipe stands on
     # How far the published setting is cut down
     tier: Literal["smoke", "cpu", "gpu", "paper"] = "cpu",
     seed: list[int] | None = None,  # One run for each seed; 0 if not given
     set_: list[str] | None = None,  # FIELD=VALUE replaces a field of the recipe, such as epochs=3
     time_budget: float = math.inf,  # Seconds after which training stops, ready to go on
-    machine: _Machine,
+    machine: _Machine,  # Where to compute
 ) -> int:  # Exit status: 0 done, 2 refused, 3 out of time
     """Train recipes of the papers. A run that was stopped goes on when the same command is given
     again."""
@@ -251,9 +251,9 @@ def jat_eval(
     n: int = 1000,  # Test images; fewer are the first of more
     per_class: bool = False,  # Show the accuracy of every class as well
     weights: str = "last",  # Which epoch, last or best; or a file of weights from elsewhere
-    own: _Elsewhere,
+    own: _Elsewhere,  # What has to be said about weights from elsewhere
     out: str | None = None,  # With --weights FILE: folder for weights and answers
-    strength: _Strength,
+    strength: _Strength,  # How hard the attacks try
     source: list[str] | None = None,  # Runs on which transferred images are made
     # KEYWORD=RUN: the run of a network that an attack stands on, such as flow=RUN
     needs: list[str] | None = None,
@@ -261,7 +261,7 @@ def jat_eval(
     fast: bool | None = None,
     amp: bool = False,  # bfloat16 while attacking; verdicts stay in float32
     again: bool = False,  # Repeat what is already there
-    machine: _Machine,
+    machine: _Machine,  # Where to compute
 ) -> int:  # Exit status: 0 done, 2 refused
     """Judge trained runs. Each suite's answers are written into the run's folder; those already
     there are kept."""
@@ -289,12 +289,12 @@ def jat_attack(
     attack: str = "double_pass",  # Which attack, by its name in `ATTACKS`
     # What the attack climbs: cross_entropy, margin or dlr; the attack's own if not given
     loss: str | None = None,
-    strength: _Strength,
+    strength: _Strength,  # How hard the attacks try
     weights: str = "last",  # Which epoch, last or best; or a file of weights from elsewhere
-    own: _Elsewhere,
+    own: _Elsewhere,  # What has to be said about weights from elsewhere
     # File *.safetensors for the numbers: clean, adversarial, labels, verdicts
     save: str | None = None,
-    machine: _Machine,
+    machine: _Machine,  # Where to compute
 ) -> int:  # Exit status: 0 done, 2 refused
     """Attack pictures: writes each as PNG, its flow as a colour picture, and attack.json with
     what became of it."""

@@ -39,7 +39,7 @@ def project(
     # Images to features (B, D), such as partial(perceptual, model)
     features: Callable[[Tensor], Tensor],
     *,
-    steps: int = 500,  # Steps of a search (spec: 500 to 1000)
+    steps: int = 500,  # Steps of a search
     restarts: int = 3,  # Searches
     lr: float = 0.05,  # Of Adam, in the unit of a code
     draws: Randomness = None,  # Source of the first codes: one for the batch, or one per image

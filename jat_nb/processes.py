@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from threading import current_thread, main_thread
 from typing import Any, NamedTuple, TypeVar
 
@@ -39,9 +40,12 @@ def _state() -> Any:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
+_ALONE = ContextVar("alone", default=False)  # while the first process works and the others wait
+
+
 def processes() -> Processes:
     "Join the processes that `accelerate launch` or `torchrun` started; most programs are alone."
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if _ALONE.get() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Processes(0, 1)
     state = _state()
     if not state.distributed_type.value.startswith("MULTI_"):
@@ -95,10 +99,13 @@ def on_first(
     "Do something once for all; all get the result, or the same exception."
     result, error = None, None
     if processes().rank == 0:
+        before = _ALONE.set(True)
         try:
             result = work()
         except Exception as caught:
             error = caught
+        finally:
+            _ALONE.reset(before)
     result, error = from_first((result, error))
     if error is not None:
         raise error

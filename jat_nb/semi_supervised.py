@@ -32,7 +32,7 @@ def _weighed(batch: Batch, right: Tensor, constant: Tensor, reduction: Reduction
 
 def _answers(model: nn.Module, x: Tensor, x_adv: Tensor,
              reduction: Reduction) -> tuple[Tensor, Tensor]:
-    "Logits on labelled and on attacked images; under \"concat\" all of them in one pass (D-S10)."
+    "Logits on labelled and on attacked images; under \"concat\" all of them in one pass."
     if reduction == "separate":
         return logits_of(model, x), logits_of(model, x_adv)
     logits = model(torch.cat([x, x_adv]))

@@ -348,7 +348,7 @@ def avg_accuracy(
     row: Mapping[str, float],  # Numbers of one model by column, such as accuracies
     columns: Sequence[str],  # Which of them to average, each once
 ) -> tuple[float, tuple[str, ...]]:  # The mean, and the columns it is the mean of
-    "Mean over named columns (IJSAT, resolution D-I11)."
+    "Mean over named columns, as IJSAT averages."
     if (not columns or isinstance(columns, str) or len(set(columns)) < len(columns)
         or set(columns) - set(row)):
         raise ValueError(f"expected columns of the row, each once, got {columns!r}: the row has "

@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from jat_nb.catalogue import TIER, adapt, papers, setting
-from jat_nb.claims import Claim, Evidence
+from jat_nb.claims import Claim, Evidence, judge_claims
 from jat_nb.cli import jat_train
 from jat_nb.data import default_budget, load
 from jat_nb.differences import verdict
@@ -133,6 +133,15 @@ def test_claims_are_complete_and_open_without_runs():
     assert {verdict(evidence.findings(claim))[0] for claim in CLAIMS} == {"inconclusive"}
     places = {where for claim in CLAIMS for check in claim.checks for where in check.at}
     assert all(f"ijsat/{where[0]}" in RECIPES for where in places)
+
+
+def test_the_runs_that_networks_stand_on_are_evidence():
+    "A generator is no recipe of the paper; the claim about its projection (IC1) needs it all the same."
+    flow = replace(invented("glow", [{"epoch": 1, "round_trip": 3e-6}]), recipe=asdict(FLOW))
+    about = {"name": GAN, "tier": "cpu", "data": "cifar10"}
+    generator = Run("g", about, {}, {}, [{"epoch": 1, "projection_l1": 0.15}], {})
+    assert judge_claims([flow, generator]).query("id == 'IC1'")["verdict"].item() == "reproduced"
+    assert judge_claims([flow]).query("id == 'IC1'")["verdict"].item() == "inconclusive"
 
 
 def test_a_study_without_its_flow_names_the_mend(job):

@@ -157,3 +157,28 @@ def test_nothing_distributed_is_made_by_hand():
     for path in (Path(__file__).parent.parent / "jat_nb").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert "all_reduce" not in text and "F.batch_norm =" not in text, path.name
+
+
+# What the first process does alone
+
+def judge_after_every_epoch(place):
+    from jat_nb.data import load
+    from jat_nb.evaluation import evaluate, pgd_at
+    from jat_nb.recipes import Recipe
+    from jat_nb.training import fit
+
+    torch.manual_seed(0)
+    seen, held_out = [], load("digits", "test").subset(12)
+    def judge(row, network):
+        found = evaluate(network, held_out.x, held_out.labels, {"PGD": pgd_at(8 / 255, steps=1)})
+        seen.append((len(found.correct[0]), processes().count))
+    recipe = Recipe(epochs=1, batch_size=16, amp=False, probe_images=4, probe_options={"steps": 1})
+    model = create("wrn_10_1_cifar", num_classes=10, in_chans=1)
+    fit(model, load("digits", "train").subset(32), recipe, validation=held_out, on_epoch=judge)
+    assert seen == ([(12, 1)] if processes().rank == 0 else []) and processes().count == 2
+    Path(place, str(processes().rank)).touch()
+
+
+def test_an_epoch_can_be_judged_by_the_first_process_alone(tmp_path):
+    well(launch(judge_after_every_epoch, tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}

@@ -110,6 +110,21 @@ def test_every_chapter_has_its_title_and_figures(book: Book) -> None:
         assert len(re.findall(r'<img[^>]+src="_images/', page)) == stored, f"{chapter.page} lacks figures"
 
 
+@pytest.mark.parametrize("number, word", [("08", "jpeg"), ("37", "average"), ("66", "natural"), ("67", "jat"), ("90", "fog"),
+                                          ("92", "recipes")])
+def test_a_word_with_another_meaning_on_its_page_is_no_link(number: str, word: str, book: Book) -> None:
+    page = next(chapter for chapter in book.chapters if chapter.number == number)
+    assert word in book.names and not book.address(word, page)
+    assert book.address(f"{word}()", page) and book.address(f"{PACKAGE}.{book.names[word][0].module}.{word}", page)
+
+
+def test_a_word_that_code_uses_is_a_link(book: Book) -> None:
+    pages = {chapter.number: chapter for chapter in book.chapters}
+    fit, ascend, pgd, fog = (book.names[name][0].address(name) for name in ("fit", "ascend", "pgd", "fog"))
+    assert (book.address("fit", pages["91"]), book.address("ascend", pages["12"])) == (fit, ascend)
+    assert (book.address("pgd", pages["00"]), book.address("fog", pages["22"])) == (pgd, fog)
+
+
 def blocks(page: Path) -> list[str]:
     "The code of a page as a reader copies it, folded code included, without what the code printed."
     found = re.findall(r'<div class="cell_input.*?<pre>(.*?)</pre>', text(page), re.DOTALL)

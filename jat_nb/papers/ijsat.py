@@ -39,7 +39,7 @@ from ..weights import read_tensors, tensor_hash, write_tensors
 
 # %% ../../nbs/63_ijsat.ipynb #168fbe18
 PIXEL = {"eps": 8 / 255, "step": 2 / 255}  # image units (IJSAT section 6.1)
-LATENT = {"eta": 0.02, "step_latent": 0.005}  # latent units (ibid., D-I04)
+LATENT = {"eta": 0.02, "step_latent": 0.005}  # latent units (ibid.)
 _JOINT = {"eps_pixel": PIXEL["eps"], "step_pixel": PIXEL["step"], **LATENT}
 PGD: Spec = ("pgd", {**PIXEL, "steps": 10})
 OM_PGD: Spec = ("om_pgd", {**LATENT, "steps": 10})
@@ -58,7 +58,7 @@ VAE_GAN = Recipe(objective="vae_gan", model="vae_gan",
                  model_options={"width": 64, "code": 128, "classes": 10}, epochs=60,
                  batch_size=128, optimizer="adamw", lr=1e-3, weight_decay=0.0, clip_norm=1000.0,
                  schedule="constant", augment=("flip",),
-                 essential=("schedule", "weight_decay"))  # the length of the code is the paper's, the rest ours
+                 essential=("schedule", "weight_decay"))  # the paper's code length; the rest ours
 
 # %% ../../nbs/63_ijsat.ipynb #20afbcc8
 _BARE = Recipe(model="resnet18_cifar", epochs=120, milestones=(75, 90, 100), lr=0.1,
@@ -361,7 +361,7 @@ def averaged(
     tier: str,  # Tier
     columns: Sequence[str] = SEVEN,  # What to average
 ) -> Score | None:  # None if one of the columns was not measured
-    "Mean accuracy over named columns (resolution D-I11)."
+    "Mean accuracy over named columns."
     return conditional(runs, name, list(columns), None, data=data, tier=tier)
 
 
@@ -394,4 +394,4 @@ SYNONYMS: Mapping[str, str] = MappingProxyType({
     **{f"3:{name.removeprefix('drawn ')}": name for name in list(_ten())[1:]}})
 CORRECTIONS: Mapping[tuple[int, str, str], float] = MappingProxyType({
     (1, "MART", "L2"): 20.47, (1, "AT [PGD-5]", "JPEG"): 26.76,
-    (4, "AT [PGD10] eps=32/255", "Average"): 24.37})  # resolutions D-I07, D-I06 and D-I09
+    (4, "AT [PGD10] eps=32/255", "Average"): 24.37})  # as other tables print them; a mean

@@ -21,7 +21,8 @@ from ..claims import Check, Claim, Evidence, Where, median_finding, rank_correla
 from ..differences import Finding
 from ..fronts import clipped_share
 from ..losses import cross_entropy, soft_margin
-from .pareto import COLUMNS, HEADLINE, OWN_SUITES, RECIPES, ROWS
+from .pareto import (_GREY, _MORE, _RELATIVE, _SWEEP, COLUMNS, HEADLINE, OWN_SUITES,
+                                  RECIPES, ROWS)
 from .pareto_scores import CORRECTIONS, SCORES, SYNONYMS
 from ..pareto import disagreement, feasible_r, moments, solve_weights
 from ..recipes import Recipe
@@ -232,18 +233,15 @@ def _trend(kind: str, data: str, names: Sequence[str], column: str, what: str,
     return Check(kind, at, data, options={"what": f"{what} on {data}", "fewest": 3}, **bounds)
 
 # %% ../../nbs/60_pareto_claims.ipynb #64e896d9
-_STRONGER: Mapping[str, tuple[int, ...]] = MappingProxyType({
-    # steps of PGD, Figure 3
-    "mnist": (5, 10, 15, 20, 25, 30, 35, 40), "cifar10": (1, 3, 5, 7, 10)})
-_POSITIONS = [f"relative-{s}" for s in (-0.9, -0.6, -0.3, 0.0, 0.3, 0.6, 0.9)]
+_POSITIONS = [f"relative-{s}" for s in _RELATIVE]
 _JUDGED = [f"relative-{s}" for s in (-0.6, 0.0, 0.6)]
 _TABLE_2 = [f"strong-pareto-{r}" for r in (3.5, 3.7, 4.0, 4.2)]
 
 # %% ../../nbs/60_pareto_claims.ipynb #2ede2321
 def _relation(column: str, what: str, **bounds: Any) -> tuple[Check, ...]:
     "A score along the number of PGD steps in training, none to begin with."
-    return tuple(_trend("trend", d, ["natural", *(f"pgd-{k}" for k in ks)], column, what, **bounds)
-                 for d, ks in _STRONGER.items())
+    return tuple(_trend("trend", data, ["natural", *(f"pgd-{k}" for k in _MORE[data])], column, what,
+                        **bounds) for data in ("mnist", "cifar10"))
 
 # %% ../../nbs/60_pareto_claims.ipynb #42de507e
 def _rising(column: str, names: Sequence[str], data: str) -> Check:
@@ -282,7 +280,7 @@ _SCORES = (
           "176.71 and 169.52; 130.96 and 127.11; 124.85 and 122.89"))
 
 # %% ../../nbs/60_pareto_claims.ipynb #921126ae
-_PAIRS = tuple((f"cifar10-{name}",) for g in (4, 8, 12, 16, 24)
+_PAIRS = tuple((f"cifar10-{name}",) for g in _GREY
                for name in (f"max-pgd-{g}", f"pgd-{g}-255"))
 _FRONT = tuple((f"mnist-{name}",) for name in _JUDGED)
 _FOUR = tuple((f"cifar10-{name}", "Universal") for name in (
@@ -350,7 +348,7 @@ _PICTURES = (
                       "local maxima, RT less integrated", mean=True, at_least=0.0))))
 
 # %% ../../nbs/60_pareto_claims.ipynb #d0efa788
-_DEMANDS = [f"pareto-{r}" for r in (0.2, 0.5, 0.8, 1.0, 1.2, 1.5, 1.8, 2.0, 2.2)]
+_DEMANDS = [f"pareto-{r}" for r in _SWEEP["mnist"]]
 
 # %% ../../nbs/60_pareto_claims.ipynb #013450dc
 def _log_trend(names: Sequence[str], fact: str, what: str, **bounds: Any) -> Check:

@@ -28,7 +28,7 @@ _MEANT = {"Ave AT": 130.48, "Pareto AT, r=3.5": 132.96, "Pareto AT, r=3.7": 136.
           "Pareto AT, r=4.0": 136.54, "Pareto AT, r=4.2": 132.17}
 CORRECTIONS: Mapping[tuple[int, str, str], float] = MappingProxyType(
     {(2, row, "Universal"): value for row, value in _MEANT.items()}
-    | {(2, "Pareto AT, r=3.5", "Gain over Ave AT"): 2.47})  # resolutions D-P05 and D-P06
+    | {(2, "Pareto AT, r=3.5", "Gain over Ave AT"): 2.47})  # printed: 2.37
 
 # %% ../../nbs/58_pareto_scores.ipynb #fcd71730
 def family_score(
@@ -65,7 +65,7 @@ def universal(
     tier: str,  # Tier
     given: str | None = "Clean",  # Among the images right in this column; None: all images
 ) -> Score | None:  # None if it or the natural network was not measured
-    "Universal robustness: the sum of three gains over the natural network (resolution D-P04)."
+    "Universal robustness: the sum of three gains over the natural network."
     families: tuple[Family, ...] = ("pgd", "flow", "rt")
     pairs = [[family_score(runs, one, data, tier, family, given) for one in (name, _natural(name))]
              for family in families]

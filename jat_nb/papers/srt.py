@@ -41,7 +41,7 @@ NUMBERS: Mapping[tuple[str, str], Numbers] = MappingProxyType({
                                 epochs=50, lr=0.01, milestones=(25, 40)),
     ("mnist", "long"): Numbers(eps=0.3, step=0.01, steps=40, test_step=0.01, test_steps=40,
                                epochs=120, lr=0.01, milestones=(55, 75, 90)),
-})  # by data set and setting (SRT section 5 and appendix; lr of MNIST, long: D-S16)
+})  # by data set and setting (SRT section 5 and appendix; lr of MNIST, long: published code)
 
 HOMES: Mapping[str, tuple[float, float]] = MappingProxyType({
     # shares of labelled and of unlabelled images
@@ -55,7 +55,7 @@ _CNN = {"model": "small_cnn_mnist", "augment": (), "weight_decay": 5e-4}
 
 
 def _pgd(data: str, setting: str) -> Spec:
-    "PGD in training, from beside the image (D-S08)."
+    "PGD in training, from beside the image."
     n = NUMBERS[data, setting]
     return "pgd", {"eps": n.eps, "step": n.step, "steps": n.steps, "start_std": 0.001}
 
@@ -293,7 +293,7 @@ def _strong(data: str) -> Suite:
 
 # %% ../../nbs/55_srt.ipynb #278774c7
 def _norms(data: str) -> Suite:
-    "Columns of Table 4 that need a threshold (D-S17)."
+    "Columns of Table 4 that need a threshold."
     known = THRESHOLDS[data]
     return Suite({"Clean": ("clean", {}), "DDNA": ("ddn", {"max_l2": known["l2"][1]}),
                   "JSMA": ("jsma", {}),

@@ -1,6 +1,7 @@
 "The book as its notebooks hold it: cells that readers see, chapters with title and promise, public names, papers."
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from configparser import ConfigParser
@@ -145,6 +146,27 @@ class Chapter:
         "Where a public name is defined in the page; a member is shown with its class."
         return f"{self.page}#{PACKAGE}.{self.module}.{name.split('.')[0]}"
 
+    @cached_property
+    def words(self) -> set[str]:
+        """Words to which the code of the page gives a meaning: its variables, functions and parameters, and words of its
+        strings without spaces, such as values of fields and names of suites, that are no names in it."""
+        defined: set[str] = set()
+        used: set[str] = set()
+        values: set[str] = set()
+        for node in ast.walk(ast.parse("\n".join(c.source for c in self.notebook.cells if c.cell_type == "code"))):
+            match node:
+                case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name):
+                    defined.add(name)
+                case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                    defined.add(name)
+                case ast.Name(id=name):
+                    used.add(name)
+                case ast.ImportFrom(names=names):
+                    used |= {alias.name for alias in names}
+                case ast.Constant(value=str(text)) if not re.search(r"\s", text):
+                    values |= set(re.split(r"\W+", text))
+        return defined | values - used
+
     def line(self, name: str) -> int:
         "Line of the module on which a public name begins, decorators included."
         return starts(self.file.read_text(encoding="utf-8"))[name]
@@ -186,8 +208,8 @@ class Book:
                     table[name].append(chapter)
         return table
 
-    def address(self, code: str, module: str) -> str:
-        "Where inline code leads if, read in the chapter of `module`, it means exactly one public name; else ''."
+    def address(self, code: str, chapter: Chapter) -> str:
+        "Where inline code leads if, read in a chapter, it means exactly one public name; else ''."
         full = code.removesuffix("()")
         short = full.removeprefix(f"{PACKAGE}.")
         if full != short and (named := [c for c in self.chapters if short == c.module]):
@@ -196,7 +218,9 @@ class Book:
         rest = short.removeprefix(f"{owner.module}.") if owner else ""
         qualified = [c for c in self.names.get(rest, []) if c is owner]
         found = self.names.get(short, [])
-        own = [c for c in found if c.module == module]
+        own = [c for c in found if c is chapter]
+        if not own and code in chapter.words:
+            return ""
         for name, chapters in ((rest, qualified), (short, own), (short, found)):
             if len(chapters) == 1:
                 return chapters[0].address(name)

@@ -7,7 +7,8 @@ What a notebook may contain, beside what nbdev defines:
 - `[Zhang and Wang 2019](_site/references.bib#zhang2019joint)` cites an entry of the bibliography. In the notebook it
   opens the file, on the site it leads to the entry, in README.md to the paper. An unknown key fails the build.
 - `[title](03_threats.ipynb#A-heading)` leads to a chapter, as in Jupyter. Links to other files of the repository work.
-- Inline code that names a public name, such as `double_pass` or `attacks.double_pass`, becomes a link to it.
+- Inline code that names a public name, such as `double_pass` or `attacks.double_pass`, becomes a link to it; a bare word
+  only where the code of the page does not give it another meaning.
 - A markdown cell that starts with `**Figure n.**` is the caption of the figure above it.
 - In index.ipynb, a markdown cell `<!-- chapters -->` stands for the list of chapters.
 - `#| hide` and `#| echo: false` fold the code of a cell, so that every page can be copied whole; the cell that calls

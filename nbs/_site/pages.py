@@ -80,7 +80,7 @@ def readme_link(book: Book, target: str) -> str:
 
 
 def prose(book: Book, chapter: Chapter) -> Edit:
-    return partial(rewrite, link=partial(site_link, book, chapter), name=partial(book.address, module=chapter.module))
+    return partial(rewrite, link=partial(site_link, book, chapter), name=partial(book.address, chapter=chapter))
 
 
 # ---------------------------------------------------------------------------------------------- chapters and home

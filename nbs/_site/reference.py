@@ -46,9 +46,8 @@ def private_classes(module: Path) -> str:
         match node:
             case ast.ClassDef(name=name) if name.startswith("_"):
                 found.append(ast.get_source_segment(source, node) or "")
-            case ast.ImportFrom(module=str(name), level=level) if any(re.match("_[A-Z]", a.name) for a in node.names):
-                folder = module.parents[level - 1] if level else module.parent
-                found.append(private_classes(folder.joinpath(*name.split(".")).with_suffix(".py")))
+            case ast.ImportFrom(module=str(name), level=up) if up and any(re.match("_[A-Z][a-z]", a.name) for a in node.names):
+                found.append(private_classes(module.parents[up - 1].joinpath(*name.split(".")).with_suffix(".py")))
     return "\n\n".join(found)
 
 
