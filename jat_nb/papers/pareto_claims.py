@@ -240,8 +240,11 @@ _TABLE_2 = [f"strong-pareto-{r}" for r in (3.5, 3.7, 4.0, 4.2)]
 # %% ../../nbs/60_pareto_claims.ipynb #2ede2321
 def _relation(column: str, what: str, **bounds: Any) -> tuple[Check, ...]:
     "A score along the number of PGD steps in training, none to begin with."
-    return tuple(_trend("trend", data, ["natural", *(f"pgd-{k}" for k in _MORE[data])], column, what,
-                        **bounds) for data in ("mnist", "cifar10"))
+    found = []
+    for data in ("mnist", "cifar10"):
+        names = ["natural", *(f"pgd-{k}" for k in _MORE[data])]
+        found.append(_trend("trend", data, names, column, what, **bounds))
+    return tuple(found)
 
 # %% ../../nbs/60_pareto_claims.ipynb #42de507e
 def _rising(column: str, names: Sequence[str], data: str) -> Check:
