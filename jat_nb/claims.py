@@ -369,7 +369,8 @@ def _judged(runs: Sequence[Run]) -> Iterator[tuple[Evidence, Claim, list[Finding
     for key, paper in papers().items():
         needed = {name for plan in paper.recipes.values() for name in plan.needs.values()}
         mine = [run for run in runs if run.paper == key or run.name in needed]
-        tiers = sorted({run.group[0] for run in mine if run.usable}, key=TIERS.index)
+        own = {run.group[0] for run in mine if run.usable and run.paper == key}
+        tiers = sorted(own, key=TIERS.index)
         shown = {tier: Evidence(tuple(mine), tier, paper) for tier in tiers}
         for claim in paper.claims:
             for evidence in shown.values(): yield evidence, claim, evidence.findings(claim)

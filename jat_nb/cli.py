@@ -66,6 +66,17 @@ def _measure(s: Setting, needs: dict[str, nn.Module], device: str) -> str:
     whole = f"{r.iterations} iterations" if r.iterations else f"{r.epochs} epochs"
     return f"{rate:,.0f} images/s{memory}, about {length / rate / 60:.1f} min for {whole}"
 
+# %% ../nbs/67_cli.ipynb #0d96567c
+def _about(name: str, s: Setting, given: Mapping[str, Any],
+           changes: Mapping[str, Any]) -> dict[str, Any]:
+    "What a run's folder says about it."
+    about = {"name": name, "tier": given["tier"], "data": s.recipe.data,
+             "variant": s.train.variant, "seed": s.recipe.seed, "model": s.model.metadata["name"],
+             "changes": {**other_lengths(name, given["tier"], s.recipe), **changes},
+             "classes": s.train.classes, "shape": s.train.images.shape[1:]}
+    about |= {k: v for k, v in {"images": given["images"], "resized": given["size"]}.items() if v}
+    return about | ({"start": s.model.metadata["start"]} if given["init"] else {})
+
 # %% ../nbs/67_cli.ipynb #b7cf9f90
 def _train_one(s: Setting, needs: dict[str, nn.Module], about: dict[str, Any], out: Path,
                device: str,
@@ -90,23 +101,10 @@ def _plan(name: str, given: Mapping[str, Any]) -> Recipe:
         del changes["model"]
     return replace(adapt(recipes()[name], given["data"], given["tier"]), **changes)
 
-
-def _about(name: str, s: Setting, given: Mapping[str, Any],
-           changes: Mapping[str, Any]) -> dict[str, Any]:
-    "What a run's folder says about it."
-    about = {"name": name, "tier": given["tier"], "data": s.recipe.data,
-             "variant": s.train.variant, "seed": s.recipe.seed, "model": s.model.metadata["name"],
-             "changes": {**other_lengths(name, given["tier"], s.recipe), **changes},
-             "classes": s.train.classes, "shape": s.train.images.shape[1:]}
-    about |= {k: v for k, v in {"images": given["images"], "resized": given["size"]}.items() if v}
-    return about | ({"start": s.model.metadata["start"]} if given["init"] else {})
-
 # %% ../nbs/67_cli.ipynb #ba6d7f78
 def _check_jobs(names: Sequence[str], given: Mapping[str, Any], needs: Mapping[str, Path],
                 places: Sequence[Path], download: bool) -> None:
     "What can be refused is refused before anything is trained; missing data sets are fetched."
-    for name in (n for n in names if n not in recipes()):
-        raise ValueError(f"unknown recipe {name!r}: jat_train --list shows all")
     plans = [_plan(name, given) for name in names]
     for plan in plans:
         check_options(plan.model, plan.model_options), bind(plan, networks_for(needs, plan))
@@ -140,6 +138,8 @@ def jat_train(
         return 0
     if not recipe or not out:
         raise ValueError("pass --recipe NAME and --out FOLDER, or --list to see the recipes")
+    for name in (n for n in recipe if n not in recipes()):
+        raise ValueError(f"unknown recipe {name!r}: jat_train --list shows all")
     _check(time_budget=(time_budget, 0), seed=(min(seed or [0]), 0))
     deadline, runs = time.perf_counter() + time_budget, needed_runs(needs or [])
     given, changes = {"tier": tier, **pictures.asked(), **asdict(start)}, _changes(set_ or [])

@@ -83,7 +83,8 @@ class _Images:
     images: Tensor  # uint8, (N, C, H, W)
     labels: Tensor  # int64, (N,), below the number of classes
     classes: tuple[str, ...]  # Class names, in the order of the labels
-    variant: str = "official"  # Trust in pixels: official, upscaled, folder or jpeg; side if scaled
+    # Trust in the pixels: 'official', 'upscaled', 'folder' or 'jpeg', and the side if scaled
+    variant: str = "official"
 
     def __post_init__(self) -> None: _check_set(self.images, self.labels, self.classes)
 

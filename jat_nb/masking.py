@@ -288,6 +288,7 @@ def _autoattack_row(model: nn.Module, x: Tensor, y: Tensor, pgd: Tensor, eps: fl
     return _row("autoattack", demand, autoattack_agrees(longest, auto, len(x)), AutoAttack=auto,
                 PGD=longest, n=len(x), **kept)
 
+
 def _linearity_row(cosines: Tensor, least: float) -> dict[str, Any]:
     "Whether nearby gradients agree on the images that were classified correctly."
     demand = f"mean cosine > {least:g}"

@@ -14,7 +14,7 @@ from argparse import ArgumentParser, BooleanOptionalAction
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
-from inspect import Parameter, Signature, signature
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -41,16 +41,24 @@ def _kind(anno: Any) -> dict[str, Any]:
     return _kind(inner[0]) if inner else {"type": anno}
 
 # %% ../nbs/66_shell.ipynb #117b2fba
-def _options(work: Callable[..., Any]) -> list[tuple[Parameter, str]]:
-    "The options of a function, each with its comment; a dataclass stands for its fields."
-    comments, found = docments(work, returns=False), []
+def _options(work: Callable[..., Any]) -> dict[str, Parameter]:
+    "The options of a function; a dataclass stands for its fields."
+    found: dict[str, Parameter] = {}
     for name, p in signature(work).parameters.items():
         if is_dataclass(p.annotation):
-            found += [(q.replace(kind=Parameter.KEYWORD_ONLY), text)
-                      for q, text in _options(p.annotation)]
+            own = signature(p.annotation).parameters.values()
+            found |= {q.name: q.replace(kind=Parameter.KEYWORD_ONLY) for q in own}
         else:
-            found.append((p, comments[name] or ""))
+            found[name] = p
     return found
+
+
+def _comments(work: Callable[..., Any]) -> dict[str, str]:
+    "What stands beside each option."
+    groups = [p.annotation for p in signature(work).parameters.values()
+              if is_dataclass(p.annotation)]
+    return {name: text or "" for source in (work, *groups)
+            for name, text in docments(source, returns=False).items()}
 
 # %% ../nbs/66_shell.ipynb #a312fe8f
 class _Parser(ArgumentParser):
@@ -68,8 +76,9 @@ def _parser(work: Callable[..., int]) -> ArgumentParser:
     "The command line of a documented function."
     parser = _Parser(work.__name__, description=work.__doc__, epilog=_STATUS)
     parser.add_argument("--version", action="version", version=f"jat_nb {jat_nb.__version__}")
-    for p, comment in _options(work):
-        name, options, text = p.name, _kind(p.annotation), comment.replace("%", "%%")
+    comments = _comments(work)
+    for name, p in _options(work).items():
+        options, text = _kind(p.annotation), comments[name].replace("%", "%%")
         if p.kind is Parameter.POSITIONAL_OR_KEYWORD:
             if p.default is not Parameter.empty:
                 options["nargs"] = "*" if "nargs" in options else "?"
@@ -97,6 +106,8 @@ def _grouped(work: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, 
     values = {name: _home(value) for name, value in options.items()}
     for name, p in signature(work).parameters.items():
         if is_dataclass(p.annotation):
+            if name in values:
+                raise TypeError(f"{work.__name__}() takes the fields of {name}, not {name} itself")
             given = {f.name for f in fields(p.annotation)} & values.keys()
             values[name] = p.annotation(**{key: values.pop(key) for key in given})
     return values
@@ -121,7 +132,8 @@ def command(
             print(f"{work.__name__}: interrupted; the same command goes on from here",
                   file=sys.stderr)
             return 130
-    setattr(program, "__signature__", Signature([p for p, _ in _options(work)]))
+    own = signature(work).replace(parameters=[*_options(work).values()])
+    setattr(program, "__signature__", own)
     return program
 
 # %% ../nbs/66_shell.ipynb #5d8f1217
@@ -205,10 +217,11 @@ class _Pictures:
 # %% ../nbs/66_shell.ipynb #966d5356
 @dataclass(frozen=True)
 class _Elsewhere:
-    "What the folder of a run tells, said about weights that no run of this package wrote."
+    "What has to be said about weights from elsewhere: all that the folder of a run would tell."
 
     model: str | None = None  # With --weights FILE: its network, any name that `create` takes
-    data: str | None = None  # With --weights FILE: its data set, a name or folder:PATH
+    # With --weights FILE: its data set, a name or folder:PATH; jat_attack can do without
+    data: str | None = None
     # With --weights FILE: names of its classes in order, or their number
     classes: list[str] | None = None
     size: list[int] | None = None  # With --weights FILE: side, or height and width, of its images
@@ -224,7 +237,7 @@ class _Strength:
     # Pixel budget in grey levels of 255; the data set's if not given
     eps_pixel: float | None = None
     eps_flow: float | None = None  # Flow budget in pixels; the data set's if not given
-    steps: int = 20  # Steps of the iterated attacks
+    steps: int = 20  # Steps of an iterated attack
     batch_size: int = 250  # Images attacked at once; not the result
     seed: int = 0  # Seed of the attacks
 

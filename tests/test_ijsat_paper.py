@@ -142,6 +142,7 @@ def test_the_runs_that_networks_stand_on_are_evidence():
     generator = Run("g", about, {}, {}, [{"epoch": 1, "projection_l1": 0.15}], {})
     assert judge_claims([flow, generator]).query("id == 'IC1'")["verdict"].item() == "reproduced"
     assert judge_claims([flow]).query("id == 'IC1'")["verdict"].item() == "inconclusive"
+    assert judge_claims([generator]).empty  # no network of the paper: nothing is judged
 
 
 def test_a_study_without_its_flow_names_the_mend(job):

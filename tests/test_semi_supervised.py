@@ -131,7 +131,7 @@ def test_a_search_cannot_rank_by_a_loss_of_the_batch(parts, objective, attack, o
 
 @pytest.mark.parametrize("labelled_only", [True, False])
 def test_concat_is_one_pass_of_the_network(parts, labelled_only):
-    "The published code: batch statistics of labelled and attacked images together (D-S10)."
+    "The published code: batch statistics of labelled and attacked images together."
     model, twin = net(2, norm="batch"), net(2, norm="batch")
     b = next(batches(parts[0], 40, unlabelled=None if labelled_only else parts[1], shuffle=True, seed=5))
     sizes = []

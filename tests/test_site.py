@@ -20,7 +20,7 @@ sys.path.insert(0, str(SITE))
 import build  # noqa: E402
 import links  # noqa: E402
 from book import PACKAGE, Book  # noqa: E402
-from reference import entries  # noqa: E402
+from reference import entries, private_classes  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
 
@@ -214,9 +214,11 @@ class _Where:
 '''
 
 
-def test_private_classes_are_shown_as_part_of_what_is_built_on_them() -> None:
+def test_private_classes_are_shown_as_part_of_what_is_built_on_them(tmp_path: Path) -> None:
     source = "class Box(_Base):\n    unit: str = 'px'  # Name\n\ndef work(n: int, *, where: _Where):\n    'Work.'\n"
-    box, work = entries(source, BUILT_ON)
+    (tmp_path / "groups.py").write_text(BUILT_ON, encoding="utf-8")
+    (tmp_path / "work.py").write_text("from .groups import _Base, _Where\n", encoding="utf-8")
+    box, work = entries(source, private_classes(tmp_path / "work.py"))
     assert (box.signature, [m.name for m in box.members]) == ("Box(size, unit='px')", ["area"])
     assert [p.meaning for p in work.parameters] == ["", "Where to compute"]
     assert work.signature == 'work(n, *, device="cpu")'

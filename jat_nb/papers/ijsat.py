@@ -393,5 +393,5 @@ SYNONYMS: Mapping[str, str] = MappingProxyType({
     "3:Standard": "drawn clean",
     **{f"3:{name.removeprefix('drawn ')}": name for name in list(_ten())[1:]}})
 CORRECTIONS: Mapping[tuple[int, str, str], float] = MappingProxyType({
-    (1, "MART", "L2"): 20.47, (1, "AT [PGD-5]", "JPEG"): 26.76,
-    (4, "AT [PGD10] eps=32/255", "Average"): 24.37})  # as other tables print them; a mean
+    (1, "MART", "L2"): 20.47, (1, "AT [PGD-5]", "JPEG"): 26.76,  # as other tables print them
+    (4, "AT [PGD10] eps=32/255", "Average"): 24.37})  # the mean of its columns

@@ -258,7 +258,8 @@ _INTEGRATED: Mapping[str, int] = MappingProxyType({"mnist": 20, "cifar10": 15})
 _RELATION = (
     Claim("PC1", "The propositions hold, P is positive semidefinite, the requirement is met, "
           "the least disagreement is convex in r", (Check(_HERE + "_exact", (), at_most=1.0),)),
-    Claim("PC2", "The integrated attack leaves at most one point more than the better of its parts",
+    Claim("PC2",
+          "The integrated attack leaves at most one point more than the stronger of its parts",
           tuple(Check("gap", (("*", f"{part}{k}"), ("*", f"Integrated{k}")), d, at_least=-1.0)
                 for d, k in _INTEGRATED.items() for part in ("Flow", "RT"))),
     Claim("PC3", "With more steps of PGD in training the local score rises",

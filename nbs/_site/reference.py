@@ -42,10 +42,11 @@ def entries(source: str, context: str = "") -> list[Entry]:
 def private_classes(module: Path) -> str:
     "The private classes that a module defines, or imports from its neighbours, as source."
     source, found = module.read_text(encoding="utf-8"), []
+    lines = source.splitlines()
     for node in ast.parse(source).body:
         match node:
             case ast.ClassDef(name=name) if name.startswith("_"):
-                found.append(ast.get_source_segment(source, node) or "")
+                found.append("\n".join(lines[node.lineno - 1:node.end_lineno]))  # with the comment of the last line
             case ast.ImportFrom(module=str(name), level=up) if up and any(re.match("_[A-Z][a-z]", a.name) for a in node.names):
                 found.append(private_classes(module.parents[up - 1].joinpath(*name.split(".")).with_suffix(".py")))
     return "\n\n".join(found)
