@@ -108,8 +108,9 @@ def _remembered(run: _Run) -> State | None:
     return None if run.memory is None else run.memory.state
 
 # %% ../nbs/40_training.ipynb #d0fe83d4
-def _open(run: _Run, folder: Path, about: Mapping[str, Any], device: torch.device) -> None:
-    "Claim a folder and go back to what lies there."
+def _open(run: _Run, folder: Path, about: Mapping[str, Any], device: torch.device,
+          count: int) -> None:
+    "Claim a folder for so many processes and go back to what lies there."
     claim(folder, run.identity, {"about": about})
     if (folder / RESUME).exists():
         _go_to(run, load_state(folder / RESUME, run.model, run.optimizer, average=run.average,
@@ -119,7 +120,7 @@ def _open(run: _Run, folder: Path, about: Mapping[str, Any], device: torch.devic
         publish(folder, run.judged, run.history)
     if run.left > 0:
         place = {"epoch": len(run.history) + 1, "iteration": run.iteration + 1}
-        add_stretch(folder, {"from": place, "processes": processes().count, **environment(device)})
+        add_stretch(folder, {"from": place, "processes": count, **environment(device)})
 
 # %% ../nbs/40_training.ipynb #e0103dcc
 def _follow_first(run: _Run) -> None:
@@ -298,7 +299,7 @@ def _start(model: nn.Module, recipe: Recipe, bound: Bound, judge: Judge, given: 
     if isinstance(bound.objective, WithMemory):
         run.memory = Memory(bound.objective.start(len(bound.attacks)))
     if run.folder is not None:
-        on_first(partial(_open, run, run.folder, about, device))
+        on_first(partial(_open, run, run.folder, about, device, processes().count))
     _follow_first(run)
     return run
 
