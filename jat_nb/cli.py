@@ -221,7 +221,7 @@ def _said(weights: str, own: _Elsewhere, out: str | None = None) -> dict[str, An
 
 def _adopted(weights: str, said: dict[str, Any], runs: Sequence[str] | None) -> str:
     "The folder in which weights from elsewhere are judged."
-    if runs or not {"out", "data"} <= said.keys():
+    if runs or not (said.get("out") and said.get("data")):
         raise ValueError("weights from elsewhere are judged in a folder of their own: pass --data "
                          "NAME and --out FOLDER beside --weights FILE, and no runs")
     out, model = said.pop("out"), said.pop("model", None)
@@ -268,7 +268,8 @@ def jat_eval(
     _check(n=(n, 1))
     for name in (s for s in suite or () if s not in suites()):
         raise ValueError(f"unknown suite {name!r}: choose from {', '.join(suites())}")
-    if said := _said(weights, own, out):
+    said = _said(weights, own, out)
+    if said is not None:
         runs, weights = [_adopted(weights, said, runs)], "last"
     finished, standing = _finished(runs or ()), needed_runs(needs or [])
     jobs = [(run, name) for name in suite or [""] for run in finished]

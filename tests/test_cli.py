@@ -321,7 +321,9 @@ def test_help_names_every_option_and_bad_options_end_with_2(capsys, command):
     with pytest.raises(SystemExit) as stop: command(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and text.count("--") >= 2 and "None" not in text and "inf" not in text
-    for option in set(re.findall(r"^  --(?!version|help)[a-z-]+.*(?:\n {10,}.*)*", text, re.MULTILINE)):
+    options = re.findall(r"^  --(?!version|help)[a-z-]+.*(?:\n {10,}.*)*", text, re.MULTILINE)
+    assert len(options) == len(set(re.findall(r"^  (--[a-z-]+)", text, re.MULTILINE)) - {"--version", "--help"})
+    for option in options:
         assert re.search(r"[a-z]{3,} [a-z]", option), f"no explanation of {option}"
     assert "Processor threads" in text or command is jat_report
     with pytest.raises(SystemExit) as stop: command(["--nonsense"])

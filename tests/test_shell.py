@@ -80,6 +80,12 @@ def test_options_that_messages_name_exist(module, capsys):
     assert named - known <= {"--no-fast", "--show-toplevel", "--nproc-per-node", "--no-python"}
 
 
+def test_an_empty_folder_name_is_no_folder(own, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # where an empty name would lead
+    words = ["--weights", f"{own}/theirs.pth", *FORM.split(), "--data", "digits", "--suite", "jat", "--n", "4", "--out", ""]
+    assert jat_eval(words) == 2 and "--out FOLDER" in capsys.readouterr().err and not [*tmp_path.iterdir()]
+
+
 def test_weights_from_elsewhere_are_judged_attacked_and_reported(own, tmp_path, capsys):
     words = f"--weights {own}/theirs.pth {FORM} --data digits --out {tmp_path}/runs/theirs --suite jat --n 20 --steps 1 --threads 1"
     assert jat_eval(words.split()) == 0
