@@ -187,13 +187,13 @@ class JPEG:
         return _from_planes(planes, *x.shape[2:]).clamp(0, 1).to(x.dtype)
 
     def step(self, p: Tensor, grad: Tensor, base: Tensor) -> Tensor:
-        # sign step, or towards the best corner
+        "A step by the sign, or towards the best corner of the l1 budget; then the projection."
         eps, step = per_image(self.eps_quanta, p), per_image(self.step_quanta, p)
-        if self.norm == "l1":
-            return _l1_step(p, grad, eps, step)
+        if self.norm == "l1": return _l1_step(p, grad, eps, step)
         return torch.minimum(torch.maximum(p + step * grad.sign(), -eps), eps)
 
-    def contains(self, base: Tensor, p: Tensor) -> Tensor:  # largest number, or sum as well
+    def contains(self, base: Tensor, p: Tensor) -> Tensor:
+        "Whether the largest number is within the budget; for l1 the sum, and no number above 2."
         eps = per_image(self.eps_quanta, p)[:, 0] * (1 + _ROUNDING)
         largest = p.abs().amax(1)
         return (largest <= eps if self.norm == "linf"
@@ -250,6 +250,11 @@ def _chosen(places: Tensor) -> Tensor:
     few = math.ceil(places.shape[1] / 14)
     return places <= places.kthvalue(few, dim=1, keepdim=True).values
 
+def _gabor_parts(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    "Heights (B, n), where they may differ from zero (B, n), numbers of the kernel (B, 4)."
+    heights, places = p[:, :-4].chunk(2, dim=1)
+    return heights, _chosen(places), p[:, -4:].detach()
+
 # %% ../nbs/23_unseen.ipynb #1fb9c0e5
 @dataclass(frozen=True)
 class Gabor:
@@ -261,34 +266,31 @@ class Gabor:
     def __post_init__(self) -> None:
         _check_budget(strength=self.strength, step_gabor=self.step_gabor)
 
-    def _parts(self, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        "Heights (B, n), where they may differ from zero (B, n), numbers of the kernel (B, 4)."
-        heights, places = p[:, :-4].chunk(2, dim=1)
-        return heights, _chosen(places), p[:, -4:].detach()
-
     def init(self, x: Tensor, random: bool = True, generator: Randomness = None) -> Tensor:
         "Heights, places and kernel (B, 2 H W + 4); without randomness the same for every image."
         u = _draws(x, 2 * x[0, 0].numel() + 4, random, generator)
-        heights, chosen, _ = self._parts(u)
+        heights, chosen, _ = _gabor_parts(u)
         return torch.cat([(2 * heights - 1) * chosen, u[:, heights.shape[1]:]], dim=1)
 
     def noise(self, x: Tensor, p: Tensor) -> Tensor:
         "The ripples alone (B, 1, H, W), from 0 to 1."
-        heights, _, kernel = self._parts(p)
+        heights, _, kernel = _gabor_parts(p)
         return _even_contrast(_convolve(heights.view(-1, 1, *x.shape[2:]), _gabor_kernels(kernel)))
 
     def apply(self, x: Tensor, p: Tensor) -> Tensor:
         "Image plus ripples, the same in every channel; at strength 0 the image."
         return (x + per_image(self.strength, x) * self.noise(x, p)).clamp(0, 1).to(x.dtype)
 
-    def step(self, p: Tensor, grad: Tensor, base: Tensor) -> Tensor:  # chosen places, by the sign
-        heights, chosen, _ = self._parts(p)
+    def step(self, p: Tensor, grad: Tensor, base: Tensor) -> Tensor:
+        "A step by the sign at the chosen places, within [-1, 1]."
+        heights, chosen, _ = _gabor_parts(p)
         n = heights.shape[1]
         moved = (heights + per_image(self.step_gabor, p) * grad[:, :n].sign()).clamp(-1, 1) * chosen
         return torch.cat([moved, p[:, n:]], dim=1)
 
-    def contains(self, base: Tensor, p: Tensor) -> Tensor:  # in [-1, 1], zero where not chosen
-        heights, chosen, _ = self._parts(p)
+    def contains(self, base: Tensor, p: Tensor) -> Tensor:
+        "Whether heights are in [-1, 1] and zero where no place was chosen."
+        heights, chosen, _ = _gabor_parts(p)
         return (heights.abs().amax(1) <= 1) & ~(heights.bool() & ~chosen).any(1)
 
 # %% ../nbs/23_unseen.ipynb #1dcbad83

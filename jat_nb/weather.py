@@ -82,10 +82,12 @@ class Fog:
         foggy = (x + strength * _fog_map(p, *x.shape[2:])) / torch.where(peak > 0, peak, 1)
         return foggy.clamp(0, 1).to(x.dtype)
 
-    def step(self, p: Tensor, grad: Tensor, base: Tensor) -> Tensor:  # by the sign, within [0, 1]
+    def step(self, p: Tensor, grad: Tensor, base: Tensor) -> Tensor:
+        "A step by the sign, within [0, 1]."
         return (p + per_image(self.step_fog, p) * grad.sign()).clamp(0, 1)
 
-    def contains(self, base: Tensor, p: Tensor) -> Tensor:  # every number in [0, 1]
+    def contains(self, base: Tensor, p: Tensor) -> Tensor:
+        "Whether every number is in [0, 1]."
         return ((p >= 0) & (p <= 1)).all(1)
 
 # %% ../nbs/22_weather.ipynb #dcd97945
@@ -200,12 +202,12 @@ class Snow(_Snowfall):
         return (white + per_image(self.strength, x) * self.snow(x, p)).clamp(0, 1).to(x.dtype)
 
     def step(self, p: Tensor, grad: Tensor, base: Tensor) -> Tensor:
-        # by the sign; then range and density
+        "A step by the sign; then intensities return to [0, 1] and to the density allowed."
         moved = p[:, :-22] + per_image(self.step_snow, p) * grad[:, :-22].sign()
         return self._settle(base, torch.cat([moved, p[:, -22:]], dim=1))
 
     def contains(self, base: Tensor, p: Tensor) -> Tensor:
-        # intensities in [0, 1], and no block denser than allowed
+        "Whether intensities are in [0, 1] and no block is denser than allowed."
         density = _block_mean(self._parts(base, p)[0]).flatten(1).amax(1)
         return (p.amin(1) >= 0) & (p.amax(1) <= 1) & (density <= self.max_density * (1 + _ROUNDING))
 
