@@ -118,27 +118,26 @@ def timer(
     device: torch.device | str = "cpu",  # Where this process computes
 ) -> Callable[[], bool]:  # Asked by all processes equally often, it answers all alike
     "A question that all processes answer alike: have so many seconds passed?"
-    start = time.perf_counter()
+    start, may_end = time.perf_counter(), callable(seconds) or seconds < math.inf
     def time_is_up() -> bool:
         allowed = seconds() if callable(seconds) else seconds
         late = torch.full((1,), float(time.perf_counter() - start > allowed), device=device)
-        return allowed < math.inf and bool(total(late) > 0)
+        return may_end and bool(total(late) > 0)
     return time_is_up
 
 # %% ../nbs/38_processes.ipynb #555759de
 def _can_listen() -> bool:
-    "Whether Ctrl-C reaches this process alone, and is not switched off."
+    "Whether Ctrl-C can be heard here, and is not switched off."
     told = signal.getsignal(signal.SIGINT) not in (None, signal.SIG_IGN)
-    return told and current_thread() is main_thread() and processes().count == 1
+    return told and current_thread() is main_thread()
 
 # %% ../nbs/38_processes.ipynb #70e59cac
 @contextmanager
 def until_interrupted(
     seconds: float,  # Time allowed; may be infinite
 ) -> Iterator[Callable[[], float]]:
-    # What `timer` takes for its seconds; raises KeyboardInterrupt at the end if interrupted
-    """Let Ctrl-C end a stretch of work as the end of its time would; where several processes
-    work, it ends them as ever."""
+    # What `timer` takes for its seconds; all raise KeyboardInterrupt at the end if one was told
+    "Let Ctrl-C, in any process, end a stretch of work in all as the end of its time would."
     asked, before = [], signal.getsignal(signal.SIGINT)
     def stop(number: int, _: Any) -> None:
         asked.append(number)
@@ -151,7 +150,7 @@ def until_interrupted(
     finally:
         if listening:
             signal.signal(signal.SIGINT, before)
-    if asked:
+    if total(torch.tensor(len(asked))) > 0:
         raise KeyboardInterrupt
 
 # %% ../nbs/38_processes.ipynb #84da81ee

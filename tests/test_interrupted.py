@@ -21,11 +21,12 @@ from jat_nb.evaluation import evaluate
 from jat_nb.models import create
 from jat_nb.objectives import jat
 from jat_nb.papers.jat import jat_suite
-from jat_nb.processes import processes
+from jat_nb.processes import processes, until_interrupted
 from jat_nb.recipes import Recipe
 from jat_nb.records import read_jsonl
 from jat_nb.training import fit
 from jat_nb.updates import accuracy
+from jat_nb.weights import read_tensors
 
 JOINT = dict(objective="jat", attacks={"attack": [["double_pass", {
     "steps": 1, "eps_pixel": 8 / 255, "step_pixel": 8 / 255, "eps_flow": 0.3, "step_flow": 0.3}]]})
@@ -153,6 +154,30 @@ def test_two_processes_train_one_network(tmp_path):
     assert_close(dict(kept.state_dict()), first["unequal"], rtol=0, atol=0)
     run = json.loads((tmp_path / "everything" / "run.json").read_text())
     assert [s["processes"] for s in run["stretches"]] == [2] and run["own"] == {"objective": "test_interrupted:drawn"}
+
+
+def one_hears_ctrl_c(out):
+    model, calls = net(seed=5), itertools.count(1)
+
+    def stop(module, inputs):
+        if processes().rank == 1 and module.training and next(calls) == 5: signal.raise_signal(signal.SIGINT)
+    model.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt), until_interrupted(float("inf")) as seconds:
+        fit(model, images(), SHARED, out=out, seconds=seconds)
+
+
+def test_ctrl_c_in_one_process_saves_the_stretch_of_all(tmp_path):
+    well(launch(one_hears_ctrl_c, tmp_path / "run"))
+    assert read_tensors(tmp_path / "run" / "resume.safetensors")[1]["iteration"] > 0
+    assert len(read_jsonl(tmp_path / "run" / "log.jsonl")) < SHARED.epochs
+    well(launch(goes_on, tmp_path / "run"))
+    well(launch(goes_on, tmp_path / "whole"))
+    a, b = (load_file(tmp_path / name / "last.safetensors") for name in ("run", "whole"))
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def goes_on(out):
+    fit(net(seed=5), images(), SHARED, out=out)
 
 
 def one_is_killed(out, at):
