@@ -175,13 +175,15 @@ def _long(data: str) -> dict[str, Recipe]:
                    milestones=(),
                    knots=((0, 0.0), (25, 1.0), (50, 0.0)), essential=("schedule", "attacks"))
     rt = _with(data, "long", "srt", pgd, weight=1.0)
+    concat = _with(data, "long", "srt", pgd, weight=1.0, reduction="concat")
     trades = _with(data, "long", "trades", pgd, beta=1.0 if small else 6.0)
-    supervised = {"at": at, "trades": trades, "rt": rt, **_compound(data)}
+    supervised = {"at": at, "trades": trades, "rt": rt, "rt-concat": concat, **_compound(data)}
     equal = {f"{name}-equal": _equal(r, data) for name, r in supervised.items() if not r.unlabelled}
     return {"standard": _bare(data, "long"), "at-all": replace(at, labelled=1.0), **supervised,
             **equal,
             "uat": _taught(data, "uat", 6.0 if small else 1.0), "rst": _taught(data, "rst", 6.0),
-            "srt": full, **_fewer(full, data), **_swept(fast)}
+            "srt": full, "srt-concat": replace(concat, unlabelled=HOMES[data][1]),
+            **_fewer(full, data), **_swept(fast)}
 
 # %% ../../nbs/55_srt.ipynb #ab5f606d
 def _named(data: str) -> dict[str, Recipe]:
