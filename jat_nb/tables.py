@@ -24,12 +24,18 @@ def _ours_for(paper: Paper, number: int, metric: str) -> str:
     return names.get(f"{number}:{metric}", names.get(metric, metric))
 
 
-def _printed(paper: Paper, number: int) -> dict[str, dict[str, float]]:
-    """A table as {row: {column: percent}}; what was misprinted has a column of its own beside
-    the number meant."""
+def _cell(value: float | str) -> float | str:
+    "A printed cell: a number, or the text of a cell that is none."
+    try: return float(value)
+    except ValueError: return value
+
+
+def _printed(paper: Paper, number: int) -> dict[str, dict[str, float | str]]:
+    """A table as {row: {column: percent or text}}; what was misprinted has a column of its own
+    beside the number meant."""
     table, rows = published(paper.key, number), {}
     for label, metric, value in zip(row_labels(table), table["metric"], table["value"]):
-        rows.setdefault(label, {})[_ours_for(paper, number, metric)] = value
+        rows.setdefault(label, {})[_ours_for(paper, number, metric)] = _cell(value)
     for (place, label, column), meant in paper.corrections.items():
         if place == number:
             rows[label] |= {column: meant, f"{column}, as printed": rows[label][column]}
@@ -46,7 +52,8 @@ def printed_numbers(
         numbers = _printed(paper, number)
         for row in (row for row in paper.rows if row.table == number):
             for column, value in numbers.get(row.label, {}).items():
-                found.setdefault((row.recipe, column, row.data, row.source), value)
+                if isinstance(value, float):
+                    found.setdefault((row.recipe, column, row.data, row.source), value)
     return found
 
 # %% ../nbs/49_tables.ipynb #17f5fffa
@@ -89,7 +96,8 @@ def _lines(paper: Paper, number: int, runs: Sequence[Run], data: str | None,
                 low, high = share.interval if share else (math.nan, math.nan)
                 ours, printed = (100 * share.value if share else math.nan,
                                  numbers.get(column, math.nan))
-                yield (label, column, tier, printed, ours, 100 * low, 100 * high, ours - printed,
+                gap = math.nan if isinstance(printed, str) else ours - printed
+                yield (label, column, tier, printed, ours, 100 * low, 100 * high, gap,
                        len(share.seeds) if share else 0, share.n if share else 0)
 
 # %% ../nbs/49_tables.ipynb #b45bbf7a
@@ -116,6 +124,9 @@ def paper_table(
     return frame[filled if filled.any() else frame["tier"] == tiers[0]].reset_index(drop=True)
 
 # %% ../nbs/49_tables.ipynb #b46fb372
+_NO_NUMBER = ("nan", "nan–nan", "+nan")  # a missing number, interval and gap as text
+
+
 def side_by_side(
     table: pd.DataFrame,  # From `paper_table`
 ) -> pd.DataFrame:  # Text: rows (row, source), a column per attack
@@ -124,12 +135,13 @@ def side_by_side(
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for cell in table.itertuples():
         tier = cell.tier or "ours"
-        texts = {"paper": f"{cell.paper:.1f}", tier: f"{cell.ours:.1f}",
+        printed = cell.paper if isinstance(cell.paper, str) else f"{cell.paper:.1f}"
+        texts = {"paper": printed, tier: f"{cell.ours:.1f}",
                  f"{tier}, 95 %": f"{cell.low:.1f}–{cell.high:.1f}",
                  f"{tier}, images": str(cell.n or "nan"), f"{tier}, gap": f"{cell.gap:+.1f}"}
         for source, text in texts.items():
             line = lines.setdefault((cell.row, source), {})
-            line[cell.column] = "-" if "nan" in text else text
+            line[cell.column] = "-" if text in _NO_NUMBER else text
         if getattr(cell, "remark", ""): lines[cell.row, tier]["remark"] = cell.remark
     lines = {key: line for key, line in lines.items() if set(line.values()) != {"-"}}
     frame = pd.DataFrame.from_dict(lines, orient="index").fillna("-")

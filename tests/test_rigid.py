@@ -9,11 +9,14 @@ from torch import nn
 from torch.testing import assert_close
 
 from jat_nb.attacks import pgd
+from jat_nb.data import load
 from jat_nb.losses import cross_entropy
 from jat_nb.models import create
 from jat_nb.randomness import image_generators
 from jat_nb.rigid import Rigid, grid_adv, grid_plus, pgd_plus, rand_adv, rigid, rigid_grid, search, worst_of_k
+from jat_nb.threats import Pixel
 from jat_nb.warp import rigid_flow, warp
+from jat_nb.weights import pretrained
 
 SIDE, N = 12, 9
 LITTLE = dict(max_deg=4.0, max_px=0.2)  # movements that fool some images and not all
@@ -114,6 +117,20 @@ def test_an_image_that_fell_is_not_asked_again(case):
     assert sum(first) <= sum(seen) <= 1.1 * sum(first) + N
 
 
+def test_on_a_natural_network_the_grid_is_five_times_cheaper_than_all_of_it():
+    "The issue's bound for 775 movements, on images forward; who falls is the same."
+    model, few = pretrained("digits-natural"), load("digits", "test").subset(3)
+    def looks(**options):
+        seen = []
+        handle = model.register_forward_hook(lambda module, given, logits: seen.append(len(logits)))
+        try: found = grid_adv(model, few.x, few.labels, **options, return_info=True)
+        finally: handle.remove()
+        return sum(seen), found.success.tolist()
+    quick, fallen = looks(images_per_pass=3)
+    whole, all_fallen = looks(until_fooled=False)
+    assert fallen == all_fallen and 5 * quick <= whole == 776 * 3
+
+
 def test_memory_stays_under_the_cap(case):
     model, x, y = case
     largest = 0
@@ -145,14 +162,28 @@ def test_no_number_counts_as_fallen(case):
 
 
 @pytest.mark.parametrize("angle", [-30.0, 11.0, 90.0])
-@pytest.mark.parametrize("side", [9, 16])
-def test_rotation_is_scipys(angle, side):
-    x = torch.rand(1, 1, side, side, generator=seeded(1))
+@pytest.mark.parametrize("height, width", [(9, 9), (16, 16), (16, 10), (9, 15)])
+def test_rotation_is_scipys(angle, height, width):
+    x = torch.rand(1, 1, height, width, generator=seeded(1))
     ours = Rigid(max_deg=180).apply(x, torch.tensor([[angle, 0.0, 0.0]]))[0, 0].double().numpy()
     theirs = ndimage.rotate(x[0, 0].double().numpy(), -angle, reshape=False, order=1)
-    v, u = np.mgrid[:side, :side] - (side - 1) / 2
-    inside = v**2 + u**2 < (side / 2 - 1)**2
+    v, u = np.mgrid[:height, :width] - np.array([height - 1, width - 1])[:, None, None] / 2
+    inside = v**2 + u**2 < (min(height, width) / 2 - 1)**2
     assert np.abs(ours - theirs)[inside].max() < 1e-5
+
+
+@pytest.mark.parametrize("angle", [-30.0, 7.0, 25.0, 45.0])
+@pytest.mark.parametrize("height, width", [(28, 28), (32, 32), (32, 24)])
+def test_there_and_back_restores_a_smooth_image(angle, height, width):
+    "Two interpolations err by at most (|f_uu| + |f_vv|) / 8 each; nearest neighbours or mixed corners err six times as much."
+    v, u = torch.meshgrid(torch.arange(height) - (height - 1) / 2, torch.arange(width) - (width - 1) / 2, indexing="ij")
+    slow, slower = 2 * math.pi / 20, 2 * math.pi / 24  # radians per pixel
+    x = (0.5 + 0.25 * torch.cos(slower * u) + 0.25 * torch.sin(slow * v + 0.3))[None, None]
+    there = Rigid(max_deg=45).apply(x, torch.tensor([[angle, 0.0, 0.0]]))
+    back = Rigid(max_deg=45).apply(there, torch.tensor([[-angle, 0.0, 0.0]]))
+    inside = u**2 + v**2 < (min(height, width) / 2 - 1.5)**2
+    assert (there - x).abs()[..., inside].max() > 0.1
+    assert (back - x).abs()[..., inside].max() < 2 * 0.25 * (slow**2 + slower**2) / 8
 
 
 @pytest.mark.parametrize("padding", ["zeros", "border", "reflection"])
@@ -195,6 +226,42 @@ def test_compound_attacks_are_their_parts(case):
     found = grid_plus(model, x, y, **pace, n_deg=3, n_px=3, generator=own())
     assert torch.equal(found, pgd(model, moved, y, **pace, generator=own())) and (found - moved).abs().max() <= 0.1 + 1e-6
     for attack in (pgd_plus, grid_plus): assert torch.equal(attack(model, x, y, fraction=0.0, generator=own()), x)
+
+
+PACE = dict(eps=0.125, step=0.0625, steps=3)
+MOVES = dict(max_deg=8.0, max_px=1.0, n_deg=3, n_px=3)
+
+
+@pytest.mark.parametrize("attack", [pgd_plus, grid_plus])
+def test_half_a_fraction_is_half_of_every_budget_to_the_bit(case, attack):
+    model, x, y = case
+    half = dict(eps=0.0625, step=0.03125, max_deg=4.0, max_px=0.5)
+    found = attack(model, x, y, **PACE, **MOVES, fraction=0.5, generator=own(), return_info=True)
+    halved = attack(model, x, y, **PACE | MOVES | half, generator=own(), return_info=True)
+    assert torch.equal(found.x_adv, halved.x_adv) and torch.equal(found.loss, halved.loss)
+    assert found.threats == halved.threats and all(map(torch.equal, found.params, halved.params))
+    for name in half:  # each of the four budgets is among those halved
+        other = attack(model, x, y, **PACE | MOVES | half | {name: (PACE | MOVES)[name]}, generator=own())
+        assert not torch.equal(found.x_adv, other), name
+
+
+@pytest.mark.parametrize("attack", [pgd_plus, grid_plus])
+def test_the_record_of_a_compound_attack_is_that_of_both_parts(case, attack):
+    model, x, y = case
+    found = attack(model, x, y, **PACE, **MOVES, generator=own(), return_info=True)
+    if attack is pgd_plus:
+        first = pgd(model, x, y, **PACE, generator=own(), return_info=True)
+        last = grid_adv(model, first.x_adv, y, **MOVES, return_info=True)
+    else:
+        first = grid_adv(model, x, y, **MOVES, return_info=True)
+        last = pgd(model, first.x_adv, y, **PACE, generator=own(), return_info=True)
+    kinds = [Pixel, Rigid] if attack is pgd_plus else [Rigid, Pixel]
+    assert [type(threat) for threat in found.threats] == kinds and found.within.tolist() == [True] * N
+    assert found.threats == first.threats + last.threats
+    assert (found.n_forward, found.n_backward) == (first.n_forward + last.n_forward, first.n_backward + last.n_backward)
+    assert found.n_backward == PACE["steps"] and found.n_forward > PACE["steps"]
+    pixels, moves = (found.params[kinds.index(kind)] for kind in (Pixel, Rigid))
+    assert pixels.abs().max() <= 0.125 + 1e-6 and (moves.abs() <= torch.tensor([8.0, 1.0, 1.0])).all()
 
 
 def test_the_model_is_left_as_it_was(case):

@@ -16,7 +16,7 @@ from jat_nb.checkpoints import run_identity
 from jat_nb.cli import jat_train
 from jat_nb.data import ImageSet, Unlabelled, few_labels, load
 from jat_nb.models import create
-from jat_nb.objectives import OBJECTIVES, OWN_LOSS, networks, roles
+from jat_nb.objectives import OBJECTIVES, OWN_LOSS, adversarial, natural, networks, roles
 from jat_nb.papers.srt import COUNTS, LAMBDAS, LENGTHS, RATES, RECIPES
 from jat_nb.recipes import Recipe, bind
 from jat_nb.records import read_jsonl
@@ -196,7 +196,10 @@ def test_parts_of_a_batch_add_up(parts, name, accumulate):
 def test_worst_of_one_without_limits_is_plain_training(parts):
     model, batch = net(), next(batches(parts[0], 40, unlabelled=parts[1]))
     idle = partial(worst_of_k, k=1, max_deg=0.0, max_px=0.0)
+    torch.testing.assert_close(adversarial(model, batch, idle), natural(model, batch), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(srt(model, batch, idle), srt(model, batch, still), rtol=1e-4, atol=1e-5)
+    busy = partial(worst_of_k, k=1)
+    assert (adversarial(model, batch, busy) - natural(model, batch)).abs() > 0.01
 
 
 def test_a_killed_run_with_unlabelled_images_ends_at_the_same_bits(parts, tmp_path):
@@ -313,7 +316,7 @@ def updates(name, tier, images=None, **changes):
 @pytest.mark.parametrize("tier", TIER)
 def test_equal_recipes_make_srts_updates_at_every_tier(tier, images):
     equal = [name for name in RECIPES if name.endswith("-equal")]
-    assert len(equal) == 2 * (2 * 4 + 7 + 4)  # RT at four weights and two reductions, seven methods, four numbers of images
+    assert len(equal) == 2 * (2 * 4 + 8 + 4)  # RT at four weights and two reductions, eight methods, four numbers of images
     for name in equal:
         stem = name.removesuffix("-equal")
         partner = stem.replace("rt-", "srt-") if "-pixel-" in name else f"{name.split('-long-')[0]}-long-srt"

@@ -1,5 +1,6 @@
 "The SRT paper's claims: a theorem that notices a wrong answer, surfaces as numbers, comparisons on invented evidence, the list."
 import copy
+import json
 from dataclasses import replace
 from pkgutil import resolve_name
 
@@ -12,14 +13,15 @@ from jat_nb.catalogue import papers
 from jat_nb.claims import Check, Evidence
 from jat_nb.data import default_budget
 from jat_nb.differences import Share
+from jat_nb.minimum_norm import THRESHOLDS, at_threshold
 from jat_nb.papers import srt_claims as room, srt_studies as studies
-from jat_nb.papers.srt import LAMBDAS, RECIPES
+from jat_nb.papers.srt import LAMBDAS, RECIPES, SYNONYMS
 from jat_nb.papers.srt_claims import CLAIMS, PAPER
-from jat_nb.papers.srt_studies import SURFACE
+from jat_nb.papers.srt_studies import SURFACE, distances
 from jat_nb.recipes import bind
 from jat_nb.records import Record
-from jat_nb.results import Run
-from jat_nb.suites import Job, Suite
+from jat_nb.results import Run, published
+from jat_nb.suites import Job, Suite, bits, check_answer, run_suite
 
 NOTHING = Evidence((), "cpu", PAPER)
 WORDS = {"what": "made up"}
@@ -122,6 +124,48 @@ def test_an_undecided_network_has_a_valid_record():
     SURFACE.check(suite, SURFACE.ask(suite, job))
 
 
+# Distances
+
+@pytest.fixture(scope="module")
+def nearest():
+    "The norms of a small network, kept image by image and judged at the thresholds of the table."
+    x, model = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(2)), Linear().eval()
+    model.body[1].bias.data = torch.tensor([1.5, 0.0, 0.0])
+    job = Job(model, x, torch.tensor([0, 0, 0, 0, 0, 1]), default_budget("mnist"))
+    return PAPER.suites["srt-distances-mnist"], run_suite("srt-distances-mnist", job), run_suite("srt-norms-mnist", job)
+
+
+def test_distances_give_the_verdicts_of_every_threshold(nearest):
+    suite, kept, judged = nearest
+    check_answer("srt-distances-mnist", json.loads(json.dumps(kept)))
+    limits = {"DDNA": THRESHOLDS["mnist"]["l2"][1], "JSMA": 0.1, "Point-wise": THRESHOLDS["mnist"]["pixels"][0]}
+    assert list(limits) == list(suite.columns) and kept["n"] == 6
+    for name, limit in limits.items():
+        norms = distances(kept, name)
+        assert bits(norms > limit) == judged["correct"][name], name
+        curve = at_threshold(norms, torch.linspace(0, 64, 50).tolist())
+        assert (curve.diff() <= 0).all() and 100 * curve[0] == pytest.approx(judged["rows"]["Clean"]["accuracy (%)"])
+    assert {len(set(judged["correct"][name])) for name in limits} == {2}, "each threshold has images on both sides"
+
+
+def test_what_was_not_found_is_infinitely_far():
+    class Constant(nn.Module):
+        def forward(self, x):
+            return torch.tensor([1.0, 0.0, 0.0]).repeat(len(x), 1) + 0 * x.flatten(1)[:, :1]
+    job = Job(Constant().eval(), torch.rand(2, 1, 8, 8), torch.tensor([0, 1]), default_budget("mnist"))
+    kept = run_suite(replace(PAPER.suites["srt-distances-mnist"], columns={"DDNA": ("ddn", {"steps": 3})}), job)
+    assert kept["DDNA"] == [None, 0.0] and distances(kept, "DDNA").tolist() == [torch.inf, 0.0]
+
+
+@pytest.mark.parametrize("damage", [lambda a: a["DDNA"].pop(), lambda a: a["JSMA"].__setitem__(0, -1.0),
+                                    lambda a: a["Point-wise"].__setitem__(0, float("nan")), lambda a: a.pop("JSMA")])
+def test_distances_know_their_damage(nearest, damage):
+    broken = copy.deepcopy(nearest[1])
+    damage(broken)
+    with pytest.raises((ValueError, KeyError)):
+        check_answer("srt-distances-mnist", broken)
+
+
 # Comparisons
 
 def test_a_lead_that_grows():
@@ -165,6 +209,21 @@ def test_momentum_is_compared_with_pgd_from_the_same_start():
     assert other.holds is False
     name, options = PAPER.suites["srt-starts-cifar10"].columns["PGD, from the image"]
     assert (name, options.pop("random_start")) == ("pgd", False) and options == PAPER.suites["srt-cifar10"].columns["PGD, long"][1]
+
+
+def test_every_column_of_table_4_counts_where_it_was_measured():
+    "SC9: five columns are asked of everybody, those without a budget where all five networks have them."
+    columns = {check.at[0][1] for check in CLAIMS[8].checks}
+    assert {SYNONYMS.get(f"4:{metric}", metric) for metric in published("srt", 4)["metric"]} == columns and len(columns) == 8
+    assert not [f for f in NOTHING.findings(CLAIMS[8]) if "DDNA" in f.what]
+    names = ("srt", "at-equal", "trades-equal", "uat", "rst")
+    given = {(f"long-{name}", "DDNA", "srt-norms-mnist"): v for name, v in zip(names, (60.0, 50.0, 70.0, 40.0, 30.0))}
+    [second] = told("SC9", given)
+    assert second.holds and "DDNA" in second.what
+    third = given | {("long-uat", "DDNA", "srt-norms-mnist"): 80.0}
+    assert [f.holds for f in told("SC9", third)] == [False]
+    del given["long-rst", "DDNA", "srt-norms-mnist"]
+    assert told("SC9", given) == []
 
 
 def test_numbers_of_images_are_compared_at_equal_updates():

@@ -302,6 +302,13 @@ def _norms(data: str) -> Suite:
                   "Point-wise": ("pointwise", {"max_pixels": known["pixels"][0]})},
                  options={"n": 100}, home=data)
 
+
+def _distances(data: str) -> Suite:
+    "The same attacks without a threshold: how far the nearest mistake of each image is."
+    return Suite({"DDNA": ("ddn", {}), "JSMA": ("jsma", {"gamma": 1.0}),
+                  "Point-wise": ("pointwise", {})}, options={"n": 100}, home=data,
+                 kind="jat_nb.papers.srt_studies:DISTANCES")
+
 # %% ../../nbs/55_srt.ipynb #15224e0a
 def _once(data: str) -> Suite:
     "Random movements, a single one of each image."
@@ -325,7 +332,7 @@ def _suites(data: str) -> dict[str, Suite]:
             f"srt-compound-{data}": Suite({"Clean": ("clean", {}), **compound}, options={"n": 100},
                                           home=data),
             f"srt-strong-{data}": _strong(data), f"srt-norms-{data}": _norms(data),
-            f"srt-once-{data}": _once(data),
+            f"srt-distances-{data}": _distances(data), f"srt-once-{data}": _once(data),
             f"srt-starts-{data}": _starts(data)}
 
 # %% ../../nbs/55_srt.ipynb #1d84623f
