@@ -29,7 +29,7 @@ from .data import available, default_budget, load
 from .differences import paired_difference
 from .evaluation import evaluate, pgd_at
 from .glow import Glow
-from .joint_space import jsa
+from .joint_space import Latent, counted_codes, jsa
 from .losses import correct, cross_entropy, dlr_loss, margin_loss
 from .models import create, frozen, half_precision
 from .recipes import Recipe, bind
@@ -338,6 +338,17 @@ def _peer_flow(
         if halvings < levels: merges.append(nf.flows.Merge())
     return nf.MultiscaleFlow(bases, flows, merges, class_cond=False)
 
+# %% ../nbs/70_bench.ipynb #5d453848
+class _Decoded(nn.Module):
+    "A classifier of codes: what one step of the joint attack has to differentiate."
+
+    def __init__(self, model: nn.Module, flow: Glow, x: Tensor):
+        super().__init__()
+        self.model, self.x, self.threat = model, x, Latent(flow).prepare(x)
+
+    def forward(self, moved: Tensor) -> Tensor:
+        return self.model(self.threat.apply(self.x, moved))
+
 # %% ../nbs/70_bench.ipynb #ab879760
 def measure_flow(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, images per second, findings
     "The joint attack through a flow beside PGD of as many steps, and the flow both ways."
@@ -347,12 +358,17 @@ def measure_flow(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, images pe
     flow.to(p.device).initialise(x)
     flow.eval()
     with torch.no_grad():  # the attacks turn gradients on for themselves
-        codes = flow.encode(x)
+        codes, decoded = flow.encode(x), _Decoded(model, flow, x)
+        start = decoded.threat.init(x, random=False)
         cases = {"jsa": lambda i: jsa(model, x, y, flow=flow, steps=p.steps),
                  "encode": lambda i: flow.encode(x),
                  "pgd": lambda i: pgd(model, x, y, steps=p.steps),
-                 "decode": lambda i: flow.decode(codes)}
-        findings = {"pgd / jsa": ("pgd", "jsa")}
+                 "decode": lambda i: flow.decode(codes),
+                 "log_prob": lambda i: flow.log_prob(x),
+                 "round trip": lambda i: flow.decode(flow.encode(x)),
+                 "bare": lambda i: torch.enable_grad()(bare_passes)(decoded, start, y, p.steps)}
+        findings = {"pgd / jsa": ("pgd", "jsa"), "jsa / bare": ("jsa", "bare"),
+                    "encode + decode / log_prob": ("round trip", "log_prob")}
         if peer is not None:
             peer.to(p.device).eval()
             peer_codes = peer.inverse_and_log_det(x)[0]  # the first call sets its norms
@@ -361,9 +377,10 @@ def measure_flow(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, images pe
             findings |= {f"jat_nb / normflows, {way}": (way, f"{way}, normflows")
                          for way in ("encode", "decode")}
         interleave(cases, 1)
+        with counted_codes(flow) as count: cases["jsa"](0)
         timed = _timed(p, cases, p.rounds, "flow")
     rates = {way: p.batch / timed.median(way) for way in cases if "code" in way}
-    return {"seconds": timed.values, "images_per_second": rates,
+    return {"seconds": timed.values, "images_per_second": rates, "passes": dict(count),
             "findings": {said: timed.ratio(*pair) for said, pair in findings.items()}}
 
 # %% ../nbs/70_bench.ipynb #d9a21dd0

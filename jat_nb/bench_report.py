@@ -33,7 +33,8 @@ _LIMITS = (("floor", "", "<=", 1.05), ("memory", "", "<=", 1.1),
            ("modes", "fp32 / bf16", ">=", 2.0), ("active", "all / ", ">=", 1.5),
            ("active", "equal", ">=", 1.0),
            ("fast", "fast / ", "<=", 0.5), ("fast", "accuracy ", "<=", 0.3),
-           ("flow", "jat_nb / normflows", "<=", 1.0))
+           ("flow", "jat_nb / normflows", "<=", 1.0), ("flow", "jsa / bare", "<=", 1.1),
+           ("flow", "encode + decode", "<=", 2.2))
 
 # %% ../nbs/71_bench_report.ipynb #83ccb23a
 def targets(

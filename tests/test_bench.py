@@ -17,6 +17,8 @@ from jat_nb.bench_report import run_bench, targets
 from jat_nb.catalogue import recipe as published
 from jat_nb.differences import paired_difference
 from jat_nb.evaluation import evaluate, pgd_at
+from jat_nb.glow import Glow
+from jat_nb.joint_space import counted_codes
 from jat_nb.models import create
 from jat_nb.records import Record
 from jat_nb.timing import PLANS, Plan, Rounds, floor_passes, interleave, slope, spread, step_cost
@@ -86,6 +88,31 @@ def test_counts_of_the_smoke_record(smoke):
     assert active["findings"]["equal verdicts"]["median"] == 1.0
     assert active["forwards"]["all"] > active["forwards"]["active"] > 0
     assert set(metrics["scaling"]["sizes"]) == {"batch size", "image side", "steps"}
+    flow = metrics["flow"]
+    assert flow["passes"] == {"encode": p.batch, "decode": (p.steps + 1) * p.batch}
+    assert {"jsa / bare", "encode + decode / log_prob"} <= set(flow["findings"])
+
+
+def test_the_floor_of_the_joint_attack_differentiates_flow_and_classifier():
+    "Its passes are the engine's: the gradient in the codes, from a classifier of what they decode to."
+    torch.manual_seed(0)
+    flow, model = Glow((3, 8, 8), levels=2, steps=1, width=8).eval(), create("wrn_10_1_cifar").eval()
+    x, y = torch.rand(2, 3, 8, 8), torch.tensor([3, 5])
+    decoded = bench._Decoded(model, flow, x)
+    start = decoded.threat.init(x, random=False)
+    with counted_codes(flow) as count:
+        found = bench.bare_passes(decoded, start, y, 3)
+    codes = [z.requires_grad_() for z in flow.encode(x)]
+    grads = torch.autograd.grad(torch.nn.functional.cross_entropy(model(flow.decode(codes)), y, reduction="sum"), codes)
+    torch.testing.assert_close(found, torch.cat([g.flatten(1) for g in grads], dim=1), rtol=1e-3, atol=1e-6)
+    assert dict(count) == {"decode": 6}
+
+
+def test_promises_about_the_flow_are_judged():
+    made_up = lambda value: dict.fromkeys(("median", "low", "high"), value)
+    for value, kept in ((1.05, "met"), (1.2, "missed")):
+        table = targets({"flow": {"findings": {"jsa / bare": made_up(value), "encode + decode / log_prob": made_up(2 * value), "pgd / jsa": made_up(0.2)}}})
+        assert dict(zip(table["finding"], table["verdict"])) == {"jsa / bare": kept, "encode + decode / log_prob": kept}
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda p: p.stem)

@@ -1,7 +1,10 @@
 "The IJSAT paper as data: recipes that can be trained, rows that exist, averages that follow, questions that can be asked."
 import json
+import math
+import pickle
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,8 +17,10 @@ from jat_nb.data import default_budget, load
 from jat_nb.differences import verdict
 from jat_nb.explain import grad_cam
 from jat_nb.gan import Generator
+from jat_nb.generators import Projected
 from jat_nb.glow import Glow
 from jat_nb.judging import classifies, open_run, unfinished
+from jat_nb.models import create
 from jat_nb.papers import ijsat as module, ijsat_claims
 from jat_nb.papers.ijsat import DRAWN, FLOW, GAN, OWN_SUITES, RECIPES, ROWS, SEVEN, SINGLE, SIX, VAE, make_drawn, make_gan
 from jat_nb.papers.ijsat_claims import CLAIMS, PAPER, centroid, mixing_excess
@@ -23,8 +28,9 @@ from jat_nb.recipes import bind
 from jat_nb.records import Record, read_jsonl
 from jat_nb.results import Run, published, read_runs, row_labels
 from jat_nb.suites import Job, Suite, attack_from, check_answer, networks_of, run_suite
+from jat_nb.training import fit
 from jat_nb.unseen import unseen_attacks
-from jat_nb.weights import pretrained, read_tensors, write_tensors
+from jat_nb.weights import pretrained, read_tensors, tensor_hash, write_tensors
 
 def flat(x): return x.flatten(1)
 
@@ -135,6 +141,101 @@ def test_claims_are_complete_and_open_without_runs():
     assert all(f"ijsat/{where[0]}" in RECIPES for where in places)
 
 
+def answered(recipe, tier="cpu", data="cifar10", n=2000, **accuracies):
+    "A run with these accuracies, in percent, in every suite of the paper that has such a column."
+    suites = {}
+    for column, value in accuracies.items():
+        if column == "Corrupted":
+            suites["ijsat-corruptions"] = Record("jat_eval", {}, tier, data, metrics={"accuracy": [value / 100], "n": [n]})
+            continue
+        column = {"OM_PGD50": "OM-PGD50"}.get(column, column)
+        suite = PAPER.suite_of(column, f"ijsat/{recipe}")
+        record = suites.setdefault(suite, Record("jat_eval", {"steps": 20}, tier, data, metrics={"n": n, "rows": {}, "correct": {}}))
+        record.metrics["rows"][column] = {"accuracy (%)": value}
+        record.metrics["correct"][column] = "1" * round(n * value / 100) + "0" * (n - round(n * value / 100))
+    return Run(recipe, {"name": f"ijsat/{recipe}", "tier": tier, "data": data}, {}, {}, [], suites)
+
+
+def judged(id_, *runs, tier="cpu"):
+    evidence = Evidence(runs, tier, PAPER)
+    return verdict(evidence.findings(next(c for c in CLAIMS if c.id == id_)))[0]
+
+
+FIRST = ("normal", "at", "iat", "trades", "mart", "at-jsa", "ijsat")
+
+
+@pytest.mark.parametrize("more, answer", [([], "reproduced"), ([("dmat-jsa", 20)], "reproduced"), ([("mart-jsa", 40)], "not reproduced")])
+def test_every_network_that_was_measured_decides_how_strong_jsa_is(more, answer):
+    "IC2: what nobody trained keeps nothing open, what was trained counts."
+    runs = [answered(name, PGD50=30, OM_PGD50=50, JSA50=value) for name, value in [*((name, 20) for name in FIRST), *more]]
+    assert judged("IC2", *runs) == answer
+    assert judged("IC2", *runs[1:]) != "reproduced"  # natural training belongs to it
+
+
+@pytest.mark.parametrize("more, answer", [([], "reproduced"), ([("at-32", 20)], "reproduced"), ([("dmat", 30)], "not reproduced"),
+                                          ([("latent-at", 30)], "reproduced")])  # training on codes alone is not robust
+def test_every_robust_network_that_was_measured_is_compared_with_autoattack(more, answer):
+    runs = [answered(name, AutoAttack=20, JSA50=value) for name, value in [*((name, 20) for name in FIRST[1:]), *more]]
+    assert judged("IC18", *runs) == answer
+
+
+def test_dmat_is_a_rival():
+    clean = dict(zip(("at", "trades", "mart", "ijsat", "dmat"), (60, 60, 60, 60, 65)))
+    rest = [answered("iat", Clean=70, PGD20=10), answered("at", Clean=60, PGD20=20)]
+    rest += [answered(name, Clean=value) for name, value in clean.items() if name not in ("at", "dmat")]
+    assert judged("IC10", *rest) == "inconclusive"
+    assert judged("IC10", *rest, answered("dmat", Clean=65)) == "reproduced"
+    assert judged("IC10", *rest, answered("dmat", Clean=75)) == "not reproduced"
+
+
+def test_on_cifar100_ijsat_and_mart_are_ahead_of_everyone():
+    six = dict.fromkeys(("Clean", "PGD20", "Elastic", "JPEG", "L2"), 30)
+    def runs(**autoattack):
+        names = dict(zip(("at", "iat", "trades", "mart", "ijsat", "dmat"), 6 * [20])) | autoattack
+        return [answered(name, data="cifar100", AutoAttack=value, **(dict.fromkeys(six, 50) if name == "ijsat" else six)) for name, value in names.items()]
+    assert judged("IC13", *runs(mart=30)) == "reproduced"
+    assert judged("IC13", *runs(mart=30, at=40)) == judged("IC13", *runs(mart=30, dmat=40)) == "not reproduced"
+    assert judged("IC13", *runs(mart=30)[:-1]) == "inconclusive"
+
+
+@pytest.mark.parametrize("id_, column, names, few", [
+    ("IC16", "Clean", "long-ijsat long-adversarial-la long-randomized-la long-cutout long-mixup long-normal long-vae-gan", "long-ijsat long-normal"),
+    ("IC17", "Corrupted", "small-ijsat small-rlat small-l2 small-advprop small-linf small-fast-pat small-normal", "small-ijsat small-linf small-normal")])
+def test_table_2_is_an_order_and_a_short_one_at_the_cpu_tier(id_, column, names, few):
+    def runs(tier, *names):
+        return [answered(name, tier, **{column: 90 - 5 * k}) for k, name in enumerate(names)]
+    assert judged(id_, *runs("cpu", *few.split())) == "reproduced"
+    assert judged(id_, *runs("cpu", *few.split()[::-1])) == "not reproduced"
+    for tier in ("gpu", "paper"):
+        assert judged(id_, *runs(tier, *few.split()), tier=tier) == "inconclusive"
+        assert judged(id_, *runs(tier, *names.split()), tier=tier) == "reproduced"
+        one, two, three, *rest = names.split()
+        assert judged(id_, *runs(tier, one, three, two, *rest), tier=tier) == "not reproduced"
+
+
+@pytest.mark.parametrize("levels, answer", [(3, "reproduced"), (4, "reproduced"), (-4, "not reproduced")])
+def test_a_flow_of_three_levels_decides_without_a_fourth(levels, answer):
+    values = {f"level {k}": [0.5 - 0.1 * k + 0.001 * i for i in range(20)] for k in range(1, abs(levels) + 1)}
+    if levels < 0: values["level 4"] = [0.45 + 0.001 * i for i in range(20)]
+    record = Record("jat_eval", {}, "cpu", "cifar10", metrics=values | {"n": 20})
+    assert judged("IC19", Run("r", {"name": "ijsat/normal", "tier": "cpu", "data": "cifar10"}, {}, {}, [], {"ijsat-levels": record})) == answer
+
+
+def test_normal_and_ia_is_trained_on_codes_alone():
+    "D-I33, and what the recipe has: no pixel attack."
+    pairs = [tuple(where[0] for where in check.at) for check in next(c for c in CLAIMS if c.id == "IC22").checks]
+    assert pairs == [("at", "at-jsa"), ("trades", "trades-jsa"), ("normal", "latent-at")]
+    assert [attack for attack, _ in RECIPES["ijsat/latent-at"].attacks["attack"]] == ["om_pgd"]
+
+
+@pytest.mark.parametrize("tier", ["paper", "cpu"])
+def test_pixel_budgets_of_table_2(tier):
+    "I26: none as an augmentation. I27: 1/255, in steps of a quarter."
+    [flat], [tiny] = (adapt(RECIPES[f"ijsat/{name}"], tier=tier).attacks["attack"] for name in ("long-ijsat", "small-ijsat"))
+    assert flat[0] == tiny[0] == "jsa" and flat[1]["eps_pixel"] == flat[1]["step_pixel"] == 0 < flat[1]["eta"] == 0.02
+    assert tiny[1]["eps_pixel"] == pytest.approx(1 / 255) and tiny[1]["step_pixel"] == pytest.approx(tiny[1]["eps_pixel"] / 4)
+
+
 def test_the_runs_that_networks_stand_on_are_evidence():
     "A generator is no recipe of the paper; the claim about its projection (IC1) needs it all the same."
     flow = replace(invented("glow", [{"epoch": 1, "round_trip": 3e-6}]), recipe=asdict(FLOW))
@@ -174,6 +275,66 @@ def test_overfitting_is_judged_with_the_error_of_its_probe():
 def test_a_blend_of_one_image_counts_as_equal():
     [natural, _] = next(c for c in CLAIMS if c.id == "IC7").checks
     assert -1e-3 < natural.options["above"] < 0
+
+
+# Every recipe at its smallest
+
+@pytest.fixture(scope="module")
+def standing():
+    "A small network for every one that a recipe stands on; the codes are those of the training images."
+    train = setting("ijsat/at", data="digits", images=12).train
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        flow, generator = Glow((1, 32, 32), levels=2, steps=1, width=4), Generator((1, 32, 32), width=2, code=8)
+        flow.initialise(train.x)
+        projected = Projected(generator.eval(), train.images, torch.randn(len(train), 8))
+        small = create("wrn_10_1_cifar", in_chans=1)
+        vae = create("vae_gan", in_chans=1, size=32, width=2, code=4)
+    return {"ijsat/glow": flow, GAN: projected, DRAWN: projected, VAE: vae, "ijsat/small-normal": small}
+
+
+def trained_a_little(name, standing, data="digits"):
+    "The few updates of tier smoke: the log, and the weights that moved."
+    plan = RECIPES[name]
+    quick = {"model_options": {"levels": 2, "steps": 1, "width": 4}} if plan.model == "glow" else {}
+    quick |= {"model_options": plan.model_options | {"width": 2, "code": 4}} if plan.model == "vae_gan" else {}
+    quick |= {"probe_images": 4} if "probe" not in plan.essential else {}
+    s = setting(name, data=data, images=12, batch_size=12, **quick)
+    before = {k: v.clone() for k, v in s.model.state_dict().items()}
+    needs = {keyword: standing[run] for keyword, run in s.recipe.needs.items()}
+    kept = {k: tensor_hash(network.state_dict()) for k, network in needs.items()}
+    rows = fit(s.model, s.train, s.recipe, validation=s.validation.subset(4), needs=needs)
+    assert kept == {k: tensor_hash(network.state_dict()) for k, network in needs.items()}  # what it stands on stays
+    moved = [k for k, v in s.model.state_dict().items() if v.is_floating_point() and not torch.equal(v, before[k])]
+    return rows, moved
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_trains(standing, name):
+    rows, moved = trained_a_little(name, standing)
+    assert 1 <= len(rows) <= 3 and all(math.isfinite(row["loss"]) for row in rows) and len(moved) > 10
+
+
+@pytest.fixture
+def hundred_classes(monkeypatch, tmp_path):
+    "Files of the form of CIFAR-100, with noise."
+    noise = np.random.default_rng(0)
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    for part, n in (("train", 400), ("test", 100)):
+        data = {"data": noise.integers(0, 256, (n, 3072), dtype=np.uint8), "fine_labels": [k % 100 for k in range(n)]}
+        (folder / part).write_bytes(pickle.dumps(data))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"class {k}" for k in range(100)]}))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)  # it knows the true files
+    monkeypatch.setenv("JAT_DATA", str(tmp_path))
+
+
+def test_a_row_of_table_7_trains_on_cifar_100(standing, hundred_classes):
+    flow = Glow((3, 32, 32), levels=2, steps=1, width=4)
+    flow.initialise(load("cifar100", "train").subset(32).x)
+    rows, moved = trained_a_little("ijsat/ijsat", {"ijsat/glow": flow}, "cifar100")
+    assert all(math.isfinite(row["loss"]) for row in rows) and len(moved) > 10
+    assert setting("ijsat/ijsat", data="cifar100", images=12).model.metadata["num_classes"] == 100
 
 
 # What no recipe trains: a generator with codes, and the data drawn from them

@@ -2,19 +2,23 @@
 import copy
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
+from jat_nb import joint_space
 from jat_nb.ascent import ascend
 from jat_nb.attacks import pgd
 from jat_nb.contract import check_attack
+from jat_nb.data import load
 from jat_nb.glow import Glow, round_trip_error
-from jat_nb.joint_space import Latent, jsa, latent_report, om_pgd
+from jat_nb.joint_space import Latent, counted_codes, jsa, latent_report, om_pgd
 from jat_nb.losses import soft_cross_entropy
 from jat_nb.randomness import image_generators
 from jat_nb.threats import Flow, Pixel
+from jat_nb.weights import pretrained
 
 EPS = 8 / 255
 
@@ -123,8 +127,21 @@ def test_what_it_costs():
         assert flow.decodes <= gradients + 1  # one for each gradient, one for the result
         assert jsa(model, x, y, flow=flow, schedule=schedule, return_info=True).n_backward == gradients
     flow.encodes = 0
-    jsa(model, x, y, flow=flow, restarts=3, keep_best=True, between=[Flow()], return_info=True)
+    jsa(model, x, y, flow=flow, restarts=3, keep_best=True, between=[Flow()])
     assert flow.encodes == 1
+    jsa(model, x, y, flow=flow, return_info=True)
+    assert flow.encodes == 3  # its own, and that of the check
+
+
+def test_the_counter_agrees_with_a_flow_that_counts_itself():
+    flow, model, x, y = make(kind=Counting)
+    with counted_codes(flow) as count:
+        jsa(model, x, y, flow=flow, steps=4)
+    assert dict(count) == {"encode": 6 * flow.encodes, "decode": 6 * flow.decodes} == {"encode": 6, "decode": 30}
+    with pytest.raises(ZeroDivisionError), counted_codes(flow):
+        1 / 0
+    jsa(model, x, y, flow=flow, steps=4)
+    assert count["decode"] == 30 and {"encode", "decode"}.isdisjoint(vars(flow))
 
 
 def test_batches_do_not_matter():
@@ -201,14 +218,37 @@ def test_a_latent_threat_anywhere_in_the_chain():
     assert_close(info.x_adv, Latent(flow).apply(first, info.params[1]).detach(), rtol=0, atol=1e-12)
 
 
+def ssim_by_hand(a, b, side=7):
+    "Structural similarity from weighted means in every window that fits, deviation 1.5, written out with NumPy."
+    line = np.exp(-(np.arange(side) - side // 2) ** 2 / (2 * 1.5**2))
+    weights, found = np.outer(line, line) / line.sum() ** 2, []
+    for u, v in zip(a.numpy(), b.numpy()):  # channel by channel
+        for i, j in np.ndindex(*(n - side + 1 for n in u.shape)):
+            p, q = (w[i:i + side, j:j + side].ravel() for w in (u, v))
+            m, n = np.average(np.stack([p, q]), axis=1, weights=weights.ravel())
+            (pp, pq), (_, qq) = np.cov(p, q, aweights=weights.ravel(), bias=True)
+            found.append((2 * m * n + 1e-4) * (2 * pq + 9e-4) / ((m * m + n * n + 1e-4) * (pp + qq + 9e-4)))
+    return torch.tensor(np.mean(found))
+
+
 def test_the_report():
     flow, model, x, y = make()
     found = jsa(model, x, y, flow=flow, generator=seeds())
     report = latent_report(flow, x, found)
     assert all(v.shape == (6,) and v.isfinite().all() and not v.requires_grad for v in report.values())
     assert_close(report["l2"], (found - x).square().sum((1, 2, 3)).sqrt())
+    assert_close(report["linf"], torch.stack([(a - b).abs().max() for a, b in zip(found, x)]))
+    assert EPS < report["linf"].min()  # the code adds to the pixels
+    assert_close(report["ssim"], torch.stack([ssim_by_hand(a, b) for a, b in zip(x, found)]))
+    assert_close(report["nll_clean"], -flow.log_prob(x).detach())
     assert_close(report["nll"], -flow.log_prob(found).detach())
     assert_close(report["latent"], reencoded(flow, x, found).abs().amax(1))
+    flow, x, found = flow.float(), x.float(), found.float()  # where rounding shows
+    with torch.no_grad():
+        back = flow.eval().decode(flow.encode(found))
+    by_hand = torch.stack([(a - b).abs().max() for a, b in zip(back, found)])
+    assert_close(latent_report(flow, x, found)["round_trip"], by_hand, rtol=0, atol=1e-8)
+    assert (back != found).any()
 
 
 @pytest.mark.parametrize("change, message", [
@@ -223,6 +263,72 @@ def test_bad_input(attack, change, message):
     call = dict(flow=flow, x=x) | change
     with pytest.raises(ValueError, match=message):
         attack(model, call.pop("x"), y, **call)
+
+
+def trained_flow():
+    "A small flow of digits and a network, in seconds."
+    data, test = load("digits", "train").x, load("digits", "test").subset(40)
+    torch.manual_seed(0)
+    flow, noise = Glow((1, 32, 32), levels=2, steps=2, width=16), torch.Generator().manual_seed(0)
+    flow.initialise(data[:128], noise)
+    adam = torch.optim.Adam(flow.parameters(), lr=2e-3)
+    for _ in range(20):
+        loss = flow.bits_per_dim(data[torch.randint(len(data), (16,), generator=noise)], noise).mean()
+        adam.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(flow.parameters(), 100.0)
+        adam.step()
+    return flow.eval(), pretrained("digits-joint"), test.x, test.labels
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return trained_flow()
+
+
+def test_more_steps_of_jsa_leave_no_more_right(digits):
+    "I17, to one point, which on 40 images is none."
+    flow, model, x, y = digits
+    right = []
+    for steps in (1, 2, 5, 10):
+        images = jsa(model, x, y, flow=flow, eps_pixel=0.15, step_pixel=0.0375, eta=0.1, step_latent=0.025, steps=steps,
+                     random_start=False)
+        with torch.no_grad():
+            right.append(100 * (model(images).argmax(1) == y).float().mean().item())
+    assert all(later <= earlier + 1 for earlier, later in zip(right, right[1:])) and right[-1] < right[0] - 20, right
+
+
+def test_the_image_changes_smoothly_with_eta(digits):
+    "I19: on a grid of budgets twice as fine, the largest change between neighbours halves, so there is no jump."
+    flow, _, x, _ = digits
+    signs = Latent(flow).init(x[:8], generator=torch.Generator().manual_seed(0)).sign()
+    jumps = []
+    for cells in (4, 8, 16, 32, 64):
+        with torch.no_grad():
+            images = torch.stack([Latent(flow, 0.2).decode(x[:8], eta * signs) for eta in torch.linspace(0, 0.2, cells + 1)])
+        jumps.append(images.diff(dim=0).abs().max().item())
+    assert jumps[0] > 0.01 and all(0.4 < fine / coarse < 0.7 for coarse, fine in zip(jumps, jumps[1:])), jumps
+
+
+@pytest.mark.parametrize("attack", [om_pgd, jsa])
+@pytest.mark.parametrize("return_info", [False, True])
+def test_a_budget_that_breaks_the_inverse_is_refused_with_the_error(attack, return_info):
+    flow, model, x, y = make(torch.float32)
+    with pytest.raises(ValueError, match=r"misses it by [\d.e+]+, more than half a grey level: choose a smaller eta"):
+        attack(model, x, y, flow=flow, eta=1e4, step_latent=2.5e3, return_info=return_info)
+    for eta in (0.1, 0.5):  # without and with the check
+        plain = attack(model, x, y, flow=flow, eta=eta, generator=seeds())
+        info = attack(model, x, y, flow=flow, eta=eta, generator=seeds(), return_info=True)
+        assert torch.equal(plain, info.x_adv) and info.within.all()
+
+
+def test_the_error_that_is_reported_is_that_of_the_moved_code():
+    flow, model, x, y = make(torch.float32)
+    threat, signs = Latent(flow, 1e4).prepare(x), Latent(flow, 1e4).init(x, generator=torch.Generator().manual_seed(0)).sign()
+    moved = threat.decode(x, 1e4 * signs)
+    with pytest.raises(ValueError) as error:
+        joint_space._check_way_back(threat, 1e4 * signs)
+    assert f"{round_trip_error(flow, moved).max().item():.3g}" in str(error.value)
 
 
 def test_a_flow_that_is_not_finite():
