@@ -58,7 +58,7 @@ def _call_library(predict: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, eps
                   members: list[str], classes: int, seed: int) -> Tensor:
     try: from pyautoattack import AutoAttack
     except ImportError as error:
-        raise ImportError('AutoAttack needs a library: pip install "jat_nb[autoattack]"') from error
+        raise ImportError("AutoAttack needs a library: pip install pyautoattack") from error
     library = AutoAttack(predict, attacks=members, version="custom", eps=eps, norm=norm, seed=seed,
                          device=x.device)
     library.apgd.n_restarts = library.fab.n_restarts = 1  # as its version "standard"

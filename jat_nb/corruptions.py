@@ -140,8 +140,8 @@ def _ice() -> tuple[np.ndarray, ...]:
     "Five photographs of frost, each fifth pixel (height, width, 3) in [0, 1]."
     package = find_spec("imagecorruptions")
     if package is None:
-        raise ImportError('frost needs photographs: pip install "jat_nb[corruptions]", or leave it '
-                          'out')
+        raise ImportError("frost needs photographs: pip install imagecorruptions-imaug, or leave "
+                          "it out")
     folder = Path(package.submodule_search_locations[0]) / "frost"
     files = [folder / f"frost{n}" for n in ("1.png", "2.png", "3.png", "4.jpg", "5.jpg")]
     photographs = [np.asarray(Image.open(file).convert("RGB")) for file in files]

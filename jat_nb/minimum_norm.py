@@ -152,8 +152,7 @@ def _with_foolbox(attack: str, predict: Callable[[Tensor], Tensor], x: Tensor, y
             import eagerpy
             import foolbox
     except ImportError as error:
-        raise ImportError('DDN and C&W need a library: '
-                          'pip install "jat_nb[minimum-norm]"') from error
+        raise ImportError("DDN and C&W need a library: pip install foolbox") from error
     wanted = (foolbox.criteria.Misclassification(y) if target is None
               else foolbox.criteria.TargetedMisclassification(target))
     network = foolbox.models.base.ModelWithPreprocessing(predict, (0, 1), eagerpy.astensor(x))

@@ -52,18 +52,18 @@ def _sides(size: Any) -> list[Any]:
     return ["--size", *(size if isinstance(size, list) else [size])] if size else []
 
 
+def _network(run: Run) -> list[str]:
+    "What has to be said of the network in a state_dict; a file of this package says it itself."
+    if "state_dict" not in run.model: return []
+    moments = [word for key in ("mean", "std") for word in (f"--{key}", *map(repr, run.model[key]))]
+    return ["--model", run.model["name"], *moments]
+
+
 def _of_weights(run: Run) -> list[str]:
-    "What was said of weights from elsewhere; a file of this package says the network itself."
-    judged = [record.config.get("run") or {} for record in run.evaluations.values()]
-    models = [facts["model"] for facts in judged if facts.get("model")]
-    about, words = run.about, []
-    if not any("record" in model for model in models):
-        words += ["--model", about["model"]]
-        for key in ("mean", "std") if models else ():
-            words += [f"--{key}", *map(repr, models[0][key])]
-    if about["data"].startswith("folder:"):
-        words += ["--classes", *about["classes"]]
-    return words + ["--data", about["data"], *_sides(about.get("resized"))]
+    "What was said of weights from elsewhere."
+    about = run.about
+    classes = ["--classes", *about["classes"]] if about["data"].startswith("folder:") else []
+    return [*_network(run), *classes, "--data", about["data"], *_sides(about.get("resized"))]
 
 # %% ../nbs/52_reports.ipynb #f160aa65
 def _commands(run: Run) -> list[str]:
@@ -83,7 +83,8 @@ def _commands(run: Run) -> list[str]:
         words += [f"--{key}", about[key]] if key in about else []
     words += _sides(about.get("resized"))
     words += ["--needs", *(f"{k}=FOLDER" for k in made["needs"])] if made["needs"] else []
-    if "start" in about: words += ["--init", "FILE"]  # which one says its fingerprint in run.json
+    # which file says its fingerprint in run.json
+    if "start" in about: words += ["--init", "FILE", *_network(run)]
     elif made["model"] != plan["model"]: words += ["--model", made["model"]]
     told = ("model=", "data=", "seed=", *(["model_options="] if "start" in about else []))
     changed = [text for text in changed if not text.startswith(told)]

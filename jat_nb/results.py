@@ -9,7 +9,7 @@ __all__ = ['published', 'row_labels', 'Run', 'read_runs', 'survivors', 'conditio
 import json
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -79,6 +79,7 @@ class _Trained:
     evaluations: dict[str, Record]  # by suite
     problems: tuple[str, ...] = ()  # what is missing or damaged
     usable: bool = True  # finished, and not a repetition
+    model: dict[str, Any] = field(default_factory=dict)  # the call of `create`, and where it began
 
     @property
     def name(self) -> str:
@@ -214,7 +215,8 @@ def _read_run(path: Path, folder: str) -> Run:
     records = {p.stem[5:]: _attempt(problems, read, p, None)
                for p in sorted(path.glob("eval-*.json"))}
     records = {suite: record for suite, record in records.items() if record is not None}
-    return Run(folder, about, recipe, machine, log, records, tuple(problems), usable)
+    return Run(folder, about, recipe, machine, log, records, tuple(problems), usable,
+               kept.get("model", {}))
 
 # %% ../nbs/48_results.ipynb #97adacac
 def _setting(run: Run) -> dict[str, Any]:

@@ -208,13 +208,21 @@ def load_weights(
     return model.eval()
 
 # %% ../nbs/10_weights.ipynb #2b004619
+def _noted(network: nn.Module, state_dict: bool) -> nn.Module:
+    "A network as read from a file, its metadata saying so: what it holds, and of which kind it is."
+    told = {k: v for k, v in network.metadata.items() if k != "state_dict"}
+    kind = {"state_dict": True} if state_dict else {}  # a file that names no network
+    network.metadata = told | {"start": tensor_hash(network.state_dict())} | kind
+    return network
+
+
 def _for_classes(old: nn.Module, num_classes: int) -> nn.Module:
     "The same network to be trained on, its last layer fresh where the classes are others."
     name, form = _call(old.metadata)
     model, known = create(name, **form | {"num_classes": num_classes}), old.state_dict()
     model.load_state_dict({k: known[k] if known[k].shape == v.shape else v
                            for k, v in model.state_dict().items()})
-    model.metadata["start"] = tensor_hash(known)
+    model.metadata |= {k: v for k, v in old.metadata.items() if k in ("start", "state_dict")}
     return model
 
 
@@ -224,7 +232,7 @@ def start_from(
 ) -> NormalizedModel | nn.Module:
     # In train mode; `.metadata["start"]`: fingerprint of the file's weights
     "The network of a file, to be trained on."
-    return _for_classes(load_weights(path), num_classes)
+    return _for_classes(_noted(load_weights(path), False), num_classes)
 
 # %% ../nbs/10_weights.ipynb #47d8b012
 def _zoo_folder() -> Path:
@@ -356,9 +364,7 @@ def open_weights(
         if any(given is not None for given in (name, num_classes, mean, std)):
             raise ValueError(f"{path} brings its own network, classes and normalisation: leave "
                              "them out")
-        network = load_weights(path)
-        network.metadata["start"] = tensor_hash(network.state_dict())
-        return network
+        return _noted(load_weights(path), False)
     if name is None:
         raise ValueError(f"{path} does not say which network it belongs to: name one (in the shell "
                          "--model NAME)")
@@ -372,5 +378,4 @@ def open_weights(
     network = create(name, **form, mean=held.get("mean") if mean is None else mean,
                      std=held.get("std") if std is None else std)
     _fill_in(path, network, tensors)
-    network.metadata["start"] = tensor_hash(network.state_dict())
-    return network.eval()
+    return _noted(network.eval(), True)

@@ -1,6 +1,8 @@
 """Results, reports and claims: planted run folders go in, the known answer must come out."""
+import html
 import json
 import re
+import shlex
 from dataclasses import asdict, replace
 
 import pandas as pd
@@ -10,6 +12,7 @@ import torch
 from conftest import ROOT
 from jat_nb.catalogue import adapt
 from jat_nb.claims import Evidence, judge_claims
+from jat_nb.cli import jat_report, jat_train
 from jat_nb.differences import Finding, Share, difference, verdict
 from jat_nb.papers.jat import CLAIMS, PAPER, RECIPES, ROWS
 from jat_nb.plots import attack_bars, budget_curves, training_curve
@@ -17,6 +20,7 @@ from jat_nb.records import Record, append_jsonl, write_json
 from jat_nb.reports import html_report
 from jat_nb.results import Run, published, read_runs, survivors
 from jat_nb.tables import overview, paper_table, recipe_names, side_by_side
+from jat_nb.weights import load_weights, pretrained, save_weights
 
 N, BUDGETS = 500, [round(0.1 * k, 1) for k in range(11)]
 SEVEN = [row.recipe.split("/")[1] for row in ROWS if row.table == 1]
@@ -480,6 +484,24 @@ def test_commands_name_the_networks_that_a_run_stands_on(tmp_path):
             [line] = [line for line in lines if f"jat_eval runs/{run.folder} " in line and f"--suite {suite} " in line]
             assert ("--needs flow=FOLDER" in line) == bool(record.config.get("needs"))
     assert page.count("--needs") > 3
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["names its network", "state_dict"])
+def test_the_command_of_a_run_that_began_with_a_file_trains_it_again(named, tmp_path):
+    network = pretrained("digits-joint")
+    if named: file, form = save_weights(network, tmp_path / "theirs.safetensors"), ""
+    else:
+        file, form = tmp_path / "theirs.pth", f"--model {network.metadata['name']} --mean 0.25 --std 0.4"
+        torch.save(network.model.state_dict(), file)
+    words = f"--recipe jat/natural --data digits --tier smoke --images 32 --init {file} {form} --set epochs=1 batch_size=16 amp=false"
+    assert jat_train(f"{words} --out {tmp_path}/runs/on".split()) == 0
+    assert jat_report([f"{tmp_path}/runs", "--out", str(tmp_path / "page.html")]) == 0
+    page = html.unescape((tmp_path / "page.html").read_text(encoding="utf-8"))
+    told = re.search(r"jat_train (--recipe [^<\n]*)", page)[1]  # as a reader copies it
+    assert ("--model" in told) != named
+    assert jat_train(shlex.split(told.replace("FILE", str(file)).replace("runs/on", f"{tmp_path}/again"))) == 0
+    first, again = (load_weights(tmp_path / place / "last.safetensors") for place in ("runs/on", "again"))
+    torch.testing.assert_close(dict(first.state_dict()), dict(again.state_dict()))
 
 
 def test_only_a_recipe_that_nobody_knows_is_called_so(tmp_path):

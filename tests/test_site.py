@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import ast
 import html
+import json
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ sys.path.insert(0, str(SITE))
 
 import build  # noqa: E402
 import links  # noqa: E402
+import pages  # noqa: E402
 from book import PACKAGE, Book  # noqa: E402
 from reference import entries, private_classes  # noqa: E402
 
@@ -138,12 +140,27 @@ def test_a_page_holds_all_the_code_of_its_chapter(book: Book) -> None:
         assert all(re.fullmatch(r"#\| hide\nimport nbdev; ?nbdev.nbdev_export\(\)", source) for source in left_out), chapter.page
 
 
-@pytest.mark.parametrize("page", ["02_randomness", "05_threats"])
-def test_a_page_runs_as_copied(page: str, tmp_path: Path) -> None:
-    (tmp_path / "page.py").write_text("\n".join(blocks(DOCS / f"{page}.html")), encoding="utf-8")
-    run = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+def says_where(book: Book) -> set[str]:
+    "The pages that tell the reader to run them in the folder of the notebooks."
+    return {c.path.stem for c in [book.index, *book.chapters] if pages.WHERE in [cell.source for cell in pages.body(book, c)]}
+
+
+@pytest.mark.parametrize("page", ["02_randomness", "05_threats", "51_plots"])
+def test_a_page_runs_as_copied(page: str, book: Book, tmp_path: Path) -> None:
+    copied, place = tmp_path / "page.py", ROOT / "nbs" if page in says_where(book) else tmp_path
+    copied.write_text("\n".join(blocks(DOCS / f"{page}.html")), encoding="utf-8")
+    run = subprocess.run([sys.executable, str(copied)], cwd=place, capture_output=True, text=True, timeout=300,
                          env={**os.environ, "MPLBACKEND": "agg", "PYTHONPATH": str(ROOT)})
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_pages_that_read_results_say_where_they_run(book: Book) -> None:
+    told = says_where(book)
+    assert {"index", "33_generators", "48_results", "80_exp_jat"} <= told and not {"02_randomness", "90_your_own_model"} & told
+    for chapter in [book.index, *book.chapters]:
+        code = "\n".join(cell.source for cell, _ in chapter.cells if cell.kind == "code")
+        texts = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        assert any(Path(word).parts[:1] == ("results",) for word in texts) == (chapter.path.stem in told), chapter.page
 
 
 def test_the_reference_leads_to_the_line_of_every_name(book: Book) -> None:
@@ -225,11 +242,11 @@ def test_private_classes_are_shown_as_part_of_what_is_built_on_them(tmp_path: Pa
     assert entries(BUILT_ON) == []
 
 
-def in_a_browser(address: str, tmp_path: Path) -> str:
+def in_a_browser(address: str, tmp_path: Path, *more: str) -> str:
     "The page as a browser without a network makes it."
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
                "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path}",
-               "--virtual-time-budget=10000"]
+               "--virtual-time-budget=10000", *more]
     dom = subprocess.run([CHROMIUM, *options, "--dump-dom", address], capture_output=True, text=True, timeout=60)
     assert dom.returncode == 0
     return dom.stdout
@@ -250,3 +267,19 @@ def test_the_search_finds_the_chapter_of_a_name_first(name: str, chapter: str, b
     found = re.findall(r'<li class="kind-\w+"><a href="([^"]+)"[^>]*>.*?</li>', dom)
     assert found[0] == f"{chapter}.html"
     assert next(c.promise for c in book.chapters if c.path.stem == chapter) in html.unescape(dom)
+
+
+MEASURE = """<script>addEventListener("load", () => {
+    const seen = [...document.querySelectorAll(".mobile-header :is(label, button)")].map(e => e.getBoundingClientRect());
+    document.body.dataset.buttons = JSON.stringify(seen.map(r => [r.left, r.right, r.height]));
+})</script></body>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_the_buttons_of_a_phone_are_wide_and_apart(tmp_path: Path) -> None:
+    page = text(DOCS / "12_attacks.html").replace("<head>", f'<head><base href="{DOCS.as_uri()}/">', 1)
+    (tmp_path / "page.html").write_text(page.replace("</body>", MEASURE), encoding="utf-8")
+    dom = in_a_browser((tmp_path / "page.html").as_uri(), tmp_path / "profile", "--window-size=390,800")
+    menu, theme, contents = json.loads(html.unescape(re.search(r'data-buttons="([^"]+)"', dom)[1]))
+    assert all(right - left >= 32 and height >= 32 for left, right, height in (menu, theme, contents))
+    assert theme[0] - menu[1] >= 8 and contents[0] - theme[1] >= 8

@@ -167,6 +167,11 @@ class Chapter:
                     values |= set(re.split(r"\W+", text))
         return defined | values - used
 
+    @cached_property
+    def reads_results(self) -> bool:
+        "Whether the code of the page reads files of `nbs/results`."
+        return any(re.search(r"""["']results["'/]""", cell.source) for cell, _ in self.cells if cell.kind == "code")
+
     def line(self, name: str) -> int:
         "Line of the module on which a public name begins, decorators included."
         return starts(self.file.read_text(encoding="utf-8"))[name]

@@ -110,6 +110,9 @@ def eyebrow(chapter: Chapter) -> NotebookNode:
     return new_markdown_cell(f'<p class="eyebrow">{chapter.part} · {chapter.number}{module}</p>')
 
 
+WHERE = "{.from}\nThe code of this page reads files of this repository: run it in the folder `nbs` of a clone."
+
+
 def body(book: Book, chapter: Chapter) -> list[NotebookNode]:
     edit = prose(book, chapter)
     staged: list[NotebookNode] = []
@@ -121,6 +124,8 @@ def body(book: Book, chapter: Chapter) -> list[NotebookNode]:
         found = chapter.defined(cell) if cell.exported else []
         staged += [defines(chapter, found)] if found else []
         staged.append(code(cell, following))
+    if chapter.reads_results:
+        staged.insert(1, new_markdown_cell(WHERE))  # below the title
     return staged
 
 
