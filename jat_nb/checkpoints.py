@@ -8,12 +8,12 @@ __all__ = ['RESUME', 'state_tensors', 'restore', 'save_state', 'load_state', 'ru
 
 # %% ../nbs/37_checkpoints.ipynb #4d561cf1
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .batches import Stream
 from .data import ImageSet, Unlabelled
 from .generators import LatentSet
-from .models import plain_state, unwrap
+from .models import BUILDERS, plain_state, unwrap
 from .recipes import Recipe
 from .records import check_writable, write_atomic, write_json
 from .weights import read_tensors, tensor_hash, write_tensors
@@ -123,6 +123,18 @@ def load_state(
                          "use another `out`") from error
     return state
 
+# %% ../nbs/37_checkpoints.ipynb #19fd37a4
+def _carried_out(recipe: Recipe, model: nn.Module,
+                 train: ImageSet | LatentSet | Stream) -> dict[str, Any]:
+    "A recipe as plain data, with the network and the images that it is carried out with."
+    inside, plan = unwrap(model), asdict(recipe)
+    form = getattr(inside, "metadata", None) or {}
+    name = form.get("name") or type(getattr(inside, "model", inside)).__name__
+    if name != recipe.model and (form or recipe.model not in BUILDERS):
+        plan |= {"model": name, "model_options": form.get("options", {})}
+    # what is drawn by a generator belongs to the set that the recipe names
+    return plan if isinstance(train, LatentSet) else plan | {"data": train.name}
+
 # %% ../nbs/37_checkpoints.ipynb #c4557264
 def _of_pixels(data: ImageSet | Unlabelled) -> dict[str, Any]:
     """Name, size and pixels of a data set, the pixels, or what they are drawn from, as a
@@ -158,7 +170,8 @@ def run_identity(
     more = {"unlabelled": _of_pixels(unlabelled)} if unlabelled else {}
     stood_on = {name: tensor_hash(plain_state(network)) for name, network in (needs or {}).items()}
     more |= {"needs": stood_on} if stood_on else {}
-    facts = {"recipe": asdict(recipe), **order, "model": form, **sets, **more, "own": own or {}}
+    plan = _carried_out(recipe, model, train)
+    facts = {"recipe": plan, **order, "model": form, **sets, **more, "own": own or {}}
     return json.loads(json.dumps(facts))  # as it will be read back
 
 # %% ../nbs/37_checkpoints.ipynb #244f5205
@@ -187,6 +200,26 @@ def function_names(
             flat[what] = value
     return {what: _name_of(what, function) for what, function in flat.items()}
 
+# %% ../nbs/37_checkpoints.ipynb #edfd7150
+def _whole_name(data: str) -> str:
+    "The name of a data set that says from any folder where it lies."
+    if not data.startswith("folder:"):
+        return data
+    return f"folder:{os.path.abspath(os.path.expanduser(data.removeprefix('folder:')))}"
+
+
+def _described(about: Mapping[str, Any], folder: Path, plan: Mapping[str, Any],
+               train: ImageSet | LatentSet | Stream) -> dict[str, Any]:
+    "What run.json says about a run: its caller's words, and where there are none what can be seen."
+    own = {"name": f"own/{folder.resolve().name}", "tier": "paper", "seed": plan["seed"],
+           "model": plan["model"]}
+    if isinstance(train, ImageSet) and "data" not in about:
+        sides = list(train.images.shape[2:])
+        own |= {"data": _whole_name(train.name), "variant": train.variant,
+                "classes": list(train.classes), "shape": [train.channels, *sides]}
+        own |= {"resized": sides} if train.variant.endswith(" px") else {}
+    return {**own, **about}
+
 # %% ../nbs/37_checkpoints.ipynb #5df85b8f
 _LOCKS: dict[Path, FileLock] = {}  # folders of this process, held until it ends
 
@@ -209,6 +242,8 @@ def _lock(folder: Path) -> None:
 def _settings(identity: Mapping[str, Any]) -> dict[str, Any]:
     "All settings of a run by name, those of its recipe among them."
     of_recipe = {"probes": {}, **identity.get("recipe", {})}  # older records know no probes
+    # compared by `train` and `model`; older records have the recipe's defaults here
+    of_recipe = {k: v for k, v in of_recipe.items() if k not in ("data", "model_options")}
     return {**of_recipe, **{k: v for k, v in identity.items() if k != "recipe"}}
 
 
@@ -263,32 +298,6 @@ def add_stretch(
     about = json.loads(file.read_text(encoding="utf-8"))
     write_json(file, {**about, "stretches": [*about.get("stretches", []), dict(facts)]})
 
-# %% ../nbs/37_checkpoints.ipynb #ec98d0d4
-_TRACED = 16  # steps of an epoch that its row shows in full, at most
-
-
-def _tally(said: Mapping[str, Any], facts: Mapping[str, Any], iteration: int,
-           every: int) -> dict[str, Any]:
-    "What was said in an epoch so far: numbers summed, words counted, some steps in full."
-    sums = dict(said.get("sums", {}))
-    counts = {name: dict(own) for name, own in said.get("counts", {}).items()}
-    trace = list(said.get("trace", []))
-    for name, value in facts.items():
-        if isinstance(value, str):
-            own = counts.setdefault(name, {})
-            own[value] = own.get(value, 0) + 1
-        else:
-            sums[name] = np.add(sums.get(name, 0.0), value).tolist()
-    if (iteration - 1) % every == 0:
-        trace.append({"iteration": iteration, **facts})
-    return {"steps": said.get("steps", 0) + 1, "sums": sums, "counts": counts, "trace": trace}
-
-
-def _in_row(said: Mapping[str, Any]) -> dict[str, Any]:
-    "The entry of an epoch's row: numbers averaged over the steps."
-    mean = {name: np.divide(value, said["steps"]).tolist() for name, value in said["sums"].items()}
-    return {"steps": said["steps"], "mean": mean, "counts": said["counts"], "trace": said["trace"]}
-
 # %% ../nbs/37_checkpoints.ipynb #ff7ea4f5
 def _merit(row: Mapping[str, Any]) -> float | None:
     "What makes an epoch better than another; None where it was not judged by the book's judges."
@@ -319,6 +328,8 @@ def shortfall(
     history: Sequence[Mapping[str, Any]],  # Rows of `fit`, or of a run's log
 ) -> str:  # "3 of 8 epochs"; "" for the log of a whole run
     "How far a run has come, counted in epochs or iterations as its recipe does."
+    if history and "stopped" in history[-1]:
+        return ""  # its end came early, by `on_epoch` or `patience`
     unit = "epochs" if recipe.get("iterations") is None else "iterations"
     done = len(history)
     if unit == "iterations":

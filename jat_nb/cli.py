@@ -21,10 +21,11 @@ from torch import nn
 
 from .batches import batches
 from .catalogue import Setting, adapt, listing, other_lengths, papers, recipes, setting
+from .checkpoints import _whole_name
 from .claims import judge_claims
 from .data import default_budget, load
 from .glow import Glow
-from .judging import (adopt, classifies, ending, find_runs, judge, needed_runs, networks_for,
+from .judging import (adopt, classifies, find_runs, judge, needed_runs, networks_for,
                             open_classifier, open_own, run_facts, sources_for, unfinished)
 from .objectives import in_form
 from .own_pictures import attack_files, attack_options, check_apart
@@ -35,11 +36,20 @@ from .reports import html_report
 from .results import read_runs
 from .schedules import make_optimizer
 from .shell import (_changes, _check, _Elsewhere, _Machine, _Pictures, _say, _size, _Start,
-                          _Strength, _whole_name, command, run_folder)
+                          _Strength, command, run_folder)
 from .suites import suites
 from .training import fit
 from .updates import train_step
-from .weights import check_options
+from .weights import check_options, names_its_network
+
+# %% ../nbs/67_cli.ipynb #6337a099
+def _tell_moments(file: str, model: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    "Say which normalisation is taken for a file that does not say it, if nobody else did."
+    if names_its_network(file) or (given.get("mean") and given.get("std")):
+        return
+    mean, std = (" ".join(f"{v:.4g}" for v in model[key]) for key in ("mean", "std"))
+    _say(f"{file}: images are normalised by mean {mean} and std {std}, as the file or timm's "
+         f"record of {model['name']} says; --mean and --std say otherwise")
 
 # %% ../nbs/67_cli.ipynb #e4f0818e
 def _measure(s: Setting, needs: dict[str, nn.Module], device: str) -> str:
@@ -77,6 +87,23 @@ def _about(name: str, s: Setting, given: Mapping[str, Any],
     about |= {k: v for k, v in {"images": given["images"], "resized": given["size"]}.items() if v}
     return about | ({"start": s.model.metadata["start"]} if given["init"] else {})
 
+# %% ../nbs/67_cli.ipynb #da73d4f8
+def _ending(history: Sequence[Mapping[str, Any]], recipe: Recipe, left: str) -> str:
+    "A finished or interrupted training in a line; `left` is from `unfinished`."
+    whole = f"{recipe.iterations} iterations" if recipe.iterations else f"{recipe.epochs} epochs"
+    if not history:
+        return f"stopped within epoch 1 of {whole}"
+    last, fallen = history[-1], [row["epoch"] for row in history if row.get("collapsed")]
+    begin = left or f"all of {whole}"
+    if "val_bits_per_dim" in last:
+        return (f"{begin}, validation {last['val_bits_per_dim']:.3f} bits/dim, "
+                f"there and back within {last['round_trip']:.1e}")
+    return (f"{begin}, validation clean {100 * last['val_clean']:.1f} %, "
+            f"under {recipe.probe} {100 * last['val_robust']:.1f} %"
+            + (f", CATASTROPHIC OVERFITTING from epoch {fallen[0]}" if fallen else "")
+            + (", ONE ANSWER FOR ALL IMAGES: lower lr, or use optimizer=adamw"
+               if last.get("one_answer") else ""))
+
 # %% ../nbs/67_cli.ipynb #b7cf9f90
 def _train_one(s: Setting, needs: dict[str, nn.Module], about: dict[str, Any], out: Path,
                device: str,
@@ -89,7 +116,7 @@ def _train_one(s: Setting, needs: dict[str, nn.Module], about: dict[str, Any], o
         history = fit(s.model, s.train, s.recipe, validation=s.validation, unlabelled=s.unlabelled,
                       needs=needs, out=out, about=about, device=device, seconds=seconds)
     left = on_first(lambda: unfinished(out))  # the first process writes the log
-    _say(f"{title}: {ending(history, s.recipe, left)}, in {out}")
+    _say(f"{title}: {_ending(history, s.recipe, left)}, in {out}")
     return not left
 
 # %% ../nbs/67_cli.ipynb #40018632
@@ -148,6 +175,7 @@ def jat_train(
     _check_jobs(recipe, given | changes, runs, places, pictures.download)
     for (name, number), place in zip(jobs, places):
         s = setting(name, seed=number, **given, **changes)
+        if start.init: _tell_moments(start.init, s.model.metadata, given)
         about = _about(name, s, given, changes)
         if not _train_one(s, networks_for(runs, s.recipe), about, place, machine.device, deadline):
             _say("the time allowed is over; the same command goes on from here")
@@ -225,7 +253,9 @@ def _adopted(weights: str, said: dict[str, Any], runs: Sequence[str] | None) -> 
         raise ValueError("weights from elsewhere are judged in a folder of their own: pass --data "
                          "NAME and --out FOLDER beside --weights FILE, and no runs")
     out, model = said.pop("out"), said.pop("model", None)
-    return on_first(lambda: str(adopt(weights, out, model, **said)))
+    folder = on_first(lambda: str(adopt(weights, out, model, **said)))
+    _tell_moments(weights, run_facts(folder)["model"], said)
+    return folder
 
 # %% ../nbs/67_cli.ipynb #1026a4f5
 def _answer(run: Path, suite: str, source: Sequence[str], per_class: bool, **options: Any) -> str:
@@ -260,11 +290,11 @@ def jat_eval(
     # Attack a faster copy, judge by the network itself; on at tier cpu if not given
     fast: bool | None = None,
     amp: bool = False,  # bfloat16 while attacking; verdicts stay in float32
-    again: bool = False,  # Repeat what is already there
+    again: bool = False,  # Repeat what is already there, or replace it by another question
     machine: _Machine,  # Where to compute
 ) -> int:  # Exit status: 0 done, 2 refused
     """Judge trained runs. Each suite's answers are written into the run's folder; those already
-    there are kept."""
+    there are kept, and one to another question is replaced only with --again."""
     _check(n=(n, 1))
     for name in (s for s in suite or () if s not in suites()):
         raise ValueError(f"unknown suite {name!r}: choose from {', '.join(suites())}")
@@ -305,11 +335,12 @@ def jat_attack(
     said = _said(weights, own)
     if (run is None) == (said is None):
         raise ValueError("pass the folder of a run, or --weights FILE --model NAME instead")
-    facts, network = (open_classifier(run, weights, machine.device) if said is None
-                      else open_own(weights, said.pop("model", None), **said))
     if save and Path(save).is_dir():
         raise ValueError(f"{save} is a folder: --save takes a file, such as {save}/set.safetensors")
     check_writable(Path(save or out).parent), check_writable(out)
+    facts, network = (open_classifier(run, weights, machine.device) if said is None
+                      else open_own(weights, said.pop("model", None), **said))
+    if said is not None: _tell_moments(weights, facts["model"], said)
     _say(attack_files(network.to(machine.device), facts, images, out, attack=attack, loss=loss,
                       save=save, **strength.options(facts["about"]["data"])))
     return 0

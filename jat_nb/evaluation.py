@@ -30,6 +30,7 @@ from .processes import agree, own_device, processes, total
 from .randomness import image_generators
 from .records import progress as show_progress
 from .threats import check_images, check_labels
+from .updates import _check_attack_takes, _one_size
 from .weights import tensor_hash
 
 # %% ../nbs/42_evaluation.ipynb #0a617be2
@@ -277,9 +278,14 @@ def _check_call(model: nn.Module, y: Any, entries: Mapping[str, Sequence[Attack]
     if not isinstance(model, nn.Module):
         raise ValueError(f"expected an nn.Module, got {type(model).__name__}: wrap a function in a "
                          "module's forward")
-    if not entries or not all(entries.values()) or "Union" in entries or batch_size < 1:
+    if not entries:
+        raise ValueError("expected a suite of attacks, got none: pass suite={'Clean': clean, "
+                         "'PGD20': pgd_at(8 / 255)}")
+    if not all(entries.values()) or "Union" in entries or batch_size < 1:
         raise ValueError("expected attacks, none named 'Union', and batch_size >= 1: got "
                          f"{[*entries]}, {batch_size}")
+    for name, attacks in entries.items():
+        for attack in attacks: _check_attack_takes(f"attack {name!r}", attack, "generator")
 
 def _judge_piece(trial: _Trial, entries: Mapping[str, Sequence[Attack]], raw: bool, active: bool,
                  spent: Callable[[], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -333,7 +339,7 @@ def _judge(model: nn.Module, x: Tensor | Iterable, y: Tensor | None, suite: _Sui
     known = length_hint(x if isinstance(x, Tensor)
                         else getattr(x, "dataset", ())) * sum(map(len, entries.values()))
     bar, found = show_progress(None, total=known or None, unit="image", show=progress), []
-    with frozen(model), ExitStack() as stack, closing(bar):
+    with frozen(model), ExitStack() as stack, closing(bar), _one_size():
         for first, x, y in _pieces(x, y, entries, batch_size):
             if not found:
                 device = own_device(device

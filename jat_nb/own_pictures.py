@@ -241,4 +241,6 @@ def attack_files(
               "after": names[row["after"]]} for f, c, row in zip(called, y, rows)]
     if first:
         write_json(Path(out) / "attack.json", {**told, "images": shown})
-    return f"{outcome(rows, label_from)}; see {Path(out) / 'attack.json'}"
+    unnamed = label_from == "network" and "weights" in about
+    hint = "; --classes names the classes as their folders are called" if unnamed else ""
+    return f"{outcome(rows, label_from)}{hint}; see {Path(out) / 'attack.json'}"

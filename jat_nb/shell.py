@@ -22,7 +22,9 @@ import torch
 from fastcore.docments import docments
 
 import jat_nb
+from .checkpoints import _whole_name
 from .data import Budget, default_budget
+from .models import _check_name
 from .processes import processes
 from .recipes import Recipe
 
@@ -174,18 +176,20 @@ def run_folder(
     return Path(out) / f"{name.replace('/', '-')}-s{seed}"
 
 # %% ../nbs/66_shell.ipynb #64caa1c0
-def _whole_name(data: str | None) -> str | None:
-    "The name of a data set that says from any folder where it lies."
-    if data is None or not data.startswith("folder:"):
-        return data
-    return f"folder:{os.path.abspath(_home(data.removeprefix('folder:')))}"
-
-
 def _size(size: Sequence[int] | None) -> int | tuple[int, int] | None:
     "One side, or height and width."
     if size and len(size) > 2:
         raise ValueError(f"--size takes one side, or height and width; got {len(size)} numbers")
     return tuple(size) if size and len(size) == 2 else size[0] if size else None
+
+# %% ../nbs/66_shell.ipynb #2c1e5f0c
+def _check_network(name: str | None) -> None:
+    "Refuse a network that cannot be made by its name."
+    try:
+        if name is not None: _check_name(name)
+    except ValueError as error:
+        raise ValueError(f"{error}; a network of your own class is trained and judged from "
+                         "Python, by fit and evaluate") from error
 
 # %% ../nbs/66_shell.ipynb #b7b102bd
 @dataclass(frozen=True)
@@ -199,12 +203,16 @@ class _Start:
     mean: list[float] | None = None
     std: list[float] | None = None  # Of a state_dict in --init: spread of each channel
 
+    def __post_init__(self) -> None:
+        _check_network(self.model)
+
 # %% ../nbs/66_shell.ipynb #813c3d5a
 @dataclass(frozen=True)
 class _Pictures:
     "The images of a training."
 
-    data: str | None = None  # Data set, a name or folder:PATH; the recipe's own if not given
+    # A name, or folder:PATH of PATH/train/CLASS and PATH/test/CLASS; the recipe's if not given
+    data: str | None = None
     download: bool = False  # Fetch a data set that is missing
     size: list[int] | None = None  # Side, or height and width, to bring pictures in folders to
     images: int | None = None  # Training images; the tier's if not given
@@ -212,7 +220,8 @@ class _Pictures:
     def asked(self) -> dict[str, Any]:
         "The same as `setting` takes it."
         _check(images=(self.images, 1))
-        return {"data": _whole_name(self.data), "size": _size(self.size), "images": self.images}
+        data = None if self.data is None else _whole_name(self.data)
+        return {"data": data, "size": _size(self.size), "images": self.images}
 
 # %% ../nbs/66_shell.ipynb #966d5356
 @dataclass(frozen=True)
@@ -220,7 +229,7 @@ class _Elsewhere:
     "What has to be said about weights from elsewhere: all that the folder of a run would tell."
 
     model: str | None = None  # With --weights FILE: its network, any name that `create` takes
-    # With --weights FILE: its data set, a name or folder:PATH; jat_attack can do without
+    # With --weights FILE: a name, or folder:PATH of PATH/test/CLASS; jat_attack can do without
     data: str | None = None
     # With --weights FILE: names of its classes in order, or their number
     classes: list[str] | None = None
@@ -228,6 +237,9 @@ class _Elsewhere:
     # With --weights FILE: mean of each channel in its training, in [0, 1]
     mean: list[float] | None = None
     std: list[float] | None = None  # With --weights FILE: spread of each channel
+
+    def __post_init__(self) -> None:
+        _check_network(self.model)
 
 # %% ../nbs/66_shell.ipynb #2e415632
 @dataclass(frozen=True)
@@ -244,6 +256,11 @@ class _Strength:
     def __post_init__(self) -> None:
         _check(eps_pixel=(self.eps_pixel, 0), eps_flow=(self.eps_flow, 0), steps=(self.steps, 1),
                batch_size=(self.batch_size, 1), seed=(self.seed, 0))
+        levels = self.eps_pixel
+        if levels is not None and not (levels == 0 or 1 <= levels <= 255):
+            meant = f"; {levels:g} of the whole range is {255 * levels:g}" if levels < 1 else ""
+            raise ValueError(f"--eps-pixel counts grey levels of 255, 0 or from 1 to 255, got "
+                             f"{levels:g}{meant}")
 
     def budget(self, data: str) -> Budget:
         "The budget of a data set, or the one that was asked for."

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .batches import Batch, Stream, _check_beside, batches, num_batches, shares
-from .checkpoints import (RESUME, _TRACED, _in_row, _since_best, _tally, add_stretch, claim,
-                                collapsed, function_names, load_state, publish, restore,
-                                run_identity, save_state, state_tensors)
+from .checkpoints import (RESUME, _described, _since_best, add_stretch, claim, collapsed,
+                                function_names, load_state, publish, restore, run_identity,
+                                save_state, state_tensors)
 from .data import ImageSet, Unlabelled
 from .glow import Glow
 from .models import frozen, unwrap
@@ -33,7 +33,8 @@ from .randomness import seed_from
 from .recipes import Bound, Recipe, bind
 from .records import environment, progress, read_jsonl
 from .schedules import learning_rate, make_optimizer
-from .updates import Judge, Memory, OnEpoch, accuracy, judge_classifier, train_step
+from .updates import (_TRACED, Judge, Memory, OnEpoch, _check_held_out, _check_own, _in_row,
+                            _one_size, _tally, accuracy, judge_classifier, train_step)
 from .weights import check_rebuildable
 
 # %% ../nbs/40_training.ipynb #fc7fd32b
@@ -111,6 +112,7 @@ def _remembered(run: _Run) -> State | None:
 def _open(run: _Run, folder: Path, about: Mapping[str, Any], device: torch.device,
           count: int) -> None:
     "Claim a folder for so many processes and go back to what lies there."
+    about = _described(about, folder, run.identity["recipe"], run.given.train)
     claim(folder, run.identity, {"about": about})
     if (folder / RESUME).exists():
         _go_to(run, load_state(folder / RESUME, run.model, run.optimizer, average=run.average,
@@ -248,9 +250,8 @@ def _check_unlabelled(recipe: Recipe, unlabelled: Unlabelled | None) -> None:
     "Refuse to leave out, in silence, images that a recipe counts on."
     if recipe.unlabelled and unlabelled is None:
         raise ValueError(f"the recipe uses a share of {recipe.unlabelled:.3g} of the images "
-                         "without their labels, fit was given none: pass unlabelled=, as "
-                         "`setting` or `few_labels` hands them out; to train without, pass an "
-                         "empty set, or set unlabelled=0 in the recipe")
+                         "without their labels, fit was given none: pass unlabelled= of `setting` "
+                         "or `few_labels`; to train without, an empty set, or unlabelled=0")
 
 
 def _check_fit(model: nn.Module, recipe: Recipe, given: _Given, patience: int | None,
@@ -260,6 +261,7 @@ def _check_fit(model: nn.Module, recipe: Recipe, given: _Given, patience: int | 
     if patience is not None and (patience < 1 or validation is None):
         raise ValueError("patience counts epochs by what validation= says: pass it, and at least "
                          f"1, got {patience}")
+    _check_held_out(validation)
     _check_beside(train, validation, unlabelled)
     counts = [len(d) for d in (train, validation) if d is not None and not isinstance(d, Stream)]
     if not isinstance(model, nn.Module) or not list(model.parameters()) or 0 in counts:
@@ -346,12 +348,12 @@ def _functions(recipe: Recipe, needs: Mapping[str, nn.Module],
     bound, mine = bind(recipe, needs), {k: v for k, v in own.items() if v is not None}
     judge = mine.pop("judge", None)
     bound = bound._replace(**{**mine, "attacks": {**bound.attacks, **mine.get("attacks", {})}})
+    _check_own(bound, own, recipe.objective)
     plain = partial(judge_classifier, probe=bound.probe, amp=recipe.amp)
     return bound, judge or JUDGES.get(recipe.objective, plain)
 
 
-def _identity(model: nn.Module, recipe: Recipe, given: _Given, own: Mapping[str, Any]
-              ) -> dict[str, Any]:
+def _identity(model: nn.Module, recipe: Recipe, given: _Given, own: Mapping[str, Any]) -> dict:
     "What must be the same when the same call goes on with a run."
     return run_identity(recipe, model, given.train, given.validation, function_names(own),
                         unlabelled=given.unlabelled, needs=given.needs)
@@ -383,7 +385,7 @@ def fit(
     own = {"objective": objective, "attacks": attacks, "probe": probe, "judge": judge}
     if not hasattr(train, "images") and not isinstance(train, Stream):
         train = Stream(train)
-    with report_lost():
+    with report_lost(), _one_size():
         given = _Given(train, validation, unlabelled, dict(needs or {}))
         _check_fit(model, recipe, given, patience, out is not None)
         bound, judge = _functions(recipe, given.needs, own)

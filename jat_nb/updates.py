@@ -6,12 +6,14 @@
 __all__ = ['OnEpoch', 'Judge', 'Memory', 'train_step', 'accuracy', 'judge_classifier']
 
 # %% ../nbs/39_updates.ipynb #02e6eb6e
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,8 +22,44 @@ from .batches import Batch, _pieces, batches
 from .data import ImageSet
 from .losses import correct
 from .models import bare, frozen, half_precision
-from .objectives import State, WithMemory
+from .objectives import OWN_LOSS, State, WithMemory
 from .processes import on_first, processes, total
+from .recipes import Bound
+
+# %% ../nbs/39_updates.ipynb #8d480e45
+def _check_takes(what: str, function: Any, places: Sequence[str], keywords: Sequence[str],
+                 mend: str) -> None:
+    "Refuse a function that could not be called with these arguments, and say how to mend it."
+    call = ", ".join([*places, *(f"{k}=..." for k in keywords)])
+    if not callable(function):
+        raise ValueError(f"{what} must be a function of ({call}), got {type(function).__name__}: "
+                         f"{mend}")
+    try:
+        inspect.signature(function).bind(*places, **dict.fromkeys(keywords))
+    except TypeError as error:
+        raise ValueError(f"{what} is called with ({call}), and it has {error}: {mend}") from error
+
+def _check_attack_takes(what: str, attack: Any, *keywords: str) -> None:
+    "Refuse an attack that could not be called with these keywords."
+    call = ", ".join(["model", "x", "y", *(f"{k}=None" for k in keywords)])
+    _check_takes(what, attack, ["model", "x", "y"], keywords,
+                 f"def attack({call}) returns the attacked images")
+
+# %% ../nbs/39_updates.ipynb #c1eeb4b8
+def _check_own(bound: Bound, own: Mapping[str, Any], name: str) -> None:
+    "Refuse functions of one's own that a training by the objective of that name could not call."
+    objective, memory = bound.objective, isinstance(bound.objective, WithMemory)
+    places = ["model", "batch", "state"] if memory else ["model", "batch"]
+    roles = [*inspect.signature(objective).parameters][len(places):] if callable(objective) else []
+    _check_takes("the objective", objective, places, [*bound.attacks],
+                 f"what follows {places[-1]} are the roles of attacks, here {roles}; recipe and "
+                 f"attacks= fill {[*bound.attacks]}; images and labels are batch.x and batch.y")
+    handed = ["target", "generator"] + (["loss"] if name in OWN_LOSS else [])
+    known = own.get("objective") is None  # who can say what another one hands over?
+    for role, attack in (own.get("attacks") or {}).items():
+        _check_attack_takes(f"attacks[{role!r}]", attack, *(handed if known else []))
+    if own.get("probe") is not None:
+        _check_attack_takes("the probe", own["probe"], "generator")
 
 # %% ../nbs/39_updates.ipynb #9d394f97
 def _on_bare(attack: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -44,9 +82,41 @@ def _loss_and_terms(objective: Callable[..., Any], model: nn.Module, piece: Batc
                     attacks: Mapping[str, Callable[..., Tensor]]) -> tuple[Tensor, Tensor]:
     "The loss of a part, and what an objective with memory wants to know of it (n,)."
     if memory is None:
-        return objective(model, piece, **attacks), torch.zeros(0)
-    loss, terms = objective(model, piece, memory.state, **attacks)
+        loss, terms = objective(model, piece, **attacks), torch.zeros(0)
+    else:
+        loss, terms = objective(model, piece, memory.state, **attacks)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        seen = (f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor)
+                else f"a {type(loss).__name__}")
+        raise ValueError(f"expected the objective to return its loss as a tensor of one number, "
+                         f"got {seen}: return the mean over the images, without item()")
     return loss, terms.detach().cpu().double()
+
+# %% ../nbs/39_updates.ipynb #ec98d0d4
+_TRACED = 16  # steps of an epoch that its row shows in full, at most
+
+
+def _tally(said: Mapping[str, Any], facts: Mapping[str, Any], iteration: int,
+           every: int) -> dict[str, Any]:
+    "What was said in an epoch so far: numbers summed, words counted, some steps in full."
+    sums = dict(said.get("sums", {}))
+    counts = {name: dict(own) for name, own in said.get("counts", {}).items()}
+    trace = list(said.get("trace", []))
+    for name, value in facts.items():
+        if isinstance(value, str):
+            own = counts.setdefault(name, {})
+            own[value] = own.get(value, 0) + 1
+        else:
+            sums[name] = np.add(sums.get(name, 0.0), value).tolist()
+    if (iteration - 1) % every == 0:
+        trace.append({"iteration": iteration, **facts})
+    return {"steps": said.get("steps", 0) + 1, "sums": sums, "counts": counts, "trace": trace}
+
+
+def _in_row(said: Mapping[str, Any]) -> dict[str, Any]:
+    "The entry of an epoch's row: numbers averaged over the steps."
+    mean = {name: np.divide(value, said["steps"]).tolist() for name, value in said["sums"].items()}
+    return {"steps": said["steps"], "mean": mean, "counts": said["counts"], "trace": said["trace"]}
 
 # %% ../nbs/39_updates.ipynb #2194f3e8
 def _move(model: nn.Module, optimizer: torch.optim.Optimizer, value: Tensor, terms: Tensor,
@@ -121,6 +191,27 @@ def accuracy(
         with frozen(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
             right += correct(model(x), batch.y).sum() if len(x) else 0
     return int(total(right)) / len(data)
+
+# %% ../nbs/39_updates.ipynb #15912a0f
+@contextmanager
+def _one_size() -> Iterator[None]:
+    "Inside, say what to do about pictures of several sizes in a batch of a DataLoader."
+    try:
+        yield
+    except RuntimeError as error:
+        if "stack expects each tensor to be equal size" not in str(error):
+            raise
+        raise ValueError("the pictures of a batch have several sizes: bring them to one in the "
+                         "data set's transform, such as Compose([Resize(64), CenterCrop(64), "
+                         "ToTensor()]) of torchvision.transforms") from error
+
+def _check_held_out(validation: Any) -> None:
+    "Refuse held-out images that cannot be judged again and again."
+    if validation is not None and not hasattr(validation, "images"):
+        raise ValueError("validation is judged after every epoch and must be at hand, got "
+                         f"{type(validation).__name__}: pass an ImageSet, as load('folder:PATH', "
+                         "'test', size=64) or load(...).split(n) give it, or make one of bytes, "
+                         "ImageSet(name, images, labels, classes)")
 
 # %% ../nbs/39_updates.ipynb #474f989e
 # on_epoch(row, network) -> True to stop

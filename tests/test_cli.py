@@ -208,7 +208,7 @@ def test_an_answer_belongs_to_its_weights(tmp_path, capsys):
 def test_only_a_twin_is_asked_for_siamese_images(runs):
     run = runs / "jat-one-step-joint-s0"
     for source, known in (("jat-natural-s0", False), ("jat-one-step-joint-s1", True)):
-        assert jat_eval(f"{run} --suite masking --source {runs / source} --n 4 --steps 8 --threads 1".split()) == 0
+        assert jat_eval(f"{run} --suite masking --source {runs / source} --n 4 --steps 8 --threads 1 --again".split()) == 0
         held = {row["check"]: row["held"] for row in Record.load(run / "eval-masking.json").metrics["rows"]}
         assert (held["transfer"] is not None) == known
 
@@ -451,7 +451,7 @@ def test_fast_is_the_default_of_the_cpu_tier(halves, tmp_path):
     for tier, words, fast in (("smoke", "", False), ("cpu", "", True), ("cpu", "--no-fast", False), ("smoke", "--fast", True)):
         facts["about"]["tier"] = tier
         (root / "run.json").write_text(json.dumps(facts))
-        assert jat_eval([*judge, *words.split()]) == 0
+        assert jat_eval([*judge, "--again", *words.split()]) == 0
         config = Record.load(root / "eval-jat.json").config
         assert (config["fast"], config["batch_size"]) == (fast, 250), (tier, words)
         assert jat_report([str(root), "--out", str(tmp_path / "page.html")]) == 0

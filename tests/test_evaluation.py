@@ -161,7 +161,7 @@ def test_bad_input_is_refused(case):
                           ((nn.Flatten(0), x, y), "logits")]:
         with pytest.raises(ValueError, match=message):
             evaluate(*args, {"PGD": pgd_at(0.01, 1)})
-    for suite, batch_size in (({}, 8), ({"Union": pgd}, 8), ({"PGD": pgd}, 0)):
+    for suite, batch_size in (({"A": []}, 8), ({"Union": pgd}, 8), ({"PGD": pgd}, 0)):
         with pytest.raises(ValueError, match="none named 'Union'"):
             evaluate(model, x, y, suite, batch_size=batch_size)
     with pytest.raises(ValueError, match="increasing"):

@@ -5,9 +5,11 @@ import threading
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from test_training import images
 from torch import nn
 from torch.testing import assert_close
@@ -15,11 +17,13 @@ from torch.testing import assert_close
 from jat_nb.ascent import logits_of
 from jat_nb.attacks import double_pass, ggsm, pgd
 from jat_nb.batches import Batch
+from jat_nb.cli import jat_attack, jat_eval, jat_train
 from jat_nb.evaluation import clean, evaluate, pgd_at
 from jat_nb.losses import check_logits, cross_entropy, kl_divergence, soft_cross_entropy
 from jat_nb.models import Logits, NormalizedModel, create, frozen
 from jat_nb.objectives import OBJECTIVES, adversarial, average, jat, maximum, natural
 from jat_nb.recipes import Recipe
+from jat_nb.shell import _Strength
 from jat_nb.training import fit
 
 X, Y = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3
@@ -296,3 +300,104 @@ def test_networks_that_share_a_part_take_turns():
     for t in threads: t.start()
     for t in threads: t.join(timeout=30)
     assert len(most) == 100 and max(most) == 1 and first.training and second.training
+
+
+# -- Functions and words of one's own that do not fit: refused at the entry, with the mend
+
+MADRY = Recipe(objective="adversarial", attacks=ATTACK, **SHORT)
+def whole(model, x, y, *, target=None, generator=None): return x
+def no_target(model, x, y, generator=None): return x
+def no_generator(model, x, y): return x
+def of_images(model, x, y): return cross_entropy(model(x), y).mean()
+def vector(model, batch): return cross_entropy(model(batch.x), batch.y)
+def number(model, batch): return vector(model, batch).mean().item()
+def nothing(model, batch): pass
+def own_role(model, batch, attack): return cross_entropy(model(attack(model, batch.x, batch.y)), batch.y).mean()
+def trained(recipe=RECIPES[0], **given): return fit(Around(plain), images(), recipe, **given)
+def loader(sides=(8, 9)): return torch.utils.data.DataLoader([(torch.rand(1, side, 8), 0) for side in sides], 2)
+def judged(suite): return evaluate(Around(plain), X, Y, suite)
+
+
+@pytest.mark.parametrize("work, message", [
+    (lambda: trained(MADRY, attacks={"adversary": whole}), r"argument 'adversary': .*roles of attacks, here \['attack'\]"),
+    (lambda: trained(attacks={"attack": whole}), r"argument 'attack': .*roles of attacks, here \[\]"),
+    (lambda: trained(MADRY, attacks={"attack": no_target}), r"attacks\['attack'\] is called .*'target': def attack\(model, x, y, target=None"),
+    (lambda: trained(MADRY, attacks={"attack": None}), r"attacks\['attack'\] must be a function of .*got NoneType"),
+    (lambda: trained(Recipe(objective="trades", attacks=ATTACK, **SHORT), attacks={"attack": whole}), "unexpected keyword argument 'loss'"),
+    (lambda: trained(objective=of_images), "'y': .*images and labels are batch.x and batch.y"),
+    (lambda: trained(MADRY, objective=of_images), "the objective is called with .*batch.x and batch.y"),
+    (lambda: trained(objective=own_role), r"missing a required argument: 'attack': .*here \['attack'\]"),
+    (lambda: trained(objective="natural"), "the objective must be a function of .*got str"),
+    (lambda: trained(objective=vector), r"got a tensor \(16,\): return the mean"),
+    (lambda: trained(objective=number), r"got a float: return the mean"), (lambda: trained(objective=nothing), "got a NoneType"),
+    (lambda: trained(probe=no_generator, validation=images(12, 1)), "the probe is called with .*'generator'"),
+    (lambda: trained(validation=loader((8, 8))), r"at hand, got DataLoader: .*load\('folder:PATH'"),
+    (lambda: fit(Around(plain), loader((8, 8)), RECIPES[0], validation=loader((8, 8))), "at hand, got DataLoader"),
+    (lambda: fit(Around(plain), loader(), RECIPES[0]), r"several sizes: .*Resize\(64\), CenterCrop\(64\)"),
+    (lambda: evaluate(Around(plain), loader(), suite={"Clean": clean}), r"several sizes: .*Resize\(64\)"),
+    (lambda: evaluate(Around(plain), loader((8, 8))), r"a suite of attacks, got none: pass suite=\{"), (lambda: judged({}), "got none"),
+    (lambda: judged({"mine": no_generator}), "attack 'mine' is called .*'generator'"), (lambda: judged({"mine": None}), "attack 'mine' .*NoneType"),
+    (lambda: judged({"mine": [clean, 7]}), "attack 'mine' must be a function .*got int"),
+    (lambda: judged({"mine": "pgd"}), "attack 'mine' must be a function .*got str")])
+def test_what_does_not_fit_is_refused_with_its_mend(work, message):
+    with pytest.raises(ValueError, match=message): work()
+
+
+def test_functions_that_fit_are_not_refused():
+    extra = lambda model, batch, attack, weight=1.0: weight * own_role(model, batch, attack)
+    trained(objective=extra, attacks={"attack": no_generator})
+    trained(MADRY, attacks={"attack": functools.partial(whole, target=None)})
+    trained(MADRY, attacks={"attack": lambda model, x, y, **options: x}, probe=lambda model, x, y, generator: x)
+    assert judged({"a": lambda *given, **_: given[1], "b": functools.partial(no_target)}).n == 6
+    with pytest.raises(RuntimeError, match="planted"):
+        evaluate(Around(plain), iter_that_fails(), suite={"Clean": clean})
+
+
+def iter_that_fails():
+    yield X, Y
+    raise RuntimeError("planted")
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--eps-pixel 300", "counts grey levels of 255, 0 or from 1 to 255, got 300"), ("--eps-pixel 0.03", "0.03 of the whole range is 7.65"),
+    ("--eps-pixel 0.999", "0.999 of the whole range is 254.7"), ("--eps-pixel -1", "eps_pixel >= 0"), ("--eps-pixel nan", "eps_pixel >= 0"),
+    ("--weights {grey} --model small_cnn_mnist --data folder:{set} --size 32", "judged from Python, by evaluate(Logits(network)"),
+    ("--weights {one} --model test_resnet --data folder:{set} --size 32", "a network of one output"),
+    ("--weights {one} --model my_net --data folder:{set}", "of your own class is trained and judged from Python, by fit and evaluate")])
+def test_words_of_the_shell_that_do_not_fit_are_refused_with_their_mend(tmp_path, capsys, words, message):
+    for name in "ab":
+        (tmp_path / "set" / "test" / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((9, 7, 3), np.uint8)).save(tmp_path / "set" / "test" / name / "1.png")
+    torch.save(create("small_cnn_mnist", in_chans=1, num_classes=2).model.state_dict(), tmp_path / "grey.pth")
+    torch.save(create("test_resnet", num_classes=1).model.state_dict(), tmp_path / "one.pth")
+    words = words.format(grey=tmp_path / "grey.pth", one=tmp_path / "one.pth", set=tmp_path / "set")
+    assert jat_eval([*words.split(), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+def test_eps_pixel_takes_its_ends(tmp_path):
+    assert [_Strength(eps_pixel=levels).budget("digits").eps_pixel for levels in (0, 1, 255)] == [0, 1 / 255, 1]
+
+
+def test_an_own_class_is_no_name_for_training(capsys):
+    assert jat_train("--recipe jat/natural --data digits --model my_net --out x".split()) == 2
+    assert "by fit and evaluate" in capsys.readouterr().err
+
+
+def test_classes_that_nobody_named_are_named_in_the_answer(tmp_path, capsys):
+    torch.save(create("test_resnet", num_classes=2).model.state_dict(), tmp_path / "two.pth")
+    for name in ("lily", "rose"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((9, 7, 3), np.uint8)).save(tmp_path / "in" / name / "1.png")
+    words = f"--weights {tmp_path}/two.pth --model test_resnet --size 32 --images {tmp_path}/in --steps 1 --out {tmp_path}/out".split()
+    assert jat_attack(words) == 0 and "--classes names the classes as their folders are called" in capsys.readouterr().out
+    assert jat_attack([*words, "--classes", "lily", "rose"]) == 0
+    said = capsys.readouterr().out
+    assert "labelled by their folders" in said and "--classes" not in said
+
+
+def test_the_layout_of_a_folder_is_in_the_help(capsys):
+    for command, layout in ((jat_train, "PATH/train/CLASS and PATH/test/CLASS"), (jat_eval, "PATH/test/CLASS")):
+        with pytest.raises(SystemExit): command(["--help"])
+        assert layout in " ".join(capsys.readouterr().out.split())

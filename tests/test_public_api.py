@@ -40,7 +40,7 @@ PROMISED = {
     "weather": "Fog fog Snow snow",
     "explain": "smooth_grad saliency gallery grad_cam cam_entropy overlay",
     "corruptions": "CORRUPTIONS available_corruptions corrupt cifar10_c corruption_accuracy corruption_score",
-    "joint_space": "Latent om_pgd jsa latent_report",
+    "joint_space": "Latent om_pgd jsa counted_codes latent_report",
     "rigid": "Rigid SEARCHES search rigid_grid rand_adv grid_adv worst_of_k rigid pgd_plus grid_plus",
     "objectives": "natural adversarial jat attacked_losses average maximum WithMemory roles networks standing_on "
                   "in_form OBJECTIVES OWN_LOSS likelihood judge_flow JUDGES",
@@ -50,7 +50,7 @@ PROMISED = {
     "perceptual": "stages perceptual perceptual_distance fast_lpa fast_pat layer_moves rlat",
     "semi_supervised": "srt klr trades guessed rst uat",
     "papers.srt_claims": "CLAIMS PAPER",
-    "papers.srt_studies": "SURFACE",
+    "papers.srt_studies": "SURFACE DISTANCES distances",
     "papers.srt": "RECIPES ROWS COLUMNS OWN_SUITES SYNONYMS NUMBERS HOMES LAMBDAS FRACTIONS rigid_columns",
     "pareto": "Pareto Weights solve_weights active_set moments disagreement effective_r feasible_r pareto_front "
               "dominates hypervolume knee universal_score",
@@ -81,7 +81,7 @@ PROMISED = {
     "shell": "command run_folder",
     "own_pictures": "to_png read_pictures label_pictures check_apart file_stems attack_options attack_pictures "
                     "outcome attack_files",
-    "judging": "class_accuracies adopt open_own needed_runs networks_for ending check_same_data find_runs run_facts "
+    "judging": "class_accuracies adopt open_own needed_runs networks_for check_same_data find_runs run_facts "
                "unfinished open_run open_classifier classifies sources_for judge",
     "gan": "Generator Discriminator hinge_loss train_gan",
     "generators": "Projection project render LatentSet Projected robust_mixup_codes",

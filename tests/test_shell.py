@@ -213,7 +213,8 @@ def test_budgets_of_ones_own_are_another_question(own, tmp_path, capsys):
     run = shutil.copytree(own / "runs" / "folder", tmp_path / "run", ignore=shutil.ignore_patterns("eval-*"))
     words = f"{run} --n 4 --steps 1 --threads 1".split()
     for more in ([], ["--eps-pixel", "3"], ["--eps-pixel", "3", "--eps-flow", "0.7"]):
-        assert jat_eval([*words, *more]) == 0 and "already there" not in capsys.readouterr().out
+        assert not more or jat_eval([*words, *more]) == 2 and "budget was" in capsys.readouterr().err
+        assert jat_eval([*words, *more, "--again"]) == 0 and "already there" not in capsys.readouterr().out
     assert Record.load(run / "eval-jat.json").config["budget"] == {"eps_pixel": 3 / 255, "eps_flow": 0.7}
     assert jat_report([str(run), "--out", str(tmp_path / "page.html")]) == 0
     assert "--eps-pixel 3 --eps-flow 0.7" in (tmp_path / "page.html").read_text()
