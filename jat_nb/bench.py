@@ -374,7 +374,7 @@ def measure_flow(p: Plan) -> dict[str, Any]:  # sizes in; raw seconds, images pe
             peer_codes = peer.inverse_and_log_det(x)[0]  # the first call sets its norms
             cases |= {"encode, normflows": lambda i: peer.inverse_and_log_det(x),
                       "decode, normflows": lambda i: peer.forward_and_log_det(peer_codes)}
-            findings |= {f"jat_nb / normflows, {way}": (way, f"{way}, normflows")
+            findings |= {f"jat_nb / normflows to {way}": (way, f"{way}, normflows")
                          for way in ("encode", "decode")}
         interleave(cases, 1)
         with counted_codes(flow) as count: cases["jsa"](0)

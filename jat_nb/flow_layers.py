@@ -159,8 +159,8 @@ class AffineCoupling(nn.Module):
         if channels % 2:
             raise ValueError(f"expected an even number of channels, got {channels}: squeeze first")
         self.net = nn.Sequential(
-            nn.Conv2d(channels // 2, width, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(width, width, 1), nn.ReLU(), _ZeroConv(width, channels))
+            nn.Conv2d(channels // 2, width, 3, padding=1), nn.ReLU(inplace=True),
+            nn.Conv2d(width, width, 1), nn.ReLU(inplace=True), _ZeroConv(width, channels))
 
     def _decide(self, a: Tensor) -> tuple[Tensor, Tensor]:
         "Logarithm of the scale, at least -3, and shift, from the half that stays."
