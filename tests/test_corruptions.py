@@ -54,7 +54,7 @@ def test_frost_without_photographs_says_what_to_install(monkeypatch):
     corruptions._ice.cache_clear()
     monkeypatch.setattr(corruptions, "find_spec", lambda name: None)
     assert "frost" not in available_corruptions() and len(available_corruptions()) == 14
-    with pytest.raises(ImportError, match=r"jat_nb\[corruptions\]"): corrupt(bytes_of(), "frost", 1)
+    with pytest.raises(ImportError, match="pip install imagecorruptions-imaug"): corrupt(bytes_of(), "frost", 1)
 
 
 def draws(seed=0):
