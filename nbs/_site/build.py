@@ -70,7 +70,7 @@ def build(out: Path = DOCS, readme: Path = README) -> None:
 
 # Classes that no rule of the styles asks for.
 SHORTER = (('class="docutils literal notranslate"', 'class="literal"'), ('class="reference internal"', 'class="reference"'),
-           (' docutils container"', ' container"'))
+           (' docutils container"', ' container"'), (' class="toctree-l1"', ""))
 
 
 def shrink(path: Path) -> None:
@@ -88,12 +88,17 @@ def pack(path: Path) -> None:
     path.unlink()
 
 
+def squeezed(tags: str) -> str:
+    "Without space between tags, and with single spaces elsewhere."
+    return re.sub(r"\s+", " ", re.sub(r">\s+<", "><", tags))
+
+
 def lighten(path: Path) -> None:
     """Take off what changes little: marks of names, numbers, operators and space in code, of inline code, of lone paragraphs
-    in tables; icons that no page shows and space between tags above the text. Pictures are named as they were packed."""
-    above, start, text = path.read_text(encoding="utf-8").partition("<article")
-    above = re.sub(r"\s+", " ", re.sub(r">\s+<", "><", UNUSED.sub("", above)))
-    text = above + start + PLAIN.sub(r"\1", text)
+    in tables; icons that no page shows and space between tags above and below the text. Pictures are named as they were packed."""
+    above, start, rest = path.read_text(encoding="utf-8").partition("<article")
+    text, end, below = rest.partition("</article>")
+    text = squeezed(UNUSED.sub("", above)) + start + PLAIN.sub(r"\1", text) + end + squeezed(below)
     for long, short in SHORTER: text = text.replace(long, short)
     text = re.sub(r'(src="_images/\w+)\.png', r"\1.webp", text)
     path.write_text(CELL.sub(r"<\1\2>\3</\1>", text), encoding="utf-8")
