@@ -20,6 +20,7 @@ from jat_nb.batches import Batch
 from jat_nb.cli import jat_attack, jat_eval, jat_train
 from jat_nb.evaluation import clean, evaluate, pgd_at
 from jat_nb.losses import check_logits, cross_entropy, kl_divergence, soft_cross_entropy
+from jat_nb.masking import transfer
 from jat_nb.models import Logits, NormalizedModel, create, frozen
 from jat_nb.objectives import OBJECTIVES, adversarial, average, jat, maximum, natural
 from jat_nb.recipes import Recipe
@@ -148,6 +149,19 @@ def test_no_gradient_is_named_with_a_mend(forward):
             attack(model, X, Y, steps=1)
     with pytest.raises(ValueError, match="no gradient in the images"): evaluate(model, X, Y, {"PGD": pgd_at(0.1, 1)})
     assert evaluate(model, X, Y, {"clean": clean}).n == 6, "without an attack no gradient is needed"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_a_quantised_network_has_no_gradient_and_is_judged_by_transfer():
+    "Its products are in whole numbers: attacked only through its original, left as found, its own verdict counts."
+    original = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval()
+    quantised = torch.ao.quantization.quantize_dynamic(original, {nn.Linear}, dtype=torch.qint8)
+    y = quantised(X).argmax(1)
+    for attack in (pgd, ggsm, double_pass):
+        with pytest.raises(ValueError, match="in whole numbers.*jat_nb.masking.transfer"): attack(quantised, X, y, steps=1)
+    assert evaluate(quantised, X, y, {"Clean": clean}).accuracy.item() == 1
+    moved = transfer(original, quantised, X, y, {"PGD": pgd_at(1.0)})
+    assert moved.accuracy.item() == 0 and not quantised.training
 
 
 def test_no_gradient_in_the_weights_is_named():

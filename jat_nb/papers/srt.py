@@ -59,7 +59,7 @@ def _pgd(data: str, setting: str) -> Spec:
     n = NUMBERS[data, setting]
     return "pgd", {"eps": n.eps, "step": n.step, "steps": n.steps, "start_std": 0.001}
 
-# %% ../../nbs/55_srt.ipynb #848a2e7e
+
 def _bare(data: str, setting: str) -> Recipe:
     "Natural training on the labelled images."
     network = _CNN if data == "mnist" else _WRN
@@ -81,7 +81,7 @@ def _with(data: str, setting: str, objective: str, links: Links | dict[str, Link
     return replace(_bare(data, setting), objective=objective, objective_options=options,
                    attacks=attacks, unlabelled=HOMES[data][1] if mixed else 0.0)
 
-# %% ../../nbs/55_srt.ipynb #34a82261
+
 def _taught(data: str, objective: str, beta: float) -> Recipe:
     "A method whose unlabelled images are labelled by the network of natural training."
     bare = replace(_bare(data, "long"), unlabelled=HOMES[data][1])
@@ -93,14 +93,14 @@ def _taught(data: str, objective: str, beta: float) -> Recipe:
 LAMBDAS: Mapping[str, tuple[float, ...]] = MappingProxyType({
     "spatial": (0.15, 0.2, 0.25, 0.3), "pixel": (0.2, 0.4, 0.6, 0.8)})  # weights, by setting
 
-# %% ../../nbs/55_srt.ipynb #108c2b93
+
 def _equal(r: Recipe, data: str) -> Recipe:
     "A recipe as long as SRT: 10,000 labels in batches of 25 or 21."
     per_epoch = {"cifar10": 400, "mnist": 477}[data]
     return replace(r, epochs=None, iterations=r.epochs * per_epoch,
                    milestones=tuple(m * per_epoch for m in r.milestones))
 
-# %% ../../nbs/55_srt.ipynb #e90300db
+
 def _rt_and_srt(data: str, setting: str) -> dict[str, Recipe]:
     "Both at each weight, under both reductions, and RT at SRT's number of updates."
     links, found = _MOVES if setting == "spatial" else [_pgd(data, setting)], {}
@@ -163,7 +163,7 @@ def _compound(data: str) -> dict[str, Recipe]:
             "at-max": _with(data, "long", "maximum", sides),
             "worst-of-k": _with(data, "long", "adversarial", _MOVES)}
 
-# %% ../../nbs/55_srt.ipynb #ca66b826
+
 def _long(data: str) -> dict[str, Recipe]:
     "Tables 4 and 9."
     pgd, small = [_pgd(data, "long")], data == "mnist"
@@ -193,7 +193,7 @@ def _named(data: str) -> dict[str, Recipe]:
     return {f"srt/{data}-{setting}-{name}": r for setting, own in settings.items()
             for name, r in own.items()}
 
-# %% ../../nbs/55_srt.ipynb #1272b913
+
 RECIPES: Mapping[str, Recipe] = MappingProxyType({name: r for data in HOMES
                                                   for name, r in _named(data).items()})
 
@@ -226,7 +226,7 @@ def _weights(number: int, data: str, setting: str) -> tuple[Row, ...]:
              for weight in LAMBDAS[setting] for method in ("RT", "SRT")]
     return tuple(Row(number, label, f"srt/{data}-{setting}-{name}", data) for label, name in rows)
 
-# %% ../../nbs/55_srt.ipynb #4a1fcec0
+
 def _methods(number: int, data: str, setting: str, names: Mapping[str, str],
              both: bool = True) -> tuple[Row, ...]:
     "A table of methods, perhaps on two data sets."
@@ -242,7 +242,6 @@ _FOUR = {"Standard": "standard", "AT": "at", "TRADES": "trades", "UAT": "uat", "
 _EIGHT = {"Worst-of-k": "worst-of-k", "KLR": "klr", "SRT": "srt-0.2", "fast SRT": "fast-srt"}
 _NINE = {**{name: _FOUR[name] for name in ("AT", "TRADES", "SRT")}, "fast SRT": "fast-srt"}
 
-# %% ../../nbs/55_srt.ipynb #c20e3459
 ROWS: tuple[Row, ...] = (
     *_weights(1, "cifar10", "spatial"), *_weights(2, "cifar10", "pixel"),
     *_weights(5, "mnist", "spatial"), *_weights(6, "mnist", "pixel"),
@@ -335,7 +334,7 @@ def _suites(data: str) -> dict[str, Suite]:
             f"srt-distances-{data}": _distances(data), f"srt-once-{data}": _once(data),
             f"srt-starts-{data}": _starts(data)}
 
-# %% ../../nbs/55_srt.ipynb #1d84623f
+
 OWN_SUITES: Mapping[str, Suite] = MappingProxyType(
     {name: suite for data in HOMES for name, suite in _suites(data).items()})
 
