@@ -18,7 +18,7 @@ demo: env  ## train a natural and a jointly robust classifier, attack both, writ
 	$(BIN)/python -m jat_nb.demo
 
 test: env  ## every check: package, notebooks, site
-	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 15 --durations-min 10
 
 bench: env  ## what an attack costs beyond the passes it needs: ratios in one run, into nbs/results/bench_cpu.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m jat_nb.bench --out nbs/results/bench_cpu.json

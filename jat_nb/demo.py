@@ -7,9 +7,7 @@ __all__ = ['Settings', 'demo_recipes', 'face_attacks', 'comparison', 'show_joint
 
 # %% ../nbs/69_demo.ipynb #f751493f
 import argparse
-import base64
 import html
-import io
 import json
 import sys
 import time
@@ -28,9 +26,10 @@ from .data import DATASETS, Budget, ImageSet, default_budget, load
 from .evaluation import Evaluation, budget_curve, clean, evaluate, ggsm_at, joint_at, pgd_at
 from .models import NormalizedModel, create
 from .pictures import plot_curves, show_attack
-from .records import Record, check_writable, read_jsonl, write_atomic
+from .records import Record, check_writable, read_jsonl
 from .catalogue import recipe as published
 from .recipes import Recipe
+from .reports import _drawing, _table, _write_page
 from .training import fit
 
 # %% ../nbs/69_demo.ipynb #b86a3827
@@ -155,29 +154,6 @@ def curves(
                     intervals={n: e.interval for n, e in found.items()}, trained_at=unit * eps)
     return fig
 
-# %% ../nbs/69_demo.ipynb #3ce0a29e
-def _png(
-    fig: Figure,  # Any matplotlib figure
-) -> bytes:  # The figure as a PNG file
-    "Render a figure."
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()
-
-# %% ../nbs/69_demo.ipynb #2678c183
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>jat_nb demo</title>
-<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;
-color:#222}}table{{border-collapse:collapse;font-size:.9rem}}td,th{{padding:.4rem .7rem;
-border-bottom:1px solid #ddd;text-align:left}}
-img{{max-width:100%}}pre{{background:#f6f6f6;padding:1rem;overflow:auto}}
-.wide{{overflow-x:auto}}</style>
-<h1>Natural and joint training on {data}</h1>
-<p>Accuracy in per cent on {n} test images under each attack, with 95 % intervals. Pixel budget
-{eps_pixel:.4g} ({grey:.3g}/255), flow budget {eps_flow:g} px. An image counts in the union only if
-it survives every attack.</p>
-<div class="wide">{table}</div>{figures}<h2>Settings and machine</h2><pre>{record}</pre></html>"""
-
 # %% ../nbs/69_demo.ipynb #a670f3e0
 def report(
     path: Path,  # HTML file to write
@@ -187,16 +163,17 @@ def report(
     figures: dict[str, Figure],  # Caption to figure
     record: dict,  # Settings, machine and results, JSON-able
 ) -> Path:  # The file
-    "Write the report as one self-contained HTML page."
-    image = (lambda fig: '<img alt="" '
-                         f'src="data:image/png;base64,{base64.b64encode(_png(fig)).decode()}">')
-    drawn = "".join(f"<h2>{html.escape(title)}</h2>{image(fig)}" for title, fig in figures.items())
-    page = _PAGE.format(data=html.escape(settings.data), n=next(iter(verdicts.values())).n,
-                        eps_pixel=budget.eps_pixel,
-                        grey=255 * budget.eps_pixel, eps_flow=budget.eps_flow, figures=drawn,
-                        table=comparison(verdicts).to_html(),
-                        record=html.escape(json.dumps(record, indent=1)))
-    return write_atomic(path, lambda part: part.write_text(page, encoding="utf-8"))
+    "Write the report as one self-contained HTML page, in the style of `html_report`."
+    n, pixel = next(iter(verdicts.values())).n, budget.eps_pixel
+    told = (f"Accuracy in per cent on {n} test images under each attack, with 95 % intervals. "
+            f"Pixel budget {pixel:.4g} ({255 * pixel:.3g}/255), flow budget {budget.eps_flow:g} "
+            "px. An image counts in the union only if it survives every attack.")
+    body = [f"<h1>Natural and joint training on {html.escape(settings.data)}</h1><p>{told}</p>",
+            _table(comparison(verdicts)),
+            *(f'<div class="wide">{_drawing(f, caption)}</div>' for caption, f in figures.items()),
+            "<h2>Settings and machine</h2>",
+            f"<pre>{html.escape(json.dumps(record, indent=1))}</pre>"]
+    return _write_page(path, "jat_nb demo", body)
 
 # %% ../nbs/69_demo.ipynb #cebe8883
 def _figures(networks: dict[str, nn.Module], test: ImageSet, budget: Budget) -> dict[str, Figure]:

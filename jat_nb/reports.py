@@ -357,6 +357,15 @@ def _section(runs: Sequence[Run], key: str,
         links[f"{key}-claims"] = f"{title}claims"
     return links, parts
 
+# %% ../nbs/52_reports.ipynb #f1b4f5d9
+def _write_page(path: str | Path, title: str, body: Sequence[str]) -> Path:
+    "A self-contained page in the style above, written in one step."
+    head = ('<meta charset="utf-8"><meta name="viewport" content="width=device-width, '
+            'initial-scale=1">')
+    page = (f'<!doctype html><html lang="en"><head>{head}<title>{html.escape(title)}</title>'
+            f'{_STYLE}</head><body><main>{"".join(body)}</main></body></html>\n')
+    return write_atomic(path, lambda part: part.write_text(page, encoding="utf-8"))
+
 # %% ../nbs/52_reports.ipynb #23d33248
 def html_report(
     runs: Sequence[Run],  # As read
@@ -370,9 +379,4 @@ def html_report(
         links, body = links | found, body + parts
     body = [_opening(runs, links | {"again": "How to do it again"}), *body]
     body += ["<h2 id=again>How to do it again</h2>", *map(_facts, runs)]
-    head = ('<meta charset="utf-8"><meta name="viewport" content="width=device-width, '
-            'initial-scale=1">')
-    page = (f'<!doctype html><html lang="en"><head>{head}<title>jat_nb '
-            f'report</title>{_STYLE}</head>'
-            f'<body><main>{"".join(body)}</main></body></html>\n')
-    return write_atomic(path, lambda part: part.write_text(page, encoding="utf-8"))
+    return _write_page(path, "jat_nb report", body)

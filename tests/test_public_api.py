@@ -68,7 +68,7 @@ PROMISED = {
     "autoattack": "autoattack",
     "masking": "random_pixels random_flow transfer steps_curve budget_surface local_linearity masking_report",
     "suites": "SUITES KINDS Suite Kind Job suites networks_of run_suite check_answer attacks_from with_bits bits",
-    "differences": "Share difference Finding verdict paired_difference",
+    "differences": "Share difference Finding comparisons verdict paired_difference",
     "results": "Run read_runs published survivors",
     "tables": "printed_numbers paper_table side_by_side recipe_names overview",
     "claims": "Check Claim Evidence COMPARISONS compare recorded redrawn redrawn_finding judge_claims findings_table",
