@@ -142,7 +142,7 @@ def _words(e: Evidence, one: Where, other: Where, data: str) -> tuple[str, str, 
         if one[1] != other[1]: mine, yours = f"{mine} {one[1]}", f"{yours} {other[1]}"
     return (common + f" on {data}" * (data not in ("", e.paper.home)), mine, yours)
 
-# %% ../nbs/50_claims.ipynb #32a8580c
+
 def _pair(e: Evidence, one: Where, other: Where, check: Check) -> Finding:
     words = _words(e, e.place(one), e.place(other), check.data)
     printed = e.printed(one, check.data) - e.printed(other, check.data)
@@ -156,7 +156,7 @@ def _level(e: Evidence, check: Check) -> Iterator[Finding]:
         what = f"{e.short(e.full(where[0]))}, {where[1]}" + f" on {check.data}" * elsewhere
         yield level(share, what, printed=e.printed(where, check.data), **check.bounds)
 
-# %% ../nbs/50_claims.ipynb #96b5279d
+
 def _order(e: Evidence, check: Check) -> Iterator[Finding]:
     "Every place at least as high as the next: a gap, where there are two."
     for better, worse in zip(check.at, check.at[1:]): yield _pair(e, better, worse, check)
@@ -173,7 +173,7 @@ def _budgets(e: Evidence, check: Check) -> list[str]:
     required = [e.full(name) for name in check.options.get("required", e.required)]
     return list(check.options.get("budgets", ())) if recipe in required else []
 
-# %% ../nbs/50_claims.ipynb #e329f851
+
 def _falls(e: Evidence, check: Check) -> Iterator[Finding]:
     recipe, _, *rest = check.at[0]
     along = tuple((recipe, budget, *rest) for budget in _budgets(e, check))
@@ -314,7 +314,7 @@ def _differ(e: Evidence, check: Check) -> Iterator[Finding]:
     found = mean_finding if check.options.get("mean") else median_finding
     yield found(check.options["what"], values, **check.bounds)
 
-# %% ../nbs/50_claims.ipynb #f36450cf
+
 def _beyond(e: Evidence, check: Check) -> Iterator[Finding]:
     above = [float(v > check.options["above"]) for v in recorded(e, check.at[0], check.data)]
     share = Share((statistics.fmean(above),), len(above)) if above else None
@@ -337,7 +337,7 @@ def _names(e: Evidence, check: Check) -> list[str]:
         return required + [n for n in more if e.share((n, *place), data) is not None]
     return required + [name for name in more if e.of(name, e.suite((name, *place)), data)]
 
-# %% ../nbs/50_claims.ipynb #7f32f74c
+
 def _spread(e: Evidence, check: Check) -> Iterator[Check]:
     "A check with stars as one check for each recipe, and each budget."
     first = check.at[0] if check.at else ()

@@ -151,7 +151,7 @@ def _attacks(suite: Suite, job: Job) -> dict[str, Attack | list[Attack]]:
 def _table(suite: Suite, job: Job) -> dict[str, Any]:
     return with_bits(evaluate(job.model, job.x, job.y, _attacks(suite, job), **job.options))
 
-# %% ../nbs/47_suites.ipynb #7177b890
+
 def _check_table(suite: Suite, answer: Mapping[str, Any]) -> None:
     "Verdicts must be as many as images and add up to the accuracies of a table, or of a curve."
     n, verdicts = answer["n"], answer.get("correct", {})
@@ -216,6 +216,10 @@ def _transfer(suite: Suite, job: Job) -> dict[str, Any]:
     made_on = lambda source: transfer(source, job.model, job.x, job.y, attacks, **job.options)
     return {"sources": {name: with_bits(made_on(source)) for name, source in job.sources.items()}}
 
+
+def _check_transfer(suite: Suite, answer: Mapping[str, Any]) -> None:
+    for table in answer["sources"].values(): _check_table(suite, table)
+
 # %% ../nbs/47_suites.ipynb #c2175650
 def _masking(suite: Suite, job: Job) -> dict[str, Any]:
     b, twin = job.budget, next(iter(job.sources.values()), None)
@@ -223,11 +227,7 @@ def _masking(suite: Suite, job: Job) -> dict[str, Any]:
     return masking_report(job.model, job.x, job.y, eps_pixel=b.eps_pixel, eps_flow=b.eps_flow,
                           siamese=twin, steps=steps, **job.options).record()
 
-# %% ../nbs/47_suites.ipynb #d0c60f0c
-def _check_transfer(suite: Suite, answer: Mapping[str, Any]) -> None:
-    for table in answer["sources"].values(): _check_table(suite, table)
 
-# %% ../nbs/47_suites.ipynb #2ed19e2d
 def _check_masking(suite: Suite, answer: Mapping[str, Any]) -> None:
     for row in answer["rows"]: row["check"], row["held"], dict(row["seen"])
 
@@ -245,7 +245,7 @@ def _raw(suite: Suite, job: Job) -> dict[str, str]:
     found = raw_accuracy(job.model, job.x, job.y, _attacks(suite, job), **job.options)
     return with_bits(found)["correct"]
 
-# %% ../nbs/47_suites.ipynb #13e7fbbe
+
 def _check_raw(suite: Suite, answer: Mapping[str, Any]) -> None:
     if not all(isinstance(text, str) and not set(text) - set("01") for text in answer.values()):
         raise ValueError("a raw verdict is a text of 0 and 1")
@@ -271,6 +271,16 @@ def _displacement(suite: Suite, job: Job) -> dict[str, list[float]]:
         found[name] = torch.cat([record.displacement_px for record in records]).tolist()
     return found
 
+
+def _check_similarity(suite: Suite, answer: Mapping[str, Any]) -> None:
+    [float(v) for values in answer.values() for v in values]
+
+
+def _check_displacement(suite: Suite, answer: Mapping[str, Any]) -> None:
+    lengths = {name: [float(v) for v in values] for name, values in answer.items()}
+    if any(v < 0 for values in lengths.values() for v in values):
+        raise ValueError("a displacement is a length in pixels, at least 0")
+
 # %% ../nbs/47_suites.ipynb #ae52d870
 def _corruptions(suite: Suite, job: Job) -> dict[str, list[Any]]:
     "Accuracy under the common corruptions, made from the images of the job."
@@ -286,16 +296,6 @@ def _check_corruptions(suite: Suite, answer: Mapping[str, Any]) -> None:
     inside = rows.low.between(0, rows.accuracy) & rows.high.between(rows.accuracy, 1)
     if not len(rows) or not inside.all():
         raise ValueError("an accuracy lies in its interval, and the interval in [0, 1]")
-
-# %% ../nbs/47_suites.ipynb #b9215626
-def _check_similarity(suite: Suite, answer: Mapping[str, Any]) -> None:
-    [float(v) for values in answer.values() for v in values]
-
-
-def _check_displacement(suite: Suite, answer: Mapping[str, Any]) -> None:
-    lengths = {name: [float(v) for v in values] for name, values in answer.items()}
-    if any(v < 0 for values in lengths.values() for v in values):
-        raise ValueError("a displacement is a length in pixels, at least 0")
 
 # %% ../nbs/47_suites.ipynb #dbc50d36
 class Kind(NamedTuple):
@@ -347,7 +347,7 @@ def suites() -> dict[str, Suite]:  # The general ones first, then each paper's
 def _kind(suite: Suite) -> Kind:
     return pkgutil.resolve_name(suite.kind) if ":" in suite.kind else KINDS[suite.kind]
 
-# %% ../nbs/47_suites.ipynb #1fabcf86
+
 def _answer(suite: Suite, job: Job) -> dict[str, Any]:
     "The answer of a suite and of those beside it."
     if (n := suite.options.get("n")) is not None: job = replace(job, x=job.x[:n], y=job.y[:n])

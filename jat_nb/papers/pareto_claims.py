@@ -43,7 +43,7 @@ def _losses(g: torch.Generator) -> np.ndarray:
     size = torch.rand(4, generator=g, dtype=torch.float64) + 0.05
     return (size * torch.rand(50, 4, generator=g, dtype=torch.float64) * 3).numpy()
 
-# %% ../../nbs/60_pareto_claims.ipynb #7dedaeeb
+
 def _double_sum(g: torch.Generator) -> float:
     """The quadratic form against the mean over batches of all squared differences of weighted
     losses."""
@@ -61,7 +61,7 @@ def _requirement(g: torch.Generator) -> float:
     alpha = solve_weights(mean, second, r).alpha
     return max(abs(alpha.sum() - 1), -alpha.min(), abs(alpha[1:] @ mean[1:] / r - 1))
 
-# %% ../../nbs/60_pareto_claims.ipynb #9de591e0
+
 def _convexity(g: torch.Generator) -> float:
     "By how much the value in the middle exceeds the mean of the ends."
     mean, second = moments(_losses(g))
@@ -71,7 +71,7 @@ def _convexity(g: torch.Generator) -> float:
     values = [a @ disagreement(second) @ a for a in alphas]
     return max(0.0, values[1] / max((values[0] + values[2]) / 2, 1e-12) - 1)
 
-# %% ../../nbs/60_pareto_claims.ipynb #955d0493
+
 def _balance(g: torch.Generator) -> float:
     mean = _losses(g).mean(axis=0)
     alpha = solve_weights(mean, np.outer(mean, mean), feasible_r(mean)[0]).alpha
@@ -110,9 +110,6 @@ def _exact(e: Evidence, check: Check) -> Iterator[Finding]:
         yield Finding(f"{name}, largest error over its tolerance", worst, worst, worst,
                       **check.bounds)
 
-# %% ../../nbs/60_pareto_claims.ipynb #aa55b97c
-_HERE, _SCORED = "jat_nb.papers.pareto_claims:", "jat_nb.papers.pareto_scores:"
-
 # %% ../../nbs/60_pareto_claims.ipynb #24a64d05
 def _local_where_fooled(e: Evidence, check: Check) -> Iterator[Finding]:
     """Frequency of the smooth flow less that of the affine map, on the images that each price
@@ -133,7 +130,7 @@ def _told(e: Evidence, recipe: str, data: str, fact: Callable[[Run], float | Non
     known = [value for value in facts if value is not None]
     return sum(known) / len(known) if known else math.nan
 
-# %% ../../nbs/60_pareto_claims.ipynb #e7f6da57
+
 def _natural_weight(run: Run) -> float | None:
     "Weight of the natural loss, mean over all steps of training."
     said = [row["objective"] for row in run.log
@@ -141,11 +138,16 @@ def _natural_weight(run: Run) -> float | None:
     steps = sum(part["steps"] for part in said)
     return sum(part["steps"] * part["mean"]["alpha"][0] for part in said) / steps if steps else None
 
+
+def _seconds(run: Run) -> float | None:
+    "Seconds of the fastest epoch, which others on the machine disturbed least."
+    return min((row["seconds"] for row in run.log), default=None)
+
 # %% ../../nbs/60_pareto_claims.ipynb #aa4116ef
 _FACTS: Mapping[str, Callable[[Run], float | None]] = MappingProxyType({
     "weight": _natural_weight, "clipped": clipped_share})
 
-# %% ../../nbs/60_pareto_claims.ipynb #2ffcacb1
+
 def _along(e: Evidence, check: Check) -> Iterator[Finding]:
     """Rank correlation of a fact about training with the place in a sweep, over the networks
     that have it."""
@@ -165,7 +167,7 @@ def _beyond_bounds(step: Mapping[str, Any]) -> float:
     robust, r, own = step["mean"][1:], step["r"], step["alpha"][0]
     return max(1 - r / min(robust) - own, own - (1 - r / max(robust)))
 
-# %% ../../nbs/60_pareto_claims.ipynb #1112009f
+
 def _bounded(e: Evidence, check: Check) -> Iterator[Finding]:
     "The largest such excess over the logged steps of each network."
     for where in check.at:
@@ -197,18 +199,16 @@ def _cost(e: Evidence, check: Check) -> Iterator[Finding]:
     taken = times[0] / times[1]
     yield Finding("seconds of an epoch, Pareto over Ave", taken, taken, taken, **check.bounds)
 
-# %% ../../nbs/60_pareto_claims.ipynb #f6cc241b
-def _seconds(run: Run) -> float | None:
-    "Seconds of the fastest epoch, which others on the machine disturbed least."
-    return min((row["seconds"] for row in run.log), default=None)
+# %% ../../nbs/60_pareto_claims.ipynb #aa55b97c
+_HERE, _SCORED = "jat_nb.papers.pareto_claims:", "jat_nb.papers.pareto_scores:"
 
-# %% ../../nbs/60_pareto_claims.ipynb #cd90398b
+
 _HOMES = ("mnist", "cifar10", "caltech256")
 
-# %% ../../nbs/60_pareto_claims.ipynb #caa69bae
+
 def _pareto(data: str) -> str: return f"pareto-{HEADLINE[data]}"
 
-# %% ../../nbs/60_pareto_claims.ipynb #4cc62974
+
 def _higher(column: str, *pairs: tuple[str, str],
             homes: Sequence[str] = _HOMES) -> tuple[Check, ...]:
     """One network at least as good as another, on every data set; Caltech-256 where there are
@@ -218,7 +218,7 @@ def _higher(column: str, *pairs: tuple[str, str],
               options={"if_measured": d == "caltech256"})
         for d in homes for a, b in pairs)
 
-# %% ../../nbs/60_pareto_claims.ipynb #f4c2b2d9
+
 def _best(column: str, name: str) -> tuple[Check, ...]:
     "A network at least as good as every other of Table 1."
     return tuple(
@@ -232,12 +232,12 @@ def _trend(kind: str, data: str, names: Sequence[str], column: str, what: str,
     at = tuple((f"{data}-{name}", column) for name in names)
     return Check(kind, at, data, options={"what": f"{what} on {data}", "fewest": 3}, **bounds)
 
-# %% ../../nbs/60_pareto_claims.ipynb #64e896d9
+
 _POSITIONS = [f"relative-{s}" for s in _RELATIVE]
 _JUDGED = [f"relative-{s}" for s in (-0.6, 0.0, 0.6)]
 _TABLE_2 = [f"strong-pareto-{r}" for r in (3.5, 3.7, 4.0, 4.2)]
 
-# %% ../../nbs/60_pareto_claims.ipynb #2ede2321
+
 def _relation(column: str, what: str, **bounds: Any) -> tuple[Check, ...]:
     "A score along the number of PGD steps in training, none to begin with."
     found = []
@@ -246,7 +246,7 @@ def _relation(column: str, what: str, **bounds: Any) -> tuple[Check, ...]:
         found.append(_trend("trend", data, names, column, what, **bounds))
     return tuple(found)
 
-# %% ../../nbs/60_pareto_claims.ipynb #42de507e
+
 def _rising(column: str, names: Sequence[str], data: str) -> Check:
     "A column that does not fall from one network to the next."
     at = tuple((f"{data}-{name}", column) for name in names[::-1])
@@ -320,12 +320,12 @@ def _skewness(name: str, source: str, **bounds: Any) -> Check:
     return Check("median", (where,), "mnist", options={"what": f"skewness against {source}"},
                  **bounds)
 
-# %% ../../nbs/60_pareto_claims.ipynb #6770d399
+
 def _differing(one: Where, other: Where, what: str, **more: Any) -> Check:
     options = {"what": what} | {k: more.pop(k) for k in ("times", "mean") if k in more}
     return Check("differ", (one, other), "mnist", options=options, **more)
 
-# %% ../../nbs/60_pareto_claims.ipynb #84de8fd9
+
 def _relief(name: str, attack: str) -> Where:
     return ("mnist-natural", "end", "pareto-landscape", name, attack)
 
@@ -354,7 +354,7 @@ _PICTURES = (
 # %% ../../nbs/60_pareto_claims.ipynb #d0efa788
 _DEMANDS = [f"pareto-{r}" for r in _SWEEP["mnist"]]
 
-# %% ../../nbs/60_pareto_claims.ipynb #013450dc
+
 def _log_trend(names: Sequence[str], fact: str, what: str, **bounds: Any) -> Check:
     at = tuple((f"mnist-{name}",) for name in names)
     return Check(_HERE + "_along", at, "mnist", by_estimate=True,
