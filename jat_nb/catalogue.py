@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TIER', 'Row', 'Paper', 'papers', 'register', 'recipes', 'recipe', 'Tier', 'in_proportion', 'adapt', 'listing',
-           'Setting', 'setting', 'other_lengths']
+           'Setting', 'setting']
 
 # %% ../nbs/41_catalogue.ipynb #f0d0b956
 import importlib

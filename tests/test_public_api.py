@@ -14,23 +14,22 @@ MODULES = sorted(".".join(p.relative_to(ROOT / "jat_nb").with_suffix("").parts)
                  for p in (ROOT / "jat_nb").rglob("*.py") if not p.stem.startswith("_"))
 PROMISED = {
     "warp": "warp affine_flow rigid_flow l2inf_norm generalized_sign project_disc random_disc",
-    "losses": "check_logits correct cross_entropy soft_cross_entropy kl_divergence margin_loss dlr_loss "
-              "targeted_dlr_loss random_target most_confusing_target bilateral_labels uniform_labels smooth_labels",
+    "losses": "correct cross_entropy soft_cross_entropy kl_divergence margin_loss dlr_loss targeted_dlr_loss "
+              "random_target most_confusing_target bilateral_labels uniform_labels smooth_labels",
     "randomness": "seed_from image_generators uniform",
-    "threats": "Pixel Flow Affine apply_chain contains_chain check_images check_labels",
+    "threats": "Pixel Flow Affine apply_chain contains_chain",
     "data": "ImageSet Unlabelled few_labels load available DATASETS default_budget",
     "readers": "picture_files read_picture",
     "batches": "Batch Stream batches pairs num_batches shares",
     "augmentations": "crop_flip random_crop_flip resized_crop_flip random_resized_crop_flip random_cutout cutout "
                      "AUGMENTATIONS",
-    "models": "Logits NormalizedModel BUILDERS create frozen unwrap bare plain_state",
-    "weights": "start_from check_options check_rebuildable tensor_hash write_tensors read_tensors save_weights "
-               "load_weights pretrained zoo names_its_network open_weights",
+    "models": "Logits NormalizedModel create frozen unwrap bare plain_state",
+    "weights": "start_from tensor_hash read_tensors save_weights load_weights pretrained zoo open_weights",
     "backbones": "SmallCNN PreActBlock PreActResNet PaddedBlock PaddedResNet resnet32_cifar wide_resnet "
                  "resnet18_cifar",
-    "records": "Record write_json append_jsonl write_atomic environment progress",
+    "records": "Record write_json append_jsonl environment progress",
     "pictures": "show_images show_attack flow_to_rgb quiver budget_strip ssim similarity",
-    "ascent": "logits_of Adversarial ascend assemble plan",
+    "ascent": "Adversarial ascend plan",
     "attacks": "Adversarial ascend chain fgsm pgd mi_fgsm ggsm one_pass cascade double_pass Named",
     "risks": "Risks risks",
     "minimum_norm": "THRESHOLDS distance at_threshold Nearest nearest ddn cw_l2 jsma pointwise",
@@ -41,63 +40,57 @@ PROMISED = {
     "explain": "smooth_grad saliency gallery grad_cam cam_entropy overlay",
     "corruptions": "CORRUPTIONS available_corruptions corrupt cifar10_c corruption_accuracy corruption_score",
     "joint_space": "Latent om_pgd jsa counted_codes latent_report",
-    "rigid": "Rigid SEARCHES search rigid_grid rand_adv grid_adv worst_of_k rigid pgd_plus grid_plus",
-    "objectives": "natural adversarial jat attacked_losses average maximum WithMemory roles networks standing_on "
-                  "in_form OBJECTIVES OWN_LOSS likelihood judge_flow JUDGES",
-    "mixing": "draw_share Partners partners mix mixed_loss mixup robust_mixup attack_then_mix iat mart",
+    "rigid": "Rigid search rigid_grid rand_adv grid_adv worst_of_k rigid pgd_plus grid_plus",
+    "objectives": "natural adversarial jat average maximum WithMemory roles networks in_form OBJECTIVES OWN_LOSS "
+                  "likelihood",
+    "mixing": "Partners partners mix mixed_loss mixup robust_mixup attack_then_mix iat mart",
     "augmenting": "LatentBall randomized_la adversarial_la AuxiliaryNorms advprop VaeGan OfClass vae_gan "
                   "judge_vae_gan by_class",
     "perceptual": "stages perceptual perceptual_distance fast_lpa fast_pat layer_moves rlat",
     "semi_supervised": "srt klr trades guessed rst uat",
     "papers.srt_claims": "CLAIMS PAPER",
-    "papers.srt_studies": "SURFACE DISTANCES distances",
-    "papers.srt": "RECIPES ROWS COLUMNS OWN_SUITES SYNONYMS NUMBERS HOMES LAMBDAS FRACTIONS rigid_columns",
-    "pareto": "Pareto Weights solve_weights active_set moments disagreement effective_r feasible_r pareto_front "
-              "dominates hypervolume knee universal_score",
-    "recipes": "Recipe Bound bind made_by",
+    "papers.srt_studies": "DISTANCES distances",
+    "papers.srt": "RECIPES ROWS COLUMNS OWN_SUITES SYNONYMS NUMBERS HOMES LAMBDAS FRACTIONS",
+    "pareto": "Pareto Weights solve_weights moments disagreement effective_r feasible_r pareto_front dominates "
+              "hypervolume knee universal_score",
+    "recipes": "Recipe bind",
     "schedules": "learning_rate make_optimizer",
-    "processes": "Processes processes own_device total from_first on_first agree distribute copy_buffers timer "
-                 "until_interrupted report_lost",
+    "processes": "Processes processes total",
     "updates": "OnEpoch train_step accuracy judge_classifier Judge Memory",
     "training": "fit",
-    "catalogue": "Row Paper Tier TIER Setting papers register recipe recipes adapt setting listing other_lengths",
-    "papers.jat": "PAPER RECIPES ROWS COLUMNS SYNONYMS OWN_SUITES CLAIMS jat_suite",
-    "checkpoints": "save_state load_state state_tensors restore claim add_stretch run_identity function_names publish "
-                   "shortfall best_row collapsed probe_curve overfitting_gap",
+    "catalogue": "Row Paper Tier TIER Setting papers register recipe recipes adapt setting listing",
+    "papers.jat": "PAPER RECIPES ROWS COLUMNS SYNONYMS OWN_SUITES CLAIMS",
+    "checkpoints": "publish best_row probe_curve overfitting_gap",
     "contract": "Promise check_attack",
     "autoattack": "autoattack",
     "masking": "random_pixels random_flow transfer steps_curve budget_surface local_linearity masking_report",
-    "suites": "SUITES KINDS Suite Kind Job suites networks_of run_suite check_answer attacks_from with_bits bits",
-    "differences": "Share difference Finding comparisons verdict paired_difference",
+    "suites": "SUITES KINDS Suite Kind Job suites networks_of run_suite check_answer attacks_from bits",
+    "differences": "Share difference Finding comparisons verdict",
     "results": "Run read_runs published survivors",
-    "tables": "printed_numbers paper_table side_by_side recipe_names overview",
-    "claims": "Check Claim Evidence COMPARISONS compare recorded redrawn redrawn_finding judge_claims findings_table",
+    "tables": "printed_numbers paper_table side_by_side recipe_names",
+    "claims": "Check Claim Evidence judge_claims findings_table",
     "reports": "QUESTIONS masking_checks html_report",
     "plots": "attack_bars training_curve budget_curves",
-    "timing": "Rounds spread interleave slope floor_passes step_cost PLANS Plan bare_passes in_mode",
-    "bench": "MEASUREMENTS half_budget",
-    "bench_report": "run_bench targets main",
+    "timing": "Rounds spread interleave slope step_cost PLANS",
+    "bench": "MEASUREMENTS",
+    "bench_report": "main",
     "cli": "jat_train jat_eval jat_attack jat_report main",
-    "shell": "command run_folder",
-    "own_pictures": "to_png read_pictures label_pictures check_apart file_stems attack_options attack_pictures "
-                    "outcome attack_files",
-    "judging": "class_accuracies adopt open_own needed_runs networks_for check_same_data find_runs run_facts "
-               "unfinished open_run open_classifier classifies sources_for judge",
-    "gan": "Generator Discriminator hinge_loss train_gan",
-    "generators": "Projection project render LatentSet Projected robust_mixup_codes",
+    "shell": "command",
+    "own_pictures": "attack_options outcome",
+    "judging": "adopt run_facts unfinished open_run judge",
+    "gan": "Generator Discriminator train_gan",
+    "generators": "Projection project LatentSet Projected robust_mixup_codes",
     "evaluation": "counted wilson_interval Evaluation evaluate budget_curve clean pgd_at ggsm_at joint_at "
                   "raw_accuracy",
-    "demo": "Settings demo_recipes face_attacks comparison show_joint curves report run_demo main",
-    "fronts": "LARGEST clipped_share clipping front_table plot_front export_point",
-    "papers.ijsat": "PIXEL LATENT PGD OM_PGD JSA FLOW NEEDS VAE VAE_GAN GAN DRAWN RECIPES ROWS SINGLE OWN_SUITES SIX "
-                    "SEVEN AVERAGE_OF_SIX SCORES COLUMNS SYNONYMS CORRECTIONS make_gan make_drawn averaged corrupted",
-    "papers.ijsat_claims": "MIXING LEVELS MAPS CLAIMS PAPER mixing_excess centroid",
-    "papers.pareto": "NUMBERS Family RECIPES PRINTED HEADLINE ROWS LABELS OWN_SUITES COLUMNS Numbers paper_attack "
-                     "family_columns",
+    "demo": "Settings run_demo main",
+    "fronts": "clipping front_table plot_front export_point",
+    "papers.ijsat": "RECIPES ROWS OWN_SUITES SIX SEVEN AVERAGE_OF_SIX SCORES COLUMNS SYNONYMS CORRECTIONS make_gan "
+                    "make_drawn averaged corrupted",
+    "papers.ijsat_claims": "CLAIMS PAPER",
+    "papers.pareto": "NUMBERS RECIPES PRINTED HEADLINE ROWS OWN_SUITES COLUMNS Numbers",
     "papers.pareto_claims": "CLAIMS PAPER",
-    "papers.pareto_scores": "SYNONYMS CORRECTIONS SENSITIVITY LOCAL GLOBAL PLAIN_SENSITIVITY PLAIN_LOCAL PLAIN_GLOBAL "
-                            "PLAIN_UNIVERSAL SCORES family_score universal sacrificed",
-    "papers.pareto_studies": "SALIENCY LANDSCAPE TAUS DISPLACEMENT geometry stored_maps centres displacements",
+    "papers.pareto_scores": "SYNONYMS CORRECTIONS PLAIN_UNIVERSAL SCORES universal sacrificed",
+    "papers.pareto_studies": "TAUS stored_maps centres displacements",
     "spatial": "grid_to_px affine integrated displacement_frequency flow_loss smooth_flow",
 }
 
