@@ -396,3 +396,10 @@ def test_fast_srt_takes_one_step_of_a_quarter_more_than_the_budget(data, eps):
     found = ATTACKS[name](model, x, y, **options, generator=torch.Generator().manual_seed(0), return_info=True)
     again = ATTACKS[name](model, x, y, **options, generator=torch.Generator().manual_seed(1), return_info=True)
     assert found.n_backward == 1 and found.within.all() and not torch.equal(found.x_adv, again.x_adv)
+
+
+def test_without_unlabelled_images_one_mean_is_half_of_two(parts):
+    "So RT is the same training under both reductions, and SRT with one mean has RT as its rival."
+    b = next(batches(parts[0], 40, shuffle=True, seed=5))
+    two, one = (srt(net(2), b, wavy, weight=0.7, reduction=reduction) for reduction in ("separate", "concat"))
+    torch.testing.assert_close(one, two / 2)
