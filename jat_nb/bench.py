@@ -392,5 +392,5 @@ MEASUREMENTS: Mapping[str, Callable[[Plan], dict[str, Any]]] = {
 }  # in this order
 
 
-if __name__ == "__main__" and "__file__" in globals():  # as a program, not inside a notebook
+if __name__ == "__main__" and __package__:  # with python -m, not as notebook or copied page
     importlib.import_module("jat_nb.bench_report").main()

@@ -252,5 +252,5 @@ def main() -> None:
     print(f"report: {settings.folder / 'report.html'}")
 
 
-if __name__ == "__main__" and "__file__" in globals():  # as a program, not inside a notebook
+if __name__ == "__main__" and __package__:  # with python -m, not as notebook or copied page
     main()
