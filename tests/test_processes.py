@@ -43,7 +43,7 @@ def well(results):
 # Alone
 
 def test_one_process_pays_nothing():
-    program = ("import sys, torch; from jat_nb.processes import *; m = torch.nn.Linear(1, 1)\n"
+    program = ("import sys, torch; from jat_nb.processes import agree, copy_buffers, distribute, from_first, on_first, total; m = torch.nn.Linear(1, 1)\n"
                "with distribute(m) as w: assert w is m and vars(m).keys() == vars(torch.nn.Linear(1, 1)).keys()\n"
                "assert total(torch.ones(2)).tolist() == [1, 1] and from_first(3) == on_first(lambda: 3) == 3\n"
                "agree({}), copy_buffers(m); assert 'accelerate' not in sys.modules")
