@@ -277,7 +277,8 @@ def _again(run: Run) -> str:
 def _facts(run: Run) -> str:
     "How one run was made, and how to make it again."
     machine, versions = run.environment, run.environment.get("versions", {})
-    facts = {"recipe": ", ".join(f"{k} {json.dumps(v)}" for k, v in run.recipe.items()),
+    done = run.recipe | run.own  # a function of one's own stood in for what the recipe names
+    facts = {"recipe": ", ".join(f"{k} {json.dumps(v)}" for k, v in done.items()),
              "machine": f"{machine.get('device', 'unknown')}, {machine.get('threads', '?')} "
                         "threads",
              "commit": machine.get("commit") or "unknown",

@@ -80,6 +80,7 @@ class _Trained:
     problems: tuple[str, ...] = ()  # what is missing or damaged
     usable: bool = True  # finished, and not a repetition
     model: dict[str, Any] = field(default_factory=dict)  # the call of `create`, and where it began
+    own: dict[str, str] = field(default_factory=dict)  # functions that stood in for the recipe's
 
     @property
     def name(self) -> str:
@@ -216,13 +217,14 @@ def _read_run(path: Path, folder: str) -> Run:
                for p in sorted(path.glob("eval-*.json"))}
     records = {suite: record for suite, record in records.items() if record is not None}
     return Run(folder, about, recipe, machine, log, records, tuple(problems), usable,
-               kept.get("model", {}))
+               kept.get("model", {}), kept.get("own", {}))
 
 # %% ../nbs/48_results.ipynb #97adacac
 def _setting(run: Run) -> dict[str, Any]:
     "All that seeds of one recipe must share."
     about = {k: run.about.get(k) for k in ("variant", "images")}  # images: where not the tier's
     about["start"] = "start" in run.about  # from a file: each seed from its own, or all from one
+    about["own"] = run.own
     return {k: v for k, v in asdict(run.plan).items() if k != "seed"} | about
 
 

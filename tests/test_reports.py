@@ -208,6 +208,18 @@ def test_only_equals_are_averaged_as_seeds(tmp_path):
     assert "set aside: other steps" in runs[3].problems[0] and len(survivors(runs, "jat/madry", "Joint").seeds) == 1
 
 
+def test_a_function_that_stood_in_for_the_recipe_is_named_and_no_seed_of_it(tmp_path):
+    for seed in range(2):
+        run = plant(tmp_path, "madry", network(), seed=seed)
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(facts | {"own": {"objective": "mine:hinge"}}))
+    first, second = read_runs(tmp_path)
+    assert first.usable and not second.usable
+    assert second.problems == ("not as madry-s0: own",)
+    page = html_report([first, second], tmp_path / "page.html").read_text()
+    assert "objective &quot;mine:hinge&quot;" in page
+
+
 def test_records_with_other_steps_fill_no_cell_of_the_paper(tmp_path):
     spoil(plant(tmp_path, "madry", network()) / "eval-jat.json", lambda r: r.config.update(steps=2))
     runs = read_runs(tmp_path)
