@@ -175,7 +175,7 @@ from jat_nb.suites import Job, run_suite, suites
 test, rank = load("digits", "test").subset(5), processes().rank
 found = {}
 ALIKE = ("srt-compound-cifar10", "srt-compound-mnist", "srt-mnist", "srt-strong-mnist", "srt-surface-mnist",
-         "srt-norms-cifar10", "srt-norms-mnist", "srt-distances-cifar10", "srt-distances-mnist", "srt-once-mnist", "srt-starts-mnist")  # attacks asked elsewhere
+         "srt-norms-cifar10", "srt-norms-mnist", "srt-distances-cifar10", "srt-distances-mnist", "srt-once-mnist", "srt-starts-mnist", "srt-auto-mnist", "srt-auto-cifar10")  # attacks asked elsewhere
 ALIKE += tuple(n for n in suites() if n.startswith("ijsat"))  # they need a flow: test_ijsat_paper
 for name in (n for n in suites() if n not in ALIKE):
     small = name == "autoattack" or name.startswith("srt")  # grids are long

@@ -291,6 +291,13 @@ def _strong(data: str) -> Suite:
                for tail, n in (("", NUMBERS[data, "pixel"]), (", long", NUMBERS[data, "long"]))}
     return Suite({"Clean": ("clean", {}), **columns}, options={"n": 200}, home=data)
 
+
+def _auto(data: str) -> Suite:
+    "AutoAttack at the budget of tables 2 and 6."
+    weapon = ("autoattack", {"eps": NUMBERS[data, "pixel"].eps, "block": 100})
+    return Suite({"Clean": ("clean", {}), "AutoAttack, short": weapon}, options={"n": 200},
+                 home=data)
+
 # %% ../../nbs/55_srt.ipynb #278774c7
 def _norms(data: str) -> Suite:
     "Columns of Table 4 that need a threshold."
@@ -331,7 +338,7 @@ def _suites(data: str) -> dict[str, Suite]:
                                           home=data),
             f"srt-strong-{data}": _strong(data), f"srt-norms-{data}": _norms(data),
             f"srt-distances-{data}": _distances(data), f"srt-once-{data}": _once(data),
-            f"srt-starts-{data}": _starts(data)}
+            f"srt-starts-{data}": _starts(data), f"srt-auto-{data}": _auto(data)}
 
 
 OWN_SUITES: Mapping[str, Suite] = MappingProxyType(
@@ -341,7 +348,7 @@ OWN_SUITES: Mapping[str, Suite] = MappingProxyType(
 COLUMNS: Mapping[str, str] = MappingProxyType(
     dict.fromkeys(OWN_SUITES["srt-mnist"].columns, "srt-{home}")
     | dict.fromkeys(("PGD100x5", "PGD100x5, long"), "srt-strong-{home}")
-    | {"AutoAttack": "autoattack"}
+    | {"AutoAttack": "autoattack", "AutoAttack, short": "srt-auto-{home}"}
     | dict.fromkeys(("DDNA", "JSMA", "Point-wise"), "srt-norms-{home}")
     | dict.fromkeys(_once("mnist").columns, "srt-once-{home}")
     | dict.fromkeys(_starts("mnist").columns, "srt-starts-{home}") | {"Clean": "srt-{home}"})
