@@ -90,6 +90,12 @@ def test_values_that_an_attack_would_refuse_are_refused_in_the_recipe(options, m
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_a_movement_may_be_as_long_as_the_images_of_any_data_set():
+    Recipe(**{**BASE, **of("worst_of_k", k=3, max_px=31.0)})
+    with pytest.raises(ValueError, match="max_px=80 moves images of 64 x 64 out of sight"):
+        Recipe(**{**BASE, **of("worst_of_k", k=3, max_px=80.0)})
+
+
 def test_recipes_share_nothing():
     options = {"steps": 1}
     a = Recipe(**{**BASE, **of(**options)})
