@@ -9,7 +9,7 @@ __all__ = ['CORRUPTIONS', 'available_corruptions', 'corrupt', 'cifar10_c', 'corr
 import io
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
@@ -286,6 +286,14 @@ def cifar10_c(
     return ImageSet(f"cifar10-c/{name}-{severity}", pixels,
                     torch.from_numpy(labels[part].astype(np.int64)), classes)
 
+# %% ../nbs/34_corruptions.ipynb #f16c6afd
+def _official(images: Tensor, y: Tensor) -> Callable[[str, int], Tensor] | None:
+    "Reads the official files, where they are, if these are the whole test set of CIFAR-10."
+    try: first = cifar10_c(next(iter(CORRUPTIONS)), 1)
+    except FileNotFoundError: return None
+    if images.shape != first.images.shape or not torch.equal(first.labels, y.cpu()): return None
+    return lambda name, severity: cifar10_c(name, severity).images
+
 # %% ../nbs/34_corruptions.ipynb #9b33bf95
 def corruption_accuracy(
     model: nn.Module,  # Classifier: images (B, C, H, W) in [0, 1] to logits (B, K)
@@ -294,18 +302,20 @@ def corruption_accuracy(
     *,
     names: Sequence[str] | None = None,  # Keys of CORRUPTIONS; None: all
     severities: Sequence[int] = (1, 2, 3, 4, 5),  # Which of the five
-    # read(name, severity) -> the same images corrupted; None: `corrupt`
+    # read(name, severity) -> the same images corrupted; None: the official files, where they are
+    # and these are CIFAR-10's test images, else `corrupt`
     read: Callable[[str, int], Tensor] | None = None,
     seed: int = 0,  # Of the draws of `corrupt`
     batch_size: int = 250,  # Images per pass
-) -> pd.DataFrame:  # corruption, severity, n, accuracy, low, high
+) -> pd.DataFrame:  # corruption, severity, n, accuracy, low, high, made
     "Accuracy under each corruption at each severity."
     if not len(images) or len(images) != len(y):
         raise ValueError(f"expected images with their labels, got {len(images)} and {len(y)}")
-    rows, device = [], y.device
+    rows, device, official = [], y.device, None if read else _official(images, y)
+    made = "given" if read else "official" if official else "here"
+    read = read or official or partial(corrupt, images, seed=seed)
     for name, severity in itertools.product(CORRUPTIONS if names is None else names, severities):
-        changed = (corrupt(images, name, severity, seed=seed) if read is None
-                   else read(name, severity))
+        changed = read(name, severity)
         if changed.shape != images.shape:
             raise ValueError(f"{name} at {severity} has images {tuple(changed.shape)}, not "
                              f"{tuple(images.shape)}")
@@ -313,8 +323,9 @@ def corruption_accuracy(
             parts = zip(changed.split(batch_size), y.split(batch_size))
             right = sum(int(correct(model(x.to(device) / 255), own).sum()) for x, own in parts)
         interval = binomtest(right, len(y)).proportion_ci(method="wilson")
-        rows.append((name, severity, len(y), right / len(y), interval.low, interval.high))
-    return pd.DataFrame(rows, columns=["corruption", "severity", "n", "accuracy", "low", "high"])
+        rows.append((name, severity, len(y), right / len(y), interval.low, interval.high, made))
+    return pd.DataFrame(rows, columns=["corruption", "severity", "n", "accuracy", "low", "high",
+                                       "made"])
 
 # %% ../nbs/34_corruptions.ipynb #a8a9cbd3
 def corruption_score(

@@ -121,6 +121,20 @@ def test_official_files(tmp_path, monkeypatch):
     with pytest.raises(ValueError): cifar10_c("snow", 1)  # never unpickled
 
 
+def test_official_files_judge_the_test_set_where_they_are(tmp_path, monkeypatch):
+    official(tmp_path)
+    for name in CORRUPTIONS: (tmp_path / "CIFAR-10-C" / f"{name}.npy").write_bytes((tmp_path / "CIFAR-10-C" / "snow.npy").read_bytes())
+    images, labels = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4)
+    seen = []
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    model.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    monkeypatch.setenv("JAT_DATA", str(tmp_path))
+    table = corruption_accuracy(model, images, labels, names=("fog",), severities=(2,))
+    assert torch.equal(seen[0], cifar10_c("fog", 2).images / 255) and table["made"].tolist() == ["official"]
+    other = corruption_accuracy(model, images, labels.flip(0), names=("fog",), severities=(2,))
+    assert other["made"].tolist() == ["here"]  # other images: never the files of these
+
+
 def net(channels=3, side=32):
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(channels * side * side, 4), nn.Dropout(0.9))
