@@ -279,14 +279,25 @@ class Stream:
                              "call, not one that is used up")
 
 # %% ../nbs/21_batches.ipynb #7c09f824
+def _check_shape(train: Any, unlabelled: Any) -> None:
+    "Refuse unlabelled images that fit into no batch with the training images."
+    images, wanted = getattr(unlabelled, "images", None), tuple(train.images.shape[1:])
+    found = type(unlabelled).__name__ if images is None else tuple(images.shape[1:])
+    if found != wanted:
+        raise ValueError(f"the training images have the shape {wanted}, the unlabelled ones "
+                         f"{found}: pass an Unlabelled with images of the same shape")
+
+
 def _check_beside(train: Any, validation: Any, unlabelled: Any) -> None:
-    "Refuse beside a stream what it cannot serve."
+    "Refuse beside the training data what it cannot be used with."
     if isinstance(train, Stream) and validation is not None and not hasattr(validation, "images"):
         raise ValueError("validation is judged after every epoch and must be at hand, got "
                          f"{type(validation).__name__}: pass an ImageSet of some thousand images")
     if isinstance(train, Stream) and unlabelled:
         raise ValueError("a stream has no unlabelled images beside it: pass an ImageSet as "
                          "training data")
+    if unlabelled is not None and not isinstance(train, Stream):
+        _check_shape(train, unlabelled)
 
 # %% ../nbs/21_batches.ipynb #ee7bda9e
 def _whole(batch: Batch, state: Tensor) -> Batch:

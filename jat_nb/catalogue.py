@@ -311,11 +311,15 @@ def _continued(init: Path, data: ImageSet, name: str | None, **moments: Any) -> 
 def _divided(plan: Recipe, rest: ImageSet, whole: int,
              most: int) -> tuple[ImageSet, Unlabelled | None]:
     "The labelled and the unlabelled images of a recipe, for so many images of a set."
-    size = whole if most >= len(rest) else most
+    size, taken = whole if most >= len(rest) else most, min(most, len(rest))
     # first of each class
     seen = [int((rest.labels == k).int().argmax()) for k in range(rest.num_classes)]
-    labelled = min(max(round(plan.labelled * size), max(seen) + 1), len(rest))
-    unlabelled = min(round(plan.unlabelled * size), len(rest) - labelled)
+    least = max(seen) + 1 + (plan.unlabelled > 0)
+    if taken < least:
+        raise ValueError(f"{taken} training images are too few to see a label of each class of "
+                         f"{rest.name!r}: ask for at least {least}")
+    labelled = min(max(round(plan.labelled * size), max(seen) + 1), taken)
+    unlabelled = min(round(plan.unlabelled * size), taken - labelled)
     known, unknown = few_labels(rest, labelled, unlabelled)
     return known, unknown if unlabelled else None
 

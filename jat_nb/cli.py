@@ -8,6 +8,7 @@ __all__ = ['jat_train', 'jat_eval', 'jat_attack', 'jat_report', 'main']
 # %% ../nbs/67_cli.ipynb #969ef372
 import copy
 import math
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ from .judging import (adopt, classifies, find_runs, judge, needed_runs, networks
 from .objectives import in_form
 from .own_pictures import attack_files, attack_options, check_apart
 from .processes import on_first, processes, until_interrupted
-from .recipes import Recipe, bind
+from .recipes import Recipe, bind, made_by
 from .records import check_writable, progress
 from .reports import html_report
 from .results import read_runs
@@ -110,7 +111,7 @@ def _train_one(s: Setting, needs: dict[str, nn.Module], about: dict[str, Any], o
                deadline: float) -> bool:
     "Train until a moment of `time.perf_counter`, or go on with it; whether it is finished."
     title = f"{about['name']}, seed {about['seed']}"
-    if not (check_writable(out) / "resume.safetensors").exists():
+    if not (out / "resume.safetensors").exists():
         _say(f"{title}: {_measure(s, needs, device)}")
     with until_interrupted(deadline - time.perf_counter()) as seconds:
         history = fit(s.model, s.train, s.recipe, validation=s.validation, unlabelled=s.unlabelled,
@@ -129,14 +130,25 @@ def _plan(name: str, given: Mapping[str, Any]) -> Recipe:
     return replace(adapt(recipes()[name], given["data"], given["tier"]), **changes)
 
 # %% ../nbs/67_cli.ipynb #ba6d7f78
+def _check_needs(plan: Recipe, given: Mapping[str, Path], tier: str) -> None:
+    "Name the whole command that trains a missing network, on the same data."
+    for keyword in (k for k in plan.needs if k not in given):
+        made = made_by(plan.needs[keyword])
+        if made.startswith("jat_train"):
+            made += f" --data {shlex.quote(plan.data)} --tier {tier}"
+        raise ValueError(f"the recipe needs a trained network {keyword!r}: train it with {made} "
+                         f"and pass --needs {keyword}=FOLDER")
+
+
 def _check_jobs(names: Sequence[str], given: Mapping[str, Any], needs: Mapping[str, Path],
                 places: Sequence[Path], download: bool) -> None:
     "What can be refused is refused before anything is trained; missing data sets are fetched."
     plans = [_plan(name, given) for name in names]
     for plan in plans:
+        _check_needs(plan, needs, given["tier"])
         check_options(plan.model, plan.model_options), bind(plan, networks_for(needs, plan))
-    for place in places:
-        check_writable(place)
+    for place in places:  # a run that is refused leaves no folder behind
+        check_writable(next(p for p in (place, *place.absolute().parents) if p.exists()))
     for name in {plan.data for plan in plans} if download else ():
         on_first(lambda: len(load(name, "train", download=True))
                  + len(load(name, "test", download=True)))

@@ -177,9 +177,10 @@ def few_labels(
     unlabelled: int,  # Images that lose them: the next; 0 for none
 ) -> tuple[ImageSet, Unlabelled]:  # The two parts
     "Labels for the first images only (SRT section 5)."
-    if not (labelled >= 1 and unlabelled >= 0 and labelled + unlabelled <= len(data)):
-        raise ValueError(f"cannot take {labelled} labelled and {unlabelled} unlabelled images out "
-                         f"of the {len(data)} of {data.name!r}: take fewer")
+    whole = isinstance(labelled, int) and isinstance(unlabelled, int)
+    if not (whole and labelled >= 1 and unlabelled >= 0 and labelled + unlabelled <= len(data)):
+        raise ValueError("expected whole numbers labelled >= 1 and unlabelled >= 0, of the images "
+                         f"of {data.name!r} ({len(data)}), got {labelled!r} and {unlabelled!r}")
     # no view of the others
     part = replace(data, images=data.images[:labelled], labels=data.labels[:labelled].clone())
     absent = sorted(set(range(data.num_classes)) - set(part.labels.tolist()))

@@ -30,7 +30,7 @@ from .processes import agree, own_device, processes, total
 from .randomness import image_generators
 from .records import progress as show_progress
 from .threats import check_images, check_labels
-from .updates import _check_attack_takes, _one_size
+from .updates import _check_attack_takes, _one_size, check_result
 from .weights import tensor_hash
 
 # %% ../nbs/42_evaluation.ipynb #0a617be2
@@ -151,21 +151,6 @@ def _verdict(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         logits = logits_of(model, x)
     check_labels(y, x, logits.shape[1])
     return correct(logits, y)
-
-# %% ../nbs/42_evaluation.ipynb #69293547
-def check_result(
-    name: str,  # What the attack is called, for the message
-    x: Tensor,  # Images it was given (B, C, H, W)
-    x_adv: Any,  # What it returned
-) -> None:  # Raises ValueError for anything but images in [0, 1] of the same shape and type
-    "Refuse what cannot be judged: other shapes, other types, values out of range, NaN."
-    if not isinstance(x_adv, Tensor) or x_adv.shape != x.shape or x_adv.dtype != x.dtype:
-        seen = (f"{tuple(x_adv.shape)} {x_adv.dtype}" if isinstance(x_adv, Tensor)
-                else type(x_adv).__name__)
-        raise ValueError(f"attack {name!r}: expected images {tuple(x.shape)} {x.dtype}, got {seen}")
-    try: check_images(x_adv)
-    except ValueError as error:
-        raise ValueError(f"attack {name!r} returned invalid images: {error}") from error
 
 # %% ../nbs/42_evaluation.ipynb #bb5a5775
 @contextmanager

@@ -16,6 +16,7 @@ from .ascent import logits_of
 from .attacks import Loss
 from .batches import Batch
 from .losses import cross_entropy, kl_divergence
+from .objectives import _check_weight
 from .warp import _wide
 
 # %% ../nbs/27_mixing.ipynb #f7dbabf4
@@ -176,6 +177,7 @@ def mart(
     beta: float = 6.0,  # Of the weighted divergence (IJSAT section 6.1: 6)
 ) -> Tensor:  # Scalar, nats
     "Misclassification-aware adversarial training (Wang et al. 2020)."
+    _check_weight(beta=beta)
     x_adv = attack(model, batch.x, batch.y, target=None, generator=batch.generator)
     logits, found = logits_of(model, batch.x), model(x_adv)
     doubt = 1 - cross_entropy(logits, batch.y).neg().exp()

@@ -39,14 +39,17 @@ class NormalizedModel(nn.Module):
         self,
         model: nn.Module,  # Classifier of standardised images: (B, C, H, W) to logits (B, K)
         mean: Sequence[float],  # Per channel, image units in [0, 1]
-        std: Sequence[float],  # Per channel, image units, above 0
+        std: Sequence[float],  # Per channel, image units, above 0 and at most 1
         metadata: dict[str, Any] | None = None,  # What rebuilds `model`; `create` fills it in
     ):
         super().__init__()
-        if len(mean) != len(std) or not len(mean) or min(std) <= 0:
-            raise ValueError(f"expected one mean and one std > 0 per channel, got {mean}, {std}")
-        if not all(0 <= m <= 1 for m in mean):
-            raise ValueError(f"means are in [0, 1], got {mean}: divide mean and std by 255")
+        sized = hasattr(mean, "__len__") and hasattr(std, "__len__")
+        if not sized or len(mean) != len(std) or not len(mean) or not all(s > 0 for s in std):
+            raise ValueError("expected one mean and one std > 0 per channel, as lists such as "
+                             f"[0.5] and [0.25], got {mean}, {std}")
+        if not all(0 <= v <= 1 for v in [*mean, *std]):
+            raise ValueError(f"mean and std are in [0, 1], as the images are, got {mean}, {std}: "
+                             "divide what is in grey levels by 255")
         self.model, self.metadata = model, metadata or {}
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
@@ -57,8 +60,11 @@ class NormalizedModel(nn.Module):
     ) -> Tensor:  # Logits, (B, K)
         channels = self.mean.shape[1]
         if x.ndim != 4 or x.shape[1] != channels:
+            last = x.ndim == 4 and x.shape[3] == channels
+            mend = ("put the channels first with x.permute(0, 3, 1, 2)" if last else
+                    "create the model with in_chans equal to the channels of the images")
             raise ValueError(f"expected images of shape (B, {channels}, H, W), got {tuple(x.shape)}"
-                             ": create the model with in_chans equal to the channels of the images")
+                             f": {mend}")
         return self.model((x - self.mean) / self.std)  # Eq. 1
 
 # %% ../nbs/09_models.ipynb #ad9e9483

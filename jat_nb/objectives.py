@@ -25,6 +25,7 @@ from .losses import (bilateral_labels, cross_entropy, most_confusing_target, ran
                            smooth_labels, soft_cross_entropy, uniform_labels)
 from .models import frozen, unwrap
 from .randomness import Randomness, image_generators
+from .threats import _is_number
 
 # %% ../nbs/26_objectives.ipynb #6c583b92
 def natural(
@@ -174,6 +175,13 @@ def maximum(
         raise ValueError(f"unknown per {per!r}: choose 'example' or 'batch'")
     losses = attacked_losses(model, batch, attacks)
     return losses.amax(0).mean() if per == "example" else losses.mean(1).amax()
+
+# %% ../nbs/26_objectives.ipynb #2c9cd3fd
+def _check_weight(**weights: float) -> None:
+    "Refuse a weight that would reward what an objective punishes."
+    for name, value in weights.items():
+        if not (_is_number(value) and 0 <= value < math.inf):
+            raise ValueError(f"expected {name} to be a finite number of at least 0, got {value!r}")
 
 # %% ../nbs/26_objectives.ipynb #8b7948fe
 State = dict[str, Tensor]  # what an objective remembers: float64 tensors on the processor, by name

@@ -193,8 +193,7 @@ def _try_attack(attack: Callable[..., Any], written: str) -> None:
     options = json.loads(written)
     short = {k: min(options.get(k, 1), 1) for k in ("steps", "restarts")
              if k in attack.__kwdefaults__}
-    # movements may be as long as an image: as large as the largest data set
-    image, label = torch.full((1, 1, 64, 64), 0.5), torch.zeros(1, dtype=torch.int64)
+    image, label = torch.full((1, 1, 64, 64), 0.5), torch.zeros(1, dtype=torch.int64)  # true size
     attack(nn.Flatten(), image, label, generator=torch.Generator(), **options | short)
 
 

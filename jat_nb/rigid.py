@@ -267,12 +267,14 @@ def worst_of_k(
     # Per-example loss that ranks movements, or its name in LOSSES
     loss: Loss | str = cross_entropy,
     target: Tensor | None = None,  # Classes (B,) to be mistaken for
+    max_bytes: int = 2**30,  # Most that the pixels of a pass may take
     generator: Randomness = None,  # One generator, or one per image
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "The worst of k random movements, for training (SRT section 4.2, Worst-of-k)."
     return rand_adv(model, x, y, k=k, max_deg=max_deg, max_px=max_px, padding=padding, loss=loss,
-                    target=target, until_fooled=False, generator=generator, return_info=return_info)
+                    target=target, until_fooled=False, max_bytes=max_bytes, generator=generator,
+                    return_info=return_info)
 
 # %% ../nbs/14_rigid.ipynb #479c4cdd
 def rigid(
@@ -337,6 +339,7 @@ def pgd_plus(
     padding: str = "zeros",  # What lies outside the image
     loss: Loss | str = cross_entropy,  # Per-example loss of both parts, or its name in LOSSES
     target: Tensor | None = None,  # Classes (B,) to be mistaken for
+    max_bytes: int = 2**30,  # Most that the pixels of a pass over the grid may take
     generator: Randomness = None,  # One generator, or one per image
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
@@ -344,7 +347,8 @@ def pgd_plus(
     pixel, moves = _parts(fraction, eps, step, max_deg, max_px)
     same = {"loss": loss, "target": target, "generator": generator, "return_info": True}
     first = pgd(model, x, y, **pixel, steps=steps, **same)
-    last = grid_adv(model, first.x_adv, y, **moves, n_deg=n_deg, n_px=n_px, padding=padding, **same)
+    last = grid_adv(model, first.x_adv, y, **moves, n_deg=n_deg, n_px=n_px, padding=padding,
+                    max_bytes=max_bytes, **same)
     return _joined(first, last, return_info)
 
 # %% ../nbs/14_rigid.ipynb #ab81db0d
@@ -364,12 +368,14 @@ def grid_plus(
     padding: str = "zeros",  # What lies outside the image
     loss: Loss | str = cross_entropy,  # Per-example loss of both parts, or its name in LOSSES
     target: Tensor | None = None,  # Classes (B,) to be mistaken for
+    max_bytes: int = 2**30,  # Most that the pixels of a pass over the grid may take
     generator: Randomness = None,  # One generator, or one per image
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "A grid of movements, then PGD on the moved picture (SRT section 6, GridAdv+)."
     pixel, moves = _parts(fraction, eps, step, max_deg, max_px)
     same = {"loss": loss, "target": target, "generator": generator, "return_info": True}
-    first = grid_adv(model, x, y, **moves, n_deg=n_deg, n_px=n_px, padding=padding, **same)
+    first = grid_adv(model, x, y, **moves, n_deg=n_deg, n_px=n_px, padding=padding,
+                     max_bytes=max_bytes, **same)
     last = pgd(model, first.x_adv, y, **pixel, steps=steps, **same)
     return _joined(first, last, return_info)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .ascent import logits_of
 from .batches import Batch
 from .losses import cross_entropy, kl_divergence
-from .objectives import clean_logits
+from .objectives import _check_weight, clean_logits
 
 # %% ../nbs/28_semi_supervised.ipynb #715ed676
 Reduction = Literal["separate", "concat"]  # two means (SRT Eq. 9), or one mean over all images
@@ -51,6 +51,7 @@ def srt(
     "Semi-supervised robust training; without unlabelled images robust training (SRT Eq. 9)."
     if reduction not in get_args(Reduction):
         raise ValueError(f"unknown reduction {reduction!r}: choose 'separate' or 'concat'")
+    _check_weight(weight=weight)
     x = batch.mixed
     own = clean_logits(model, x).argmax(1)
     x_adv = attack(model, x, own, target=None, generator=batch.generator)
@@ -89,6 +90,7 @@ def trades(
     beta: float = 6.0,  # Of the divergence (SRT section 5: 6 on CIFAR-10, 1 on MNIST)
 ) -> Tensor:  # Scalar, nats
     "TRADES (Zhang et al. 2019, Eq. 5)."
+    _check_weight(beta=beta)
     x_adv = _from_own(model, batch.x, batch.y, attack, batch)
     logits = logits_of(model, batch.x)
     return (cross_entropy(logits, batch.y) + beta * kl_divergence(logits, model(x_adv))).mean()
@@ -103,6 +105,7 @@ def klr(
     weight: float = 1.0,  # Of the divergence (SRT prints none)
 ) -> Tensor:  # Scalar, nats
     "Divergence between the answers before and after the worst movement (KLR, SRT section 5.1)."
+    _check_weight(weight=weight)
     x_adv = attack(model, batch.x, batch.y, target=None, generator=batch.generator)
     logits = logits_of(model, batch.x)
     return (cross_entropy(logits, batch.y) + weight * kl_divergence(logits, model(x_adv))).mean()
@@ -144,6 +147,7 @@ def uat(
     beta: float = 6.0,  # Of the terms on all images (SRT section 5: 6, on CIFAR-10 1)
 ) -> Tensor:  # Scalar, nats
     "Unsupervised adversarial training, its form with both terms (UAT++, Alayrac et al. 2019)."
+    _check_weight(beta=beta)
     x, y = guessed(batch, teacher)[:2]
     x_adv = attack(model, x, y, target=None, generator=batch.generator)
     x_far = _from_own(model, x, y, attack, batch)

@@ -219,7 +219,7 @@ def _finish_epoch(run: _Run, row: dict[str, Any]) -> None:
         few = validation.subset(min(run.recipe.probe_images, len(validation)))
         row |= from_first(run.judge(run.judged, validation, few))
         if "val_robust" in row:
-            row["collapsed"] = collapsed([*run.history, row])
+            row["collapsed"] = bool(run.bound.attacks) and collapsed([*run.history, row])
         if run.bound.probes:
             row["probes"] = {name: accuracy(run.judged, few, attack, amp=run.recipe.amp)
                              for name, attack in run.bound.probes.items()}

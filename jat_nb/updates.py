@@ -25,6 +25,7 @@ from .models import bare, frozen, half_precision
 from .objectives import OWN_LOSS, State, WithMemory
 from .processes import on_first, processes, total
 from .recipes import Bound
+from .threats import check_images
 
 # %% ../nbs/39_updates.ipynb #8d480e45
 def _check_takes(what: str, function: Any, places: Sequence[str], keywords: Sequence[str],
@@ -61,11 +62,44 @@ def _check_own(bound: Bound, own: Mapping[str, Any], name: str) -> None:
     if own.get("probe") is not None:
         _check_attack_takes("the probe", own["probe"], "generator")
 
-# %% ../nbs/39_updates.ipynb #9d394f97
-def _on_bare(attack: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    "The same attack, on the module inside a distributed model."
-    def attacked(model: nn.Module, *args: Any, **options: Any) -> Tensor:
-        return attack(bare(model), *args, **options)
+# %% ../nbs/39_updates.ipynb #d072f237
+def check_result(
+    name: str,  # What the attack is called, for the message
+    x: Tensor,  # Images it was given (B, C, H, W)
+    x_adv: Any,  # What it returned
+) -> None:  # Raises ValueError for anything but images in [0, 1] of the same shape and type
+    "Refuse what cannot be judged: other shapes, other types, values out of range, NaN."
+    if not isinstance(x_adv, Tensor) or x_adv.shape != x.shape or x_adv.dtype != x.dtype:
+        seen = (f"{tuple(x_adv.shape)} {x_adv.dtype}" if isinstance(x_adv, Tensor)
+                else type(x_adv).__name__)
+        raise ValueError(f"attack {name!r}: expected images {tuple(x.shape)} {x.dtype}, got {seen}")
+    try:
+        check_images(x_adv)
+    except ValueError as error:
+        raise ValueError(f"attack {name!r} returned invalid images: {error}") from error
+
+# %% ../nbs/39_updates.ipynb #05690bac
+@contextmanager
+def _keeps_gradients(network: nn.Module) -> Iterator[None]:
+    "Afterwards the weights have the gradients from before, whatever was added inside."
+    before = [(p, p.grad) for p in network.parameters()]
+    network.zero_grad(set_to_none=True)
+    try:
+        yield
+    finally:
+        for p, grad in before:
+            p.grad = grad
+
+
+def _in_training(role: str, attack: Callable[..., Tensor],
+                 network: nn.Module) -> Callable[..., Tensor]:
+    "The same attack, without a distributed model's wrapper, checked, and without a trace."
+    def attacked(model: nn.Module, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        with _keeps_gradients(network):
+            x_adv = attack(bare(model), x, *args, **options)
+        halved = isinstance(x_adv, Tensor) and torch.is_autocast_enabled(x.device.type)
+        check_result(role, x, x_adv.to(x.dtype) if halved else x_adv)
+        return x_adv
     return attacked
 
 # %% ../nbs/39_updates.ipynb #f0467798
@@ -148,7 +182,8 @@ def train_step(
     "One update of the weights; a loss or gradient that is not finite raises before it touches any."
     optimizer.zero_grad(set_to_none=True)
     count = 1 if bare(model) is model else processes().count
-    given = {role: _on_bare(attack) for role, attack in (attacks or {}).items()}
+    given = {role: _in_training(role, attack, bare(model))
+             for role, attack in (attacks or {}).items()}
     if memory is None and isinstance(objective, WithMemory):
         memory = Memory(objective.start(len(given)))
     value, terms, pieces = batch.x.new_zeros(()), torch.zeros(()), _pieces(batch, accumulate, count)

@@ -279,6 +279,9 @@ def _plain_tensors(path: Path) -> dict[str, Tensor]:
                if isinstance(found, Mapping) else {})
     if not tensors:
         raise ValueError(f"{path} holds no tensors by name: {mend}")
+    if broken := [k for k, v in tensors.items() if not v.isfinite().all()]:
+        raise ValueError(f"{path} holds numbers that are not finite, such as in {broken[0]!r}: "
+                         "take the weights of an earlier epoch")
     return tensors
 
 # %% ../nbs/10_weights.ipynb #4fd912f5
@@ -370,11 +373,15 @@ def open_weights(
     tensors = _bare_names(_plain_tensors(path), _forms(name))
     form = {keyword: _read_off(name, tensors, keyword) or usual
             for keyword, usual in _USUAL.items()}
-    if num_classes not in (None, form["num_classes"]):
-        raise ValueError(f"{path} has {form['num_classes']} classes, not {num_classes}")
+    for word, given in (("mean", mean), ("std", std)):
+        if given is not None and len(given) != form["in_chans"]:
+            raise ValueError(f"{path} is for images of {form['in_chans']} channels: {word} (in the "
+                             f"shell --{word}) needs as many numbers, got {len(given)}")
     held = {k: tensors.pop(k).flatten().tolist() for k in ("mean", "std")
             if k in tensors.keys() - _forms(name).keys()}
     network = create(name, **form, mean=held.get("mean") if mean is None else mean,
                      std=held.get("std") if std is None else std)
     _fill_in(path, network, tensors)
+    if num_classes not in (None, form["num_classes"]):
+        raise ValueError(f"{path} has {form['num_classes']} classes, not {num_classes}")
     return _noted(network.eval(), True)

@@ -358,6 +358,15 @@ def test_what_does_not_fit_is_refused_with_its_mend(work, message):
     with pytest.raises(ValueError, match=message): work()
 
 
+@pytest.mark.parametrize("result, message", [
+    (lambda x: x + 1, "returned invalid images: .*from 1 to"), (lambda x: x * torch.nan, "returned invalid images: .*remove NaN"),
+    (lambda x: x[:1], r"expected images \(16, 1, 8, 8\) torch.float32, got \(1, 1, 8, 8\)"), (lambda x: None, "got NoneType"),
+    (lambda x: x.double(), "got .*torch.float64")])
+def test_what_an_attack_returns_is_checked_in_training(result, message):
+    with pytest.raises(ValueError, match=f"attack 'attack'.*{message}"):
+        trained(MADRY, attacks={"attack": lambda model, x, y, target=None, generator=None: result(x)})
+
+
 def test_functions_that_fit_are_not_refused():
     extra = lambda model, batch, attack, weight=1.0: weight * own_role(model, batch, attack)
     trained(objective=extra, attacks={"attack": no_generator})

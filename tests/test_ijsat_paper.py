@@ -146,7 +146,7 @@ def answered(recipe, tier="cpu", data="cifar10", n=2000, **accuracies):
     suites = {}
     for column, value in accuracies.items():
         if column == "Corrupted":
-            suites["ijsat-corruptions"] = Record("jat_eval", {}, tier, data, metrics={"accuracy": [value / 100], "n": [n]})
+            suites["ijsat-corruptions"] = Record("jat_eval", {}, tier, data, metrics={"accuracy": 75 * [value / 100], "n": 75 * [n]})
             continue
         column = {"OM_PGD50": "OM-PGD50"}.get(column, column)
         suite = PAPER.suite_of(column, f"ijsat/{recipe}")

@@ -43,6 +43,7 @@ def assert_same(a, b):
     ("resnet18_cifar", {}, 11_173_962),
     ("preact_resnet18_cifar", {}, 11_171_146),
     ("preact_resnet18_cifar", {"norm": "group"}, 11_171_146),
+    ("resnet32_cifar", {}, 464_154),
     ("wrn_28_10_cifar", {}, 36_479_194),
     ("wrn_28_10_cifar", {"num_classes": 100}, 36_536_884),
     ("wrn_34_10_cifar", {}, 46_160_474),
@@ -139,7 +140,7 @@ def test_group_norm_sees_one_image_and_holds_no_buffers():
 def test_normalisation_is_inside(channels, seed):
     g = torch.Generator().manual_seed(seed)
     bare = nn.Sequential(nn.Conv2d(channels, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(180, 4))
-    mean, std = torch.rand(channels, generator=g), 0.1 + torch.rand(channels, generator=g)
+    mean, std = torch.rand(channels, generator=g), 0.1 + 0.9 * torch.rand(channels, generator=g)
     x = torch.rand(3, channels, 8, 8, generator=g)
     model = NormalizedModel(bare, mean.tolist(), std.tolist())
     expected = bare((x - mean.view(-1, 1, 1)) / std.view(-1, 1, 1))
@@ -150,10 +151,21 @@ def test_normalisation_is_inside(channels, seed):
         model(x[0])
 
 
-@pytest.mark.parametrize("mean, std", [([0.5], [0.5, 0.5]), ([0.5], [0.0]), ([], [])])
+@pytest.mark.parametrize("mean, std", [([0.5], [0.5, 0.5]), ([0.5], [0.0]), ([], []), (0.5, 0.5), ([0.5], [float("nan")])])
 def test_impossible_statistics(mean, std):
     with pytest.raises(ValueError, match="one mean and one std"):
         NormalizedModel(nn.Flatten(), mean, std)
+
+
+@pytest.mark.parametrize("mean, std", [([124.0], [58.0]), ([0.485], [58.0]), ((0.485, 0.456), (0.2, 57.0)), ([-0.1], [0.5])])
+def test_statistics_in_grey_levels_are_refused(mean, std):
+    with pytest.raises(ValueError, match="by 255"): NormalizedModel(nn.Flatten(), mean, std)
+
+
+@pytest.mark.parametrize("channels, shape, mend", [(3, (2, 8, 8, 3), r"x.permute\(0, 3, 1, 2\)"), (1, (2, 8, 8, 1), "x.permute"), (3, (2, 1, 8, 8), "in_chans"), (3, (8, 8, 3), "in_chans")])
+def test_channels_that_come_last_are_named(channels, shape, mend):
+    model = NormalizedModel(nn.Flatten(), [0.5] * channels, [0.5] * channels)
+    with pytest.raises(ValueError, match=mend): model(torch.zeros(shape))
 
 
 class Odd(nn.Module):

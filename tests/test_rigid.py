@@ -145,6 +145,21 @@ def test_memory_stays_under_the_cap(case):
     assert found.success.tolist() == grid_adv(model, x, y, **LITTLE, n_deg=5, n_px=3, return_info=True).success.tolist()
 
 
+@pytest.mark.parametrize("attack, options", [(worst_of_k, dict(k=40)), (pgd_plus, dict(n_deg=5, n_px=3)), (grid_plus, dict(n_deg=5, n_px=3)),
+                                             (grid_adv, dict(n_deg=5, n_px=3)), (rand_adv, dict(k=40))])
+def test_every_search_keeps_to_the_callers_cap(case, attack, options):
+    "The first-order half of a compound attack sends the batch as it is, N images."
+    model, x, y = case
+    def largest(**cap):
+        seen = []
+        handle = model.register_forward_hook(lambda module, given, logits: seen.append(len(given[0])))
+        try: found = attack(model, x, y, **options, **cap, generator=own(), return_info=True)
+        finally: handle.remove()
+        return max(seen), found.success.tolist()
+    (free, expected), (capped, found) = largest(), largest(max_bytes=12 * x[0].numel() * 4)
+    assert capped <= 12 < free and found == expected
+
+
 def test_a_target_is_aimed_at(case):
     model, x, y = case
     target = (y + 1) % 4

@@ -8,7 +8,7 @@ from torch import nn
 from jat_nb.attacks import pgd
 from jat_nb.evaluation import evaluate
 from jat_nb.randomness import image_generators
-from jat_nb.rigid import Rigid, grid_adv, rand_adv, rigid_grid
+from jat_nb.rigid import Rigid, grid_adv, pgd_plus, rand_adv, rigid_grid
 from jat_nb.risks import Risks, risks
 
 N, SIDE = 24, 10
@@ -24,7 +24,8 @@ def case():
 
 
 ATTACKS = {"grid": partial(grid_adv, max_deg=4.0, max_px=0.3, n_deg=3, n_px=3), "random": partial(rand_adv, max_deg=4.0, max_px=0.3),
-           "pixels": partial(pgd, eps=0.02, step=0.01, steps=3)}
+           "pixels": partial(pgd, eps=0.02, step=0.01, steps=3),
+           "both": partial(pgd_plus, eps=0.01, step=0.005, steps=3, max_deg=2.0, max_px=0.2, n_deg=3, n_px=3)}
 
 
 def own(): return image_generators(0, range(N))

@@ -1,5 +1,8 @@
 """Few labels: what the trainer does with unlabelled images, teachers and parts, against loops written out here."""
+import inspect
 import json
+import math
+import shlex
 from dataclasses import fields, replace
 from functools import partial
 from itertools import islice
@@ -238,7 +241,16 @@ def test_a_missing_standard_model_is_named_with_its_command(tmp_path, capsys):
     words = ["--recipe", "srt/mnist-long-rst", "--data", "digits", "--tier", "smoke", "--out", str(tmp_path / "a")]
     assert jat_train(words) == 2
     said = capsys.readouterr().err
-    assert "--recipe srt/mnist-long-standard" in said and "--needs teacher=" in said
+    assert "--recipe srt/mnist-long-standard --out FOLDER --data digits --tier smoke" in said and "--needs teacher=FOLDER" in said
+
+
+def test_the_command_that_a_refusal_names_makes_the_network_that_was_missing(tmp_path, capsys):
+    words = ["--recipe", "srt/mnist-long-rst", "--data", "digits", "--tier", "smoke", "--out", str(tmp_path / "a"), "--threads", "1"]
+    assert jat_train(words) == 2
+    named = capsys.readouterr().err.split("train it with jat_train ")[1].split(" and pass ")[0]
+    teacher = tmp_path / "teacher"
+    assert jat_train([*shlex.split(named.replace("FOLDER", str(teacher))), "--threads", "1", "--set", "epochs=1"]) == 0
+    assert jat_train([*words, "--needs", f"teacher={teacher}", "--set", "epochs=1"]) == 0
 
 
 def test_a_network_that_needs_another_is_trained_from_the_command_line(tmp_path, capsys):
@@ -399,7 +411,99 @@ def test_fast_srt_takes_one_step_of_a_quarter_more_than_the_budget(data, eps):
 
 
 def test_without_unlabelled_images_one_mean_is_half_of_two(parts):
-    "So RT is the same training under both reductions, and SRT with one mean has RT as its rival."
+    """RT is the same training under both reductions, at half the learning rate, in a network without batch norm.
+    With it the one pass of "concat" normalises clean and attacked images together, so RT is two trainings."""
     b = next(batches(parts[0], 40, shuffle=True, seed=5))
     two, one = (srt(net(2), b, wavy, weight=0.7, reduction=reduction) for reduction in ("separate", "concat"))
     torch.testing.assert_close(one, two / 2)
+
+
+@pytest.mark.parametrize("labelled_only", [True, False])
+def test_with_batch_norm_the_two_reductions_are_two_trainings(parts, labelled_only):
+    "RT and SRT: other losses, other running statistics, other gradients, and not by one factor."
+    b = next(batches(parts[0], 40, unlabelled=None if labelled_only else parts[1], shuffle=True, seed=5))
+    found = []
+    for reduction in ("separate", "concat"):
+        model = net(2, norm="batch")
+        loss = srt(model, b, wavy, weight=0.7, reduction=reduction)
+        loss.backward()
+        found.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()]), model.state_dict()))
+    (two, slope, state), (one, other, merged) = found
+    assert one != pytest.approx(two / (2 if labelled_only else 1), rel=1e-3)
+    assert F.cosine_similarity(slope, other, dim=0) < 0.99
+    means = [name for name in state if name.endswith("running_mean")]
+    assert means and not any(torch.allclose(state[name], merged[name], rtol=1e-4, atol=1e-6) for name in means[1:])
+
+
+WEIGHTS = {"srt": "weight", "klr": "weight", "trades": "beta", "rst": "beta", "uat": "beta", "mart": "beta"}
+
+
+def test_every_weight_of_an_objective_is_known_here():
+    takes = {name: {"weight", "beta"} & set(inspect.signature(f).parameters) for name, f in OBJECTIVES.items()}
+    assert {name: {option} for name, option in WEIGHTS.items()} == {name: found for name, found in takes.items() if found}
+
+
+@pytest.mark.parametrize("value", [-1, -1e-9, math.nan, math.inf, "1", None, True])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_no_objective_rewards_what_it_punishes(parts, name, value):
+    needs = {keyword: net(1) for keyword in networks(OBJECTIVES[name])}
+    batch, model = next(batches(parts[0], 8)), net()
+    with pytest.raises(ValueError, match=f"expected {WEIGHTS[name]} to be a finite number of at least 0, got {value!r}"):
+        OBJECTIVES[name](model, batch, still, **needs, **{WEIGHTS[name]: value})
+    assert OBJECTIVES[name](model, batch, still, **needs, **{WEIGHTS[name]: 0}).isfinite()
+
+
+def test_a_command_refuses_a_negative_weight_and_leaves_no_folder(tmp_path, capsys):
+    words = ["--recipe", "srt/mnist-long-srt", "--out", str(tmp_path / "a"), *SMOKE, "--set", 'objective_options={"weight":-1}']
+    assert jat_train(words) == 2
+    assert "expected weight to be a finite number of at least 0, got -1" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+SMOKE = ["--data", "digits", "--tier", "smoke", "--model", "wrn_10_1_cifar", "--threads", "1"]
+
+
+@pytest.mark.parametrize("unlabelled, found", [
+    (Unlabelled("x", torch.zeros(20, 3, 32, 32, dtype=torch.uint8)), r"\(3, 32, 32\)"), ([1, 2], "list"),
+    (Unlabelled("x", torch.zeros(20, 1, 28, 28, dtype=torch.uint8)), r"\(1, 28, 28\)")])
+def test_unlabelled_images_of_another_shape_are_refused_in_a_line(parts, unlabelled, found):
+    with pytest.raises(ValueError, match=rf"training images have the shape \(1, 32, 32\), the unlabelled ones {found}"):
+        fit(net(), parts[0], PLAN, unlabelled=unlabelled)
+
+
+@pytest.mark.parametrize("labelled, unlabelled", [(0, 10), (-1, 0), (100, -1), (100.5, 10), (100, 10.5), ("100", 10), (None, 10), (1437, 1), (1438, 0)])
+def test_numbers_of_images_that_cannot_be_taken(labelled, unlabelled):
+    expected = "whole numbers labelled >= 1 and unlabelled >= 0, of the images of 'digits'"
+    with pytest.raises(ValueError, match=rf"{expected} \(1437\), got {labelled!r} and {unlabelled!r}"): few_labels(load("digits"), labelled, unlabelled)
+
+
+@pytest.mark.parametrize("images", [12, 20, 33, 50, 100, 1405])
+def test_labelled_and_unlabelled_images_add_up_to_what_was_asked(images):
+    few = setting("srt/mnist-long-srt", data="digits", images=images)
+    assert len(few.train) + len(few.unlabelled) == images
+    assert set(few.train.labels.tolist()) == set(range(10))
+
+
+@pytest.mark.parametrize("name, images, least", [("srt", 1, 11), ("srt", 5, 11), ("srt", 10, 11), ("rt", 5, 10), ("rt", 9, 10)])
+def test_fewer_images_than_labels_are_needed_are_refused(name, images, least):
+    with pytest.raises(ValueError, match=f"{images} training images are too few.*ask for at least {least}$"):
+        setting(f"srt/mnist-long-{name}", data="digits", images=images)
+    assert len(setting(f"srt/mnist-long-{name}", data="digits", images=least).train) == 10
+
+
+@pytest.mark.parametrize("images", ["100000", "5"])
+def test_a_number_of_images_that_is_refused_leaves_no_folder(tmp_path, capsys, images):
+    words = ["--recipe", "srt/mnist-long-srt", "--out", str(tmp_path / "a"), *SMOKE, "--images", images]
+    assert jat_train(words) == 2 and jat_train([*words, "--seed", "0", "1"]) == 2
+    assert "training images" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_the_run_is_another_with_another_teacher(parts, tmp_path):
+    plan = replace(PLAN, objective="rst", needs={"teacher": "srt/mnist-long-standard"}, epochs=2)
+    first, second = net(1), net(3)
+    one, two = (run_identity(plan, net(), parts[0], unlabelled=parts[1], needs={"teacher": teacher}) for teacher in (first, second))
+    assert {k for k in one if one[k] != two[k]} == {"needs"}
+    fit(net(), parts[0], plan, unlabelled=parts[1], needs={"teacher": first}, out=tmp_path, seconds=0)
+    with pytest.raises(ValueError, match=r"holds another run \(needs was"):
+        fit(net(), parts[0], plan, unlabelled=parts[1], needs={"teacher": second}, out=tmp_path)
+    assert len(fit(net(), parts[0], plan, unlabelled=parts[1], needs={"teacher": net(1)}, out=tmp_path)) == 2

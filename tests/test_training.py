@@ -25,7 +25,7 @@ from jat_nb.recipes import Recipe
 from jat_nb.records import read_jsonl
 from jat_nb.schedules import make_optimizer
 from jat_nb.training import fit
-from jat_nb.updates import accuracy, train_step
+from jat_nb.updates import _in_training, accuracy, train_step
 from jat_nb.weights import load_weights
 
 TINY = dict(epochs=3, batch_size=16, milestones=(2,), probe="pgd", probe_options={"steps": 1}, probe_images=10)
@@ -278,6 +278,38 @@ def test_accumulation_changes_nothing_without_batch_norm(parts):
     assert_close(ends[0][1], ends[1][1], rtol=1e-3, atol=1e-4)
 
 
+def politely(model, x, y, target=None, generator=None):
+    live = x.clone().requires_grad_()
+    grad = torch.autograd.grad(nn.functional.cross_entropy(model(live), y), live)[0]
+    return (x + 0.1 * grad.sign()).clamp(0, 1)
+
+
+def rudely(model, x, y, target=None, generator=None):
+    live = x.clone().requires_grad_()
+    model.zero_grad(set_to_none=False)  # would spoil what earlier parts left
+    nn.functional.cross_entropy(model(live), y).backward()  # would add to the update
+    return (x + 0.1 * live.grad.sign()).clamp(0, 1)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_gradients_that_an_attack_leaves_are_no_part_of_the_update(parts):
+    ends = []
+    for attack in (politely, rudely):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).train()
+        batch = next(iter(batches(images(20), 20, seed=5)))
+        train_step(model, batch, torch.optim.SGD(model.parameters(), lr=0.1), adversarial, {"attack": attack}, accumulate=parts)
+        ends.append(nn.utils.parameters_to_vector(model.parameters()).detach())
+    assert torch.equal(*ends)
+
+
+def test_an_attack_in_half_precision_is_taken_as_it_is_under_autocast_alone():
+    x, half = images(4).x, lambda model, x, y: x.bfloat16()
+    attack = _in_training("attack", half, net())
+    with torch.autocast("cpu", torch.bfloat16): assert attack(net(), x, None).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="got .*bfloat16"): attack(net(), x, None)
+
+
 def test_clipping_by_hand():
     layer = nn.Linear(1, 1, bias=False)
     layer.weight.data.fill_(1.0)
@@ -336,7 +368,7 @@ def test_slices_of_time_make_the_same_run(tmp_path, budget):
 def test_collapse_is_reported():
     assert [collapsed([{"epoch": i, "val_robust": v} for i, v in enumerate((0.0, 0.6, 0.5, 0.29)[:n])]) for n in (1, 2, 3, 4)] \
         == [False, False, False, True]
-    history = fit(net(), images(), NATURAL, validation=images(20, 1))
+    history = fit(net(), images(), JOINT, validation=images(20, 1))
     assert [r["collapsed"] for r in history] == [collapsed(history[:n]) for n in (1, 2, 3)]
 
 
@@ -506,3 +538,11 @@ def test_no_unlabelled_image_is_lost_between_the_parts(labelled, free, parts):
     assert torch.equal(torch.cat([p.u for p in pieces]), u) and torch.equal(torch.cat([p.x for p in pieces]), x)
     together = sum(share * piece.balance for piece, share in _pieces(batch, parts))
     assert abs(together - 1) < 1e-6
+
+
+@pytest.mark.parametrize("plan, expected", [(NATURAL, [False, False, False]), (JOINT, [False, True, True])])
+def test_only_a_training_that_attacks_can_overfit_catastrophically(plan, expected):
+    "A network that learns clean images alone has no robustness to lose."
+    left = iter([0.5, 0.2, 0.1])
+    history = fit(net(), images(), plan, validation=images(20, 1), judge=lambda *_: {"val_clean": 0.9, "val_robust": next(left)})
+    assert [row["collapsed"] for row in history] == expected

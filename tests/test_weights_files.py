@@ -314,6 +314,26 @@ def test_files_that_are_no_weights_are_refused(tmp_path):
     with pytest.raises(ValueError, match="has 3 classes, not 4"): open_weights(file, "wrn_10_1_cifar", num_classes=4)
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_on_reading(tmp_path, suffix, bad):
+    state = {k: v.clone() for k, v in small().model.state_dict().items()}
+    state["fc.weight"][0, 0] = bad
+    file = plain(tmp_path, state, suffix)
+    with pytest.raises(ValueError, match=rf"theirs\{suffix} .*'fc.weight'"): open_weights(file, "wrn_10_1_cifar")
+
+
+def test_names_that_do_not_fit_are_told_from_a_wrong_number_of_classes(tmp_path):
+    file = plain(tmp_path, {"net." + k: v for k, v in small().model.state_dict().items()})
+    with pytest.raises(ValueError, match="unknown to it, such as net."): open_weights(file, "wrn_10_1_cifar", num_classes=3)
+
+
+@pytest.mark.parametrize("said, word", [({"mean": [0.5], "std": [0.5]}, "mean"), ({"mean": [0.5] * 3, "std": [0.5]}, "std")])
+def test_moments_are_asked_for_every_channel(tmp_path, said, word):
+    file = plain(tmp_path, create("wrn_10_1_cifar").model.state_dict())
+    with pytest.raises(ValueError, match=f"3 channels.* --{word}"): open_weights(file, "wrn_10_1_cifar", **said)
+
+
 def test_a_file_of_ours_names_its_network(tmp_path):
     ours = save_weights(small(), tmp_path / "ours.safetensors")
     assert names_its_network(ours) and not names_its_network(plain(tmp_path, small().model.state_dict(), ".safetensors"))

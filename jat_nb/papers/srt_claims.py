@@ -113,7 +113,7 @@ def _with_and_without() -> Iterator[Check]:
     "SRT against RT: settings, weights, reductions, lengths, columns."
     for setting, columns in _ASKED.items():
         for weight, tail in ((w, t) for w in LAMBDAS[setting] for t in ("", "-concat")):
-            rivals = [f"{setting}-rt-{weight}"]  # one mean or two: the same up to a factor
+            rivals = [f"{setting}-rt-{weight}"]  # no batch norm: one mean or two, a factor
             if setting == "pixel": rivals.append(f"{rivals[0]}-equal")
             for column in columns:
                 yield from _higher(column,
