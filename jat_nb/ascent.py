@@ -6,6 +6,7 @@
 __all__ = ['Loss', 'Phase', 'plan', 'Adversarial', 'ascend']
 
 # %% ../nbs/11_ascent.ipynb #ef6d1501
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -35,15 +36,16 @@ def plan(
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"expected at least one step, got steps={steps}; for a random start alone "
                          "use step=0")
-    if threats < 1:
-        raise ValueError("expected at least one threat, got none")
+    if not isinstance(threats, int) or threats < 1:
+        raise ValueError(f"expected a number of threats, at least 1, got {threats!r}: pass "
+                         "len(threats)")
     everything = tuple(range(threats))
     phases = {
         "simultaneous": [(everything, [everything] * steps)],
         "alternating": [(everything, [(i,) for i in everything] * steps)],
         "sequential": [((i,), [(i,)] * steps) for i in everything],
     }
-    if schedule not in phases:
+    if not isinstance(schedule, str) or schedule not in phases:
         raise ValueError(f"unknown schedule {schedule!r}: choose one of {', '.join(phases)}")
     return phases[schedule]
 
@@ -128,14 +130,36 @@ def _check_slope(value: Tensor, of: str, mend: str) -> None:
         raise ValueError(f"the loss has no gradient in the {of}: the model detaches it, or works "
                          f"under torch.no_grad, in whole numbers or outside PyTorch; {mend}")
 
+# %% ../nbs/11_ascent.ipynb #5c2fb268
+def _check_numbers(logits: Tensor) -> None:
+    "Refuse a network that answers images which nobody attacked with NaN."
+    broken = int(logits.isnan().any(dim=1).sum())
+    if broken:
+        raise FloatingPointError(
+            f"the model answers {broken} of {len(logits)} clean images with NaN: load weights that "
+            "are finite, normalise by a std above 0, and compute in float32 where float16 "
+            "overflows")
+
+
+def _warn_of_probabilities(logits: Tensor) -> None:
+    "Say so where scores look like those of a softmax, or of a sigmoid behind `Logits`."
+    inside = bool(((logits >= 0) & (logits <= 1)).all())
+    softmax = bool(((logits.sum(dim=1) - 1).abs() < 1e-2).all())
+    # a few images may have such logits by chance
+    sigmoid = logits.shape[1] == 2 and len(logits) >= 16 and not logits[:, 0].any()
+    if inside and (softmax or sigmoid):
+        warnings.warn("the model's answers look like probabilities, as if it ended in a softmax or "
+                      "a sigmoid: return the logits before it, or attacks climb a loss that is "
+                      "nearly flat", stacklevel=2)
+
 # %% ../nbs/11_ascent.ipynb #23e8f3ce
 class _Objective:
     "The function that is climbed, with a count of the model passes it took."
 
-    def __init__(
-        self, model: nn.Module, y: Tensor, target: Tensor | None, loss: Loss | str
-    ) -> None:
+    def __init__(self, model: nn.Module, y: Tensor, target: Tensor | None, loss: Loss | str,
+                 clean: Tensor | None = None) -> None:
         self.model, self.y, self.target, self.loss = model, y, target, _by_name(loss)
+        self.clean = clean  # images, asked about if the first answers are NaN
         self.n_forward = self.n_backward = 0
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,6 +170,8 @@ class _Objective:
         if self.n_forward == 1:
             for given in (self.y, label):
                 check_labels(given, x, logits.shape[1])
+            if self.clean is not None and logits.isnan().any():
+                _check_numbers(logits_of(self.model, self.clean))
         scores = _scores(logits, x)
         value = self.loss(scores, label)
         if value.shape != (len(x),):
@@ -155,8 +181,7 @@ class _Objective:
 
     def gradient(self, threats: Sequence[Threat], x: Tensor, params: Sequence[Tensor],
                  active: tuple[int, ...]) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-        """Gradients in the active parameters, objective and success; `x` is the base of the
-        first threat given."""
+        "Gradients in the active parameters, objective, success; the first threat acts on `x`."
         live = [p.detach().requires_grad_(i in active) for i, p in enumerate(params)]
         with torch.enable_grad():
             value, success = self(apply_chain(threats, x, live))
@@ -250,6 +275,15 @@ def _report(
                        objective.n_forward, objective.n_backward)
 
 # %% ../nbs/11_ascent.ipynb #448943cd
+def _check_threats(threats: Sequence[Threat]) -> None:
+    good = isinstance(threats, Sequence) and len(threats) > 0 and all(
+        hasattr(threat, name) and not isinstance(threat, type)
+        for threat in threats for name in ("init", "apply", "step", "contains"))
+    if not good:
+        raise ValueError("expected a list of threats, such as [Pixel(8 / 255)], got "
+                         f"{threats!r:.80}")
+
+
 def _check_call(x: Tensor, y: Tensor, target: Tensor | None, restarts: int,
                 momentum: float = 0.0) -> None:
     check_images(x)
@@ -287,11 +321,13 @@ def ascend(
     found, also after an error.
     """
     _check_call(x, y, target, restarts, momentum)
+    _check_threats(threats)
     phases = plan(len(threats), steps, schedule)
     model = bare(model)
     with torch.inference_mode(False), torch.no_grad(), frozen(model):
         x, y, target = (v if v is None else v.detach().clone() for v in (x, y, target))
-        threats, objective, kept = _prepared(threats, x), _Objective(model, y, target, loss), None
+        threats, kept = _prepared(threats, x), None
+        objective = _Objective(model, y, target, loss, clean=x)
         for _ in range(restarts):
             last, best = _run(objective, x, threats, phases, random_start, keep_best, momentum,
                               generator)

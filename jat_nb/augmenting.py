@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.parametrizations import spectral_norm
 
-from .ascent import ascend, logits_of
+from .ascent import logits_of
 from .batches import Batch, batches
 from .data import ImageSet
-from .joint_space import Latent, _mask
+from .joint_space import Latent, _check_way_back, _climbed, _is_wide, _mask
 from .losses import cross_entropy
 from .models import bare, frozen, unwrap
 from .randomness import Randomness
@@ -57,6 +57,11 @@ class LatentBall(Latent):
         still = (p * (1 - _mask(self.flow, self.levels, p)) == 0).all(1)
         return (p.norm(dim=1) <= per_image(self.eta, p)[:, 0] * (1 + 1e-5)) & still
 
+    def _reach(self) -> Tensor:
+        "How far each latent moves if all move alike."
+        latents = sum(math.prod(shape) for shape in self.flow.latent_shapes)
+        return super()._reach() / math.sqrt(latents)
+
 # %% ../nbs/30_augmenting.ipynb #410c21af
 def _halves(model: nn.Module | Callable[[Tensor], Tensor], batch: Batch, moved: Tensor) -> Tensor:
     "The mean of the losses on the images as they are and on the moved ones."
@@ -75,7 +80,9 @@ def randomized_la(
     "Loss on images and on images whose codes were moved at random (IJSAT Table 2)."
     ball = LatentBall(flow, eta).prepare(batch.x)
     with torch.no_grad():
-        moved = ball.apply(batch.x, ball.init(batch.x, generator=batch.generator))
+        moves = ball.init(batch.x, generator=batch.generator)
+        if _is_wide(ball): _check_way_back(ball, moves)
+        moved = ball.apply(batch.x, moves)
     return _halves(model, batch, moved)
 
 
@@ -91,7 +98,7 @@ def adversarial_la(
 ) -> Tensor:  # Scalar, nats
     "Loss on images and on images whose codes were moved against the network (IJSAT Table 2)."
     ball = LatentBall(flow, eta, eta if step_latent is None else step_latent)
-    moved = ascend(bare(model), batch.x, batch.y, [ball], steps=steps, random_start=False)
+    moved = _climbed(bare(model), batch.x, batch.y, [ball], False, steps=steps, random_start=False)
     return _halves(model, batch, moved)
 
 # %% ../nbs/30_augmenting.ipynb #268a705a
@@ -295,6 +302,9 @@ def by_class(
     flow: nn.Module,  # Trained `VaeGan`
 ) -> Tensor:  # Scalar, nats
     "Loss on images whose codes were moved within their class (Stutz et al. 2019; IJSAT Table 2)."
+    if not isinstance(flow, VaeGan):
+        raise ValueError(f"by_class stands on a VaeGan, got {type(flow).__name__}: train one with "
+                         "the objective vae_gan")
     own = flow.given(batch.y)
     x_adv = attack(model, batch.x, batch.y, flow=own, target=None, generator=batch.generator)
     return cross_entropy(model(x_adv), batch.y).mean()

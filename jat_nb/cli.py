@@ -22,7 +22,6 @@ from torch import nn
 
 from .batches import batches
 from .catalogue import Setting, adapt, listing, other_lengths, papers, recipes, setting
-from .checkpoints import _whole_name
 from .claims import judge_claims
 from .data import default_budget, load
 from .glow import Glow
@@ -31,12 +30,12 @@ from .judging import (adopt, classifies, find_runs, judge, needed_runs, networks
 from .objectives import in_form
 from .own_pictures import attack_files, attack_options, check_apart
 from .processes import on_first, processes, until_interrupted
-from .recipes import Recipe, bind, made_by
+from .recipes import Recipe, bind, missing_network
 from .records import check_writable, progress
 from .reports import html_report
 from .results import read_runs
 from .schedules import make_optimizer
-from .shell import (_changes, _check, _Elsewhere, _Machine, _Pictures, _say, _size, _Start,
+from .shell import (_changes, _check, _Elsewhere, _Machine, _Pictures, _say, _Start,
                           _Strength, command, run_folder)
 from .suites import suites
 from .training import fit
@@ -133,11 +132,8 @@ def _plan(name: str, given: Mapping[str, Any]) -> Recipe:
 def _check_needs(plan: Recipe, given: Mapping[str, Path], tier: str) -> None:
     "Name the whole command that trains a missing network, on the same data."
     for keyword in (k for k in plan.needs if k not in given):
-        made = made_by(plan.needs[keyword])
-        if made.startswith("jat_train"):
-            made += f" --data {shlex.quote(plan.data)} --tier {tier}"
-        raise ValueError(f"the recipe needs a trained network {keyword!r}: train it with {made} "
-                         f"and pass --needs {keyword}=FOLDER")
+        same = f" --data {shlex.quote(plan.data)} --tier {tier}"
+        raise ValueError(missing_network(keyword, plan.needs[keyword], same))
 
 
 def _check_jobs(names: Sequence[str], given: Mapping[str, Any], needs: Mapping[str, Path],
@@ -242,23 +238,6 @@ def _each_class(rows: dict[str, Any]) -> str:
     return pd.DataFrame.from_dict(rows, orient="index").to_string(float_format="%.1f", na_rep="-")
 
 # %% ../nbs/67_cli.ipynb #2429db11
-def _said(weights: str, own: _Elsewhere, out: str | None = None) -> dict[str, Any] | None:
-    "What was said about weights from elsewhere; None if --weights names an epoch of a run."
-    said = {k: v for k, v in {**asdict(own), "out": out}.items() if v is not None}
-    if weights in ("last", "best"):
-        if said:
-            raise ValueError(f"--{' --'.join(said)} say what a run knows itself: pass them with "
-                             "--weights FILE")
-        return None
-    if not Path(weights).is_file():
-        raise FileNotFoundError("--weights takes last, best or a file of weights; there is no "
-                                f"file {weights!r}")
-    if len(counted := said.get("classes", ())) == 1 and counted[0].isdigit():
-        said["classes"] = int(counted[0])
-    return said | {"size": _size(said.get("size"))} | ({"data": _whole_name(said["data"])}
-                                                       if "data" in said else {})
-
-
 def _adopted(weights: str, said: dict[str, Any], runs: Sequence[str] | None) -> str:
     "The folder in which weights from elsewhere are judged."
     if runs or not (said.get("out") and said.get("data")):
@@ -270,6 +249,16 @@ def _adopted(weights: str, said: dict[str, Any], runs: Sequence[str] | None) -> 
     return folder
 
 # %% ../nbs/67_cli.ipynb #1026a4f5
+def _check_asked(suite: str, source: Sequence[str], strength: _Strength) -> None:
+    "Refuse what a suite cannot be asked with, in the options of the command."
+    if "sources" in suites()[suite].needs and not source:
+        raise ValueError(f"the suite {suite!r} needs images that fool another run: pass "
+                         "--source RUN")
+    if suites()[suite].kind == "masking" and (strength.steps < 8 or strength.eps_pixel == 0):
+        raise ValueError(f"the suite {suite!r} compares attacks of few steps and of many: pass "
+                         "--steps 8 or more, and --eps-pixel above 0")
+
+
 def _answer(run: Path, suite: str, source: Sequence[str], per_class: bool, **options: Any) -> str:
     "Judge one run by one suite; what there is to say about it."
     sources = sources_for(run, suite, source)
@@ -310,14 +299,15 @@ def jat_eval(
     _check(n=(n, 1))
     for name in (s for s in suite or () if s not in suites()):
         raise ValueError(f"unknown suite {name!r}: choose from {', '.join(suites())}")
-    said = _said(weights, own, out)
+    said = own.said(weights, out)
     if said is not None:
         runs, weights = [_adopted(weights, said, runs)], "last"
     finished, standing = _finished(runs or ()), needed_runs(needs or [])
-    jobs = [(run, name) for name in suite or [""] for run in finished]
+    jobs = [(run, name or _first_suite(run)) for name in suite or [""] for run in finished]
+    for _, name in jobs: _check_asked(name, source or [], strength)
     for run, name in progress(jobs, description="judging", unit="suite"):
         options = strength.options(run_facts(run)["about"]["data"])
-        _say(_answer(run, name or _first_suite(run), source or [], per_class, n=n, weights=weights,
+        _say(_answer(run, name, source or [], per_class, n=n, weights=weights,
                      needs=standing, fast=fast, amp=amp, again=again, device=machine.device,
                      **options))
     return 0
@@ -344,12 +334,18 @@ def jat_attack(
     check_apart(images, out)
     # refuses unknown names before anything is read
     attack_options(attack, default_budget("cifar10"), strength.steps, loss)
-    said = _said(weights, own)
+    said = own.said(weights)
     if (run is None) == (said is None):
         raise ValueError("pass the folder of a run, or --weights FILE --model NAME instead")
-    if save and Path(save).is_dir():
-        raise ValueError(f"{save} is a folder: --save takes a file, such as {save}/set.safetensors")
+    if save and (Path(save).is_dir() or Path(save).suffix != ".safetensors"):
+        raise ValueError("the numbers go into a file of the form of safetensors: pass --save "
+                         f"FILE.safetensors, got {save}")
     check_writable(Path(save or out).parent), check_writable(out)
+    if (Path(out) / "attack.json").is_dir():
+        raise ValueError(f"{Path(out) / 'attack.json'} is a folder, where the answer is to go: "
+                         "remove it")
+    if run and (left := unfinished(run)):
+        _say(f"{run}: not trained to its end, attacked after {left}")
     facts, network = (open_classifier(run, weights, machine.device) if said is None
                       else open_own(weights, said.pop("model", None), **said))
     if said is not None: _tell_moments(weights, facts["model"], said)

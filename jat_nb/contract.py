@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import Attack
-from .evaluation import check_result
 from .randomness import image_generators
 from .threats import Threat, apply_chain, contains_chain
+from .updates import check_result
 
 # %% ../nbs/43_contract.ipynb #f2a38973
 @dataclass(frozen=True)

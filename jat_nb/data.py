@@ -20,13 +20,19 @@ from .readers import _meant, _read_all, _Size, picture_files
 
 # %% ../nbs/08_data.ipynb #c2f26054
 def _check_set(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> None:
+    for what, given in (("images", images), ("labels", labels)):
+        if not isinstance(given, Tensor):
+            raise ValueError(f"expected {what} as a tensor, got {type(given).__name__}: "
+                             f"torch.as_tensor({what}) makes one")
+    if not isinstance(classes, Sequence):
+        raise ValueError(f"expected the names of the classes, got {classes!r}: pass ('cat', 'dog')")
     if images.dtype != torch.uint8 or images.ndim != 4 or labels.shape != (len(images),):
         raise ValueError(f"expected uint8 images (N, C, H, W) and N labels, got {images.dtype} "
                          f"{tuple(images.shape)} and labels {tuple(labels.shape)}")
     if (labels.dtype != torch.int64 or len(labels)
         and not 0 <= labels.min() <= labels.max() < len(classes)):
         raise ValueError(f"expected int64 labels from 0 to {len(classes) - 1}, got {labels.dtype} "
-                         f"from {labels.min()} to {labels.max()}")
+                         f"from {labels.min()} to {labels.max()}: pass labels.long(), from 0")
 
 # %% ../nbs/08_data.ipynb #ca271375
 def _in_proportion(labels: Tensor, n: int) -> Tensor:
@@ -214,16 +220,18 @@ def _read(name: str, files: list[tuple[Path, int]], classes: list[str],
     return ImageSet(name, torch.from_numpy(images), torch.tensor([label for _, label in files]),
                     tuple(classes), f"{kind}, {side} px" if side else kind)
 
-# %% ../nbs/08_data.ipynb #661bd868
+
 def _split_folder(root: Path, split: str) -> Path | None:
     names = ("train",) if split == "train" else ("test", "val")
     return next((root / n for n in names if (root / n).is_dir()), None)
 
 
 def _classes(folder: Path) -> list[str]:
+    if lost := [p for p in folder.iterdir() if _meant(p) and not p.exists()]:
+        raise ValueError(f"{lost[0]} is a link that leads nowhere: mend it or remove it")
     return sorted(p.name for p in folder.iterdir() if p.is_dir() and _meant(p))
 
-# %% ../nbs/08_data.ipynb #b3f8a8f1
+
 def _folder(name: str, root: Path, split: str, size: _Size | None) -> ImageSet:
     here = _split_folder(root, split)
     if here is None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .ascent import logits_of
+from .ascent import _check_numbers, _warn_of_probabilities, logits_of
 from .attacks import Attack, double_pass, ggsm, pgd
 from .batches import pairs
 from .losses import correct
@@ -135,6 +135,9 @@ class Evaluation(_Verdicts):
         "Accuracy (%) of each entry and of the union, one row per class, and the class's images."
         if self.labels is None: raise ValueError("no labels were kept: evaluate anew")
         n = self.labels.bincount(minlength=len(names or ()))
+        if names is not None and (isinstance(names, str) or len(names) < len(n)):
+            raise ValueError(f"expected a name for each of the classes 0 to {len(n) - 1}, got "
+                             f"{names!r}: pass the classes of the ImageSet")
         rows = zip([*self.names, "Union"], torch.cat([self.correct, self.union[None]]).double())
         share = {name: (100 * self.labels.bincount(row, len(n)) / n).tolist() for name, row in rows}
         return pd.DataFrame({**share, "n": n.tolist()}, index=names)
@@ -145,11 +148,12 @@ class Evaluation(_Verdicts):
                 "rows": self.table().drop(columns="n").to_dict("index")}
 
 # %% ../nbs/42_evaluation.ipynb #93b2b32f
-def _verdict(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def _verdict(model: nn.Module, x: Tensor, y: Tensor, attacked: bool = True) -> Tensor:
     "Which images are classified as y (B,): eval mode, no autocast, logits without NaN."
     with torch.no_grad(), frozen(model), torch.autocast(x.device.type, enabled=False):
         logits = logits_of(model, x)
     check_labels(y, x, logits.shape[1])
+    if not attacked: _check_numbers(logits), _warn_of_probabilities(logits)
     return correct(logits, y)
 
 # %% ../nbs/42_evaluation.ipynb #bb5a5775
@@ -221,7 +225,7 @@ class _Trial:
         "Which images are classified correctly as they are (N,)."
         found = torch.zeros(len(self.x), dtype=torch.bool)
         for rows in _shares(~found, None, self.batch_size):
-            found[rows] = _verdict(self.model, *self.batch(rows)).cpu()
+            found[rows] = _verdict(self.model, *self.batch(rows), attacked=False).cpu()
         return total(found.int()).bool()
 
     def attack(self, name: str, attack: Attack, part: int, standing: Tensor) -> Tensor:
@@ -256,22 +260,27 @@ def _broken(trial: _Trial, target: nn.Module, name: str, attack: Attack, part: i
 _Suite = Mapping[str, Attack | Sequence[Attack]]
 _NONE: _Suite = MappingProxyType({})
 
-def _check_call(model: nn.Module, y: Any, entries: Mapping[str, Sequence[Attack]],
-                batch_size: int) -> None:
+def _entries(model: nn.Module, y: Any, suite: Any, batch_size: int) -> dict[str, list[Attack]]:
+    "The attacks of each entry of a suite; refused where nothing could be judged by them."
     if isinstance(y, Mapping):
         raise ValueError("a stream brings its labels: evaluate(model, stream, suite=...)")
     if not isinstance(model, nn.Module):
         raise ValueError(f"expected an nn.Module, got {type(model).__name__}: wrap a function in a "
                          "module's forward")
-    if not entries:
-        raise ValueError("expected a suite of attacks, got none: pass suite={'Clean': clean, "
-                         "'PGD20': pgd_at(8 / 255)}")
+    named = isinstance(suite, Mapping) and all(isinstance(name, str) for name in suite)
+    if not named or not suite:
+        seen = "none" if named else f"{suite!r:.60}"
+        raise ValueError(f"expected a suite of attacks by name, got {seen}: pass suite={{'Clean': "
+                         "clean, 'PGD20': pgd_at(8 / 255)}")
+    entries = {name: list(a) if isinstance(a, Sequence) else [a] for name, a in suite.items()}
     if not all(entries.values()) or "Union" in entries or batch_size < 1:
         raise ValueError("expected attacks, none named 'Union', and batch_size >= 1: got "
                          f"{[*entries]}, {batch_size}")
     for name, attacks in entries.items():
         for attack in attacks: _check_attack_takes(f"attack {name!r}", attack, "generator")
+    return entries
 
+# %% ../nbs/42_evaluation.ipynb #8b84f2e4
 def _judge_piece(trial: _Trial, entries: Mapping[str, Sequence[Attack]], raw: bool, active: bool,
                  spent: Callable[[], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """For each entry: which images survived (A, n), which saw no gradient (A, n), and the passes
@@ -316,8 +325,7 @@ def _judge(model: nn.Module, x: Tensor | Iterable, y: Tensor | None, suite: _Sui
            batch_size: int = 128, seed: int = 0, active: bool = True,
            device: torch.device | str | None = None,
            fast: bool = False, progress: bool = True) -> Evaluation:
-    entries = {name: list(a) if isinstance(a, Sequence) else [a] for name, a in suite.items()}
-    _check_call(model, y, entries, batch_size)
+    entries = _entries(model, y, suite, batch_size)
     model = target = bare(model)  # a distributed one would wait for the others in every pass
     if processes().count > 1:
         agree({"seed": seed, "attacks": [*entries], "weights": tensor_hash(plain_state(model))})
@@ -382,4 +390,7 @@ def budget_curve(
     "Accuracy at growing budgets, on the same images with the same random draws."
     if len(budgets) == 0 or min(budgets) < 0 or any(b <= a for a, b in zip(budgets, budgets[1:])):
         raise ValueError(f"expected increasing budgets from 0 on, got {list(budgets)}")
+    if not callable(attack_at):
+        raise ValueError("expected attack_at(budget) that makes an attack, such as pgd_at, got "
+                         f"{type(attack_at).__name__}")
     return evaluate(model, x, y, {repr(float(b)): attack_at(float(b)) for b in budgets}, **options)

@@ -192,6 +192,7 @@ class _Known(nn.Module):
 
     def _codes_of(self, x: Tensor) -> Tensor:
         "The code of each image that is known, or that the search finds (B, code)."
+        check_images(x)
         marks = _marks(x, x.device)
         gaps = torch.cdist(marks, self.marks.to(marks.dtype),
                            compute_mode="donot_use_mm_for_euclid_dist")
@@ -268,6 +269,9 @@ def robust_mixup_codes(
     alpha: float | None = None,  # A share for every batch instead of a draw
 ) -> Tensor:  # Scalar, nats
     "Blend codes, draw the blends and attack them (IJSAT Algorithm 1 on generated data)."
+    if not isinstance(flow, Projected):
+        raise ValueError(f"robust_mixup_codes stands on a Projected, got {type(flow).__name__}: "
+                         "with a Glow use robust_mixup, which blends images")
     found = partners(batch, tau, alpha=alpha)
     loss = mixed_loss(batch.y, found.y, found.alpha)
     codes = mix(flow.encode(batch.x)[0], flow.encode(found.x)[0], found.alpha)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .flow_layers import ActNorm, AffineCoupling, InvertibleConv, Split, Squeeze, _log_normal
 from .randomness import Randomness, uniform
-from .threats import _normal, check_images
+from .threats import _is_number, _normal, check_images
 
 # %% ../nbs/18_glow.ipynb #9f2fa991
 def dequantise(
@@ -122,12 +122,18 @@ class _Chain(nn.Module):
         return logdet + sum(_log_normal(z, *m) for (_, z), m in zip(pairs, self.moments(pairs)))
 
 # %% ../nbs/18_glow.ipynb #9dd251e3
+def _whole(value: object, least: int) -> bool:
+    "Whether a value is a whole number of at least so much."
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def _rim(shape: Sequence[int], levels: int) -> tuple[int, int, int, int]:
     "Pixels to add left, right, above and below, so that both sides can be halved `levels` times."
+    sizes = shape if isinstance(shape, Sequence) else ()
+    if len(sizes) != 3 or not all(_whole(n, 1) for n in (*sizes, levels)):
+        raise ValueError("expected shape (C, H, W) and at least one level, in whole numbers, got "
+                         f"{shape!r} and levels={levels!r}")
     unit = 2**levels
-    if len(shape) != 3 or levels < 1 or min(shape) < 1:
-        raise ValueError(f"expected shape (C, H, W) and at least one level, got {tuple(shape)} "
-                         f"and levels={levels}")
     if min(shape[1:]) < unit:
         raise ValueError(f"{levels} levels halve a side {levels} times, got {shape[1]} x "
                          f"{shape[2]}: choose fewer levels, or images of at least {unit} pixels")
@@ -177,8 +183,11 @@ class _Layers(nn.Module):
         width: int = 512,  # Channels inside each coupling (Glow); 32 to 128 for small images
     ):
         super().__init__()
-        self.form = {"shape": [*shape], "levels": levels, "steps": steps, "width": width}
         self.rim, self.shape = _rim(shape, levels), tuple(shape)
+        if not (_whole(steps, 0) and _whole(width, 1)):
+            raise ValueError("expected steps of at least 0 and a width of at least 1, whole "
+                             f"numbers, got {steps!r} and {width!r}")
+        self.form = {"shape": [*shape], "levels": levels, "steps": steps, "width": width}
         canvas = F.pad(torch.empty(shape, device="meta"), self.rim).shape
         self.latent_shapes = _latent_shapes(canvas, levels)
         self.chain = _Chain(shape[0], levels, steps, width)
@@ -206,11 +215,13 @@ class _Coder(_Layers):
 
     def encode(
         self,
-        x: Tensor,  # Images (B, C, H, W) as they are, without noise; not only in [0, 1]
+        x: Tensor,  # Images (B, C, H, W) in [0, 1] as they are, without noise
         *,
         whitened: bool = False,  # Latents as standard normal numbers, not as they leave the chain
+        unclamped: bool = False,  # Images as `decode` gives them, also outside [0, 1]
     ) -> list[Tensor]:  # Latents of each level, the finest first: (B, *latent_shapes[i])
         "The code of each image."
+        if not unclamped: check_images(x)
         return self.chain.codes(self._canvas(x) - 0.5, whitened)
 
     def decode(
@@ -231,8 +242,9 @@ class _Coder(_Layers):
         generator: Randomness = None,  # One generator, or one per image
     ) -> Tensor:  # Images (n, C, H, W), clamped to [0, 1]
         "Draw images, from the coarsest latents to the finest."
-        if n < 1 or not 0 <= temperature < math.inf:
-            raise ValueError(f"expected n >= 1 and a temperature >= 0, got {n} and {temperature}")
+        if not (_whole(n, 1) and _is_number(temperature) and 0 <= temperature < math.inf):
+            raise ValueError("expected a whole number n >= 1 and a temperature >= 0, got "
+                             f"{n!r} and {temperature!r}")
         like = [next(self.parameters()).new_empty(n, *shape) for shape in self.latent_shapes]
         draws = [temperature * _normal(z, generator) for z in like]
         return self.decode(draws, whitened=True).clamp(0, 1)
@@ -243,9 +255,11 @@ class Glow(_Coder):
 
     def log_prob(
         self,
-        x: Tensor,  # Images (B, C, H, W); `dequantise` them first where they come from bytes
+        # Images (B, C, H, W) in [0, 1]; `dequantise` them first where they come from bytes
+        x: Tensor,
     ) -> Tensor:  # Logarithm of the density at each image with its rim (B,)
         "Density of images (IJSAT Eq. 5)."
+        check_images(x)
         return self.chain.log_density(self._canvas(x) - 0.5)
 
     def bits_per_dim(
@@ -268,7 +282,9 @@ def round_trip_error(
     x: Tensor,  # Images (B, C, H, W) in [0, 1]
     *,
     whitened: bool = False,  # Which latents to go through
+    unclamped: bool = False,  # As for `Glow.encode`
 ) -> Tensor:  # Largest change of a value of each image (B,), in image units
     "How far decoding the code of an image ends from the image (IJSAT Definition 1)."
-    back = flow.decode(flow.encode(x, whitened=whitened), whitened=whitened)
+    codes = flow.encode(x, whitened=whitened, unclamped=unclamped)
+    back = flow.decode(codes, whitened=whitened)
     return (back - x).abs().flatten(1).amax(1)

@@ -17,23 +17,30 @@ import torch
 from torch import Tensor, nn
 
 from .ascent import Adversarial, Loss, ascend
-from .glow import round_trip_error
+from .glow import Glow, round_trip_error
 from .losses import cross_entropy
 from .models import frozen
 from .pictures import ssim
 from .randomness import Randomness, uniform
-from .threats import Pixel, Threat, _check_budget, _single
+from .rigid import _check_counts
+from .threats import Pixel, Threat, _check_budget, _single, check_images, check_labels
 from .warp import per_image
 
 # %% ../nbs/19_joint_space.ipynb #fa0c7b5f
-def _check_glow(flow: nn.Module, levels: Sequence[int] | None) -> None:
-    if not all(hasattr(flow, name) for name in ("encode", "decode", "latent_shapes")):
-        raise ValueError(f"expected a flow with encode, decode and latent_shapes, got {flow!r}: "
+def _check_flow(flow: nn.Module, *more: str) -> None:
+    "Refuse what cannot encode and decode, or has no further method that is needed."
+    names = ("encode", "decode", "latent_shapes", *more)
+    if not all(hasattr(flow, name) for name in names):
+        raise ValueError(f"expected a flow with {', '.join(names)}, got {type(flow).__name__}: "
                          "train a Glow (chapter 18) or load one from its file")
+
+
+def _check_levels(flow: nn.Module, levels: Sequence[int] | None) -> None:
     known = range(1, len(flow.latent_shapes) + 1)
-    if levels is not None and (len(levels) == 0 or not set(levels) <= set(known)):
+    given = levels if isinstance(levels, Sequence) else ()
+    if levels is not None and not (given and all(level in known for level in given)):
         raise ValueError(f"expected levels from {known[0]} (finest) to {known[-1]} (coarsest), "
-                         f"got {levels!r}: None moves all of them")
+                         f"got {levels!r}: pass a list such as [1]; None moves all of them")
 
 
 def _mask(flow: nn.Module, levels: Sequence[int] | None, like: Tensor) -> Tensor:
@@ -60,7 +67,8 @@ class _LatentCodes:
 
     def __post_init__(self) -> None:
         _check_budget(eta=self.eta, step_latent=self.step_latent)
-        _check_glow(self.flow, self.levels)
+        _check_flow(self.flow)
+        _check_levels(self.flow, self.levels)
 
     def encode(self, x: Tensor) -> list[Tensor]:
         "The codes of images; those of the images that were prepared are at hand."
@@ -100,6 +108,10 @@ class Latent(_LatentCodes):
     def _limits(self, p: Tensor) -> Tensor:
         return per_image(self.eta, p) * _mask(self.flow, self.levels, p)
 
+    def _reach(self) -> Tensor:
+        "How far the budget lets each latent move."
+        return torch.as_tensor(self.eta)
+
     def step(self, p: Tensor, grad: Tensor, base: Tensor) -> Tensor:
         "Every latent moves by the sign of its gradient; then project."
         limits, step = self._limits(p), per_image(self.step_latent, p)
@@ -113,28 +125,66 @@ class Latent(_LatentCodes):
 _WIDEST = 0.1  # latent units (IJSAT Figure 8); a plain call with more is checked
 
 
+def _is_wide(latent: Latent) -> bool: return bool((latent._reach() > _WIDEST).any())
+
+
 @torch.no_grad()
 def _check_way_back(latent: Latent, moved: Tensor) -> None:
     "Refuse moves whose images the flow does not encode and decode to half a grey level."
-    if not hasattr(latent.flow, "log_prob"): return  # a generator has no way back
+    if not isinstance(latent.flow, Glow): return  # a generator has no way back
     images = latent.decode(latent.known[0], moved)
     with frozen(latent.flow):
-        error = round_trip_error(latent.flow, images, whitened=latent.whitened).max().item()
+        error = round_trip_error(latent.flow, images, whitened=latent.whitened,
+                                 unclamped=True).max().item()
     if not error <= 0.5 / 255:
         raise ValueError("the latent budget breaks the flow: encoding and decoding what was found "
                          f"misses it by {error:.3g}, more than half a grey level: choose a "
                          "smaller eta")
 
 
-def _climb(model: nn.Module, x: Tensor, y: Tensor, threats: Sequence[Threat], return_info: bool,
-           **options: object) -> Tensor | Adversarial:
-    checked = return_info or bool((torch.as_tensor(threats[0].eta) > _WIDEST).any())
+def _climbed(model: nn.Module, x: Tensor, y: Tensor, threats: Sequence[Threat],
+             return_info: bool, **options: object) -> Tensor | Adversarial:
+    checked = return_info or _is_wide(threats[0])
     found = ascend(model, x, y, threats, return_info=checked, **options)
     images = found.x_adv if checked else found
     if not images.isfinite().all():
         raise ValueError("the flow decoded to numbers that are not finite: choose a smaller eta")
     if checked: _check_way_back(found.threats[0], found.params[0])
     return found if return_info else images
+
+# %% ../nbs/19_joint_space.ipynb #c3af826e
+def _of(threat: Threat, rows: slice, n: int) -> Threat:
+    "The same threat for some of n images: budgets of single images are cut."
+    own = {name: value[rows] for name, value in vars(threat).items()
+           if getattr(value, "shape", None) == (n,)}
+    return replace(threat, **own) if own else threat
+
+
+def _joined(parts: Sequence[Adversarial], threats: Sequence[Threat]) -> Adversarial:
+    "One record for the parts of a batch."
+    x_adv, loss, success, within = (torch.cat([getattr(part, name) for part in parts])
+                                    for name in ("x_adv", "loss", "success", "within"))
+    params = tuple(torch.cat(own) for own in zip(*(part.params for part in parts)))
+    return Adversarial(x_adv, params, tuple(threats), loss, success, within,
+                       sum(part.n_forward for part in parts),
+                       sum(part.n_backward for part in parts))
+
+
+def _climb(model: nn.Module, x: Tensor, y: Tensor, threats: Sequence[Threat], return_info: bool,
+           max_bytes: int, target: Tensor | None, generator: Randomness,
+           **options: object) -> Tensor | Adversarial:
+    check_images(x)
+    for labels in (y, y if target is None else target): check_labels(labels, x)
+    _check_counts(max_bytes=max_bytes)
+    most, parts = max(1, max_bytes // (x[0].numel() * x.element_size())), []
+    for rows in (slice(i, i + most) for i in range(0, len(x), most)):
+        aims = None if target is None else target[rows]
+        source = generator[rows] if isinstance(generator, Sequence) else generator
+        parts.append(_climbed(model, x[rows], y[rows], [_of(t, rows, len(x)) for t in threats],
+                              return_info, target=aims, generator=source, **options))
+    if len(parts) == 1: return parts[0]
+    return _joined(parts, threats) if return_info else torch.cat(parts)
+
 
 # %% ../nbs/19_joint_space.ipynb #d86aae04
 def om_pgd(
@@ -153,14 +203,15 @@ def om_pgd(
     random_start: bool = True,  # Start uniformly within the budget
     restarts: int = 1,  # Independent starts; per image the best end is kept
     keep_best: bool = False,  # Per image the best iterate instead of the last
+    max_bytes: int = 2**30,  # Most that the pixels of a pass may take
     generator: Randomness = None,  # One generator, or one per image
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
     "Projected gradient ascent on the code of each image (IJSAT section 2.2)."
     return _climb(model, x, y, [Latent(flow, eta, step_latent, levels, whitened)], steps=steps,
-                  loss=loss,
-                  target=target, random_start=random_start, restarts=restarts, keep_best=keep_best,
-                  generator=generator, return_info=return_info)
+                  loss=loss, target=target, random_start=random_start, restarts=restarts,
+                  keep_best=keep_best, max_bytes=max_bytes, generator=generator,
+                  return_info=return_info)
 
 # %% ../nbs/19_joint_space.ipynb #3096eb8d
 def jsa(
@@ -186,6 +237,7 @@ def jsa(
     random_start: bool = True,  # Start uniformly within both budgets
     restarts: int = 1,  # Independent starts; per image the best end is kept
     keep_best: bool = False,  # Per image the best iterate instead of the last
+    max_bytes: int = 2**30,  # Most that the pixels of a pass may take
     generator: Randomness = None,  # One generator, or one per image
     return_info: bool = False,  # Return an `Adversarial` record instead of the images
 ) -> Tensor | Adversarial:  # Adversarial images (B, C, H, W) in [0, 1]
@@ -194,7 +246,7 @@ def jsa(
     threats = [latent, *between, Pixel(eps_pixel, step_pixel, valid="clamp")]
     return _climb(model, x, y, threats, steps=steps, schedule=schedule, loss=loss, target=target,
                   random_start=random_start, restarts=restarts, keep_best=keep_best,
-                  generator=generator, return_info=return_info)
+                  max_bytes=max_bytes, generator=generator, return_info=return_info)
 
 # %% ../nbs/19_joint_space.ipynb #1c49226a
 @contextmanager
@@ -202,6 +254,7 @@ def counted_codes(
     flow: nn.Module,  # Encodes and decodes: a Glow, or a generator behind its interface
 ) -> Iterator[Counter[str]]:  # Images that were encoded ("encode") and decoded so far ("decode")
     "Count the images that go through a flow, and the codes that come back, in a `with` block."
+    _check_flow(flow)
     count: Counter[str] = Counter()
 
     def watch(name: str) -> None:
@@ -226,6 +279,7 @@ def latent_report(
     whitened: bool = False,  # Which latents to compare
 ) -> dict[str, Tensor]:  # One number per image (B,) under each name
     "What an attack changed, in pixels and in the eyes of the flow."
+    _check_flow(flow, "log_prob")
     change = (x_adv - x).flatten(1)
     with frozen(flow):
         pairs = zip(*(flow.encode(images, whitened=whitened) for images in (x, x_adv)))

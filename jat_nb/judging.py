@@ -25,7 +25,7 @@ from .models import BUILDERS
 from .processes import on_first, processes, total
 from .recipes import Recipe, made_by
 from .records import Record, check_writable, environment, read_jsonl, write_atomic, write_json
-from .suites import Job, check_answer, networks_of, run_suite, suites
+from .suites import Job, check_answer, networks_of, reads_steps, run_suite, suites
 from .weights import load_weights, open_weights, save_weights
 
 # %% ../nbs/53_judging.ipynb #6b3264b5
@@ -224,9 +224,12 @@ def _answered(path: Path, config: dict[str, Any], seed: int) -> Record | None:
     return old if enough and not set(other) & set(_THINGS) else None
 
 # %% ../nbs/53_judging.ipynb #7aa5c522
-def _place(run: Path, suite: str) -> Path:
-    "The file of an answer."
+def _place(run: Path, suite: str, steps: int) -> Path:
+    "The file of an answer; steps that the suite would not take are refused."
     out = run / f"eval-{suite}.json"
+    if steps != Job.steps and not reads_steps(suite):
+        raise ValueError(f"the suite {suite!r} sets the steps of its attacks itself, steps={steps} "
+                         "would change nothing: leave it out (in the shell --steps)")
     if out.is_dir(): raise ValueError(f"{out} is a folder, where the answer is to go: remove it")
     return out
 
@@ -236,6 +239,9 @@ def _standing(suite: str, needs: Mapping[str, Path], data: str) -> dict[str, Pat
     asked = {keyword: needs[keyword] for keyword in networks_of(suite) if keyword in needs}
     for keyword, run in asked.items():
         check_same_data(keyword, run, data)
+        if classifies(run):  # attacks stand on flows and generators
+            raise ValueError(f"--needs {keyword}={run} is a classifier: pass the run of a flow or "
+                             "a generator")
     return asked
 
 
@@ -256,7 +262,11 @@ def class_accuracies(
 ) -> dict[str, dict[str, float]]:  # By class: "n", and the accuracy under each attack in percent
     "How each class fares under each attack."
     rows: dict[str, dict[str, float]] = {name: {"n": 0} for name in classes}
-    for i in range(min(map(len, verdicts.values()), default=0)):
+    counts = sorted({len(found) for found in verdicts.values()})
+    if len(counts) > 1 or max(counts, default=0) > len(labels):
+        raise ValueError(f"expected verdicts on the same images, at most {len(labels)}, got "
+                         f"{' and '.join(map(str, counts))}")
+    for i in range(max(counts, default=0)):
         row = rows[classes[int(labels[i])]]
         row["n"] += 1
         for attack, right in verdicts.items():
@@ -298,7 +308,7 @@ def judge(
 ) -> tuple[Record, bool]:  # The answer, and whether it is new
     "The answers of a suite for a run; those already there are kept, other questions refused."
     run, (facts, model) = check_writable(run), open_classifier(run, weights, device)
-    about, out = facts["about"], _place(run, suite)
+    about, out = facts["about"], _place(run, suite, steps)
     (whole, identity), budget = _test_set(run, about), budget or default_budget(about["data"])
     test = whole.subset(min(n, len(whole)))
     fast = about["tier"] == "cpu" if fast is None else fast

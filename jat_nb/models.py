@@ -65,7 +65,12 @@ class NormalizedModel(nn.Module):
                     "create the model with in_chans equal to the channels of the images")
             raise ValueError(f"expected images of shape (B, {channels}, H, W), got {tuple(x.shape)}"
                              f": {mend}")
-        return self.model((x - self.mean) / self.std)  # Eq. 1
+        try:
+            return self.model((x - self.mean) / self.std)  # Eq. 1
+        except AssertionError as error:  # of timm's networks that are made for one size
+            raise ValueError(f"{error} Create it with img_size={[*x.shape[2:]]} (in the shell "
+                             f"--set model_options='{{\"img_size\": {[*x.shape[2:]]}}}'), or bring "
+                             "pictures to its size (--size SIDE)") from error
 
 # %% ../nbs/09_models.ipynb #ad9e9483
 def _put_back(module: nn.Module, training: bool, buffers: Mapping[str, Tensor | None]) -> None:
@@ -160,9 +165,12 @@ class Logits(nn.Module):
             out = out.logits if hasattr(out, "logits") else out["logits"]
         elif isinstance(out, (tuple, list)):
             out = out[0]
-        if not isinstance(out, Tensor):
-            raise ValueError(f"found no logits in {type(out).__name__}: return them from a module "
-                             "of your own")
+        good = isinstance(out, Tensor) and out.is_floating_point() and out.ndim in (1, 2)
+        if not good or len(out) != len(x):
+            seen = (f"{tuple(out.shape)} {out.dtype}" if isinstance(out, Tensor)
+                    else type(out).__name__)
+            raise ValueError(f"found no logits in {seen}: return ({len(x)}, K) of them from a "
+                             "module of your own")
         z = out[:, None] if out.ndim == 1 else out
         return torch.cat([torch.zeros_like(z), z], dim=1) if z.shape[1:] == (1,) else z
 

@@ -220,24 +220,28 @@ def attack_files(
 ) -> str:  # What became of the pictures, in a line
     "Attack picture files by the network of a run."
     about, form, first = facts["about"], facts["model"], processes().rank == 0
+    if form["num_classes"] < 2:
+        raise ValueError("one output: attack it from Python, as double_pass(Logits(network), x, y)")
     names = list(map(str, about.get("classes") or range(form["num_classes"])))
-    # runs of 0.3 knew one side
-    sides = about["shape"][1:] if "shape" in about else about.get("size", 32)
+    sides = about["shape"][1:] if "shape" in about else about.get("size", 32)  # 0.3 knew one side
     files, x = read_pictures(images, sides, form["in_chans"])
     x = x.to(next(network.parameters()).device)
     with frozen(network), torch.no_grad():
         answers = torch.cat([network(part).argmax(1)
                              for part in x.split(chosen.get("batch_size", 250))])
     y, label_from = label_pictures(files, names, answers)
-    called = [os.fsencode(file.name).decode("utf-8", "replace") for file in files]
+    inside = Path(images).expanduser()  # the folder from which files are named
+    inside = inside if inside.is_dir() else inside.parent
+    called = [os.fsencode(file.relative_to(inside).as_posix()).decode("utf-8", "replace")
+              for file in files]
     told = {**chosen, "budget": asdict(budget), "run": dict(about)}
     rows = attack_pictures(network, x, y, file_stems(files), out if first else None, budget=budget,
                            save=save if first else None,
                            facts=told | {"label_from": label_from, "classes": names,
                                          "files": called}, **chosen)
     shown = [{"file": f, "label": names[int(c)], "label_from": label_from, **row,
-              "before": names[row["before"]],
-              "after": names[row["after"]]} for f, c, row in zip(called, y, rows)]
+              "before": names[row["before"]], "after": names[row["after"]]}
+             for f, c, row in zip(called, y, rows)]
     if first:
         write_json(Path(out) / "attack.json", {**told, "images": shown})
     unnamed = label_from == "network" and "weights" in about

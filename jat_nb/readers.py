@@ -15,7 +15,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 # %% ../nbs/07_readers.ipynb #14b131a0
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+_OTHERS = {".arw", ".avif", ".cr2", ".dcm", ".dng", ".gif", ".heic", ".heif", ".jfif", ".jp2",
+           ".jxl", ".nef", ".pbm", ".pnm", ".svg", ".tga"}  # pictures too, and not read here
 
 
 def _meant(path: Path) -> bool:
@@ -24,9 +26,9 @@ def _meant(path: Path) -> bool:
 
 
 def _files_below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
-    "Files at any depth, through links to folders too, but never round in a circle."
+    "Files and dead links at any depth, through links to folders too, but never in a circle."
     for path in filter(_meant, folder.iterdir()):
-        if path.is_file():
+        if path.is_file() or not path.exists():
             yield path
         elif path.is_dir() and path.resolve() not in above:
             yield from _files_below(path, above | {path.resolve()})
@@ -39,8 +41,12 @@ def picture_files(
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"there is no file or folder {path}")
-    found = [path] if path.is_file() else _files_below(path, frozenset({path.resolve()}))
-    return sorted(p for p in found if p.suffix.lower() in _SUFFIXES)
+    found = [path] if path.is_file() else sorted(_files_below(path, frozenset({path.resolve()})))
+    if lost := [p.name for p in found if p.suffix.lower() in _OTHERS or not p.exists()]:
+        raise ValueError(f"cannot read {len(lost)} of the pictures at {path}, such as "
+                         f"{', '.join(lost[:3])}: save them as PNG, mend links that lead nowhere, "
+                         "or take them out")
+    return [p for p in found if p.suffix.lower() in _SUFFIXES]
 
 # %% ../nbs/07_readers.ipynb #9a4d607f
 def _opened(path: str | Path) -> Image.Image:

@@ -100,7 +100,7 @@ def _tupled(value: Any, kind: Any) -> Any:
         return tuple(_tupled(v, get_args(kind)[0]) for v in value)
     return value
 
-# %% ../nbs/35_recipes.ipynb #2c8c6e58
+
 def _settle(r: Recipe) -> None:
     "Copy every field, check its kind, then check the recipe as a whole."
     for f in fields(r):
@@ -144,7 +144,7 @@ def _fits(value: Any, kind: Any) -> bool:
         return kind is bool
     return isinstance(value, (int, float) if kind is float else origin or kind)
 
-# %% ../nbs/35_recipes.ipynb #d7283e4b
+
 def _said(kind: Any) -> str:
     "An annotation in words."
     if get_origin(kind) in (Union, UnionType):
@@ -155,7 +155,7 @@ def _said(kind: Any) -> str:
         return "None"
     return str(kind) if get_args(kind) else getattr(kind, "__name__", str(kind))
 
-# %% ../nbs/35_recipes.ipynb #bb5bdba8
+
 def _check_kind(what: str, value: Any, kind: Any) -> None:
     if not _fits(value, kind):
         raise ValueError(f"expected {what} to be {_said(kind)}, got {value!r}")
@@ -328,7 +328,8 @@ def _check_length(r: Recipe) -> None:
     good = sorted((p for p, factor in r.knots if 0 <= p <= _length(r) and factor >= 0))
     if r.schedule == "piecewise" and (not good or good != [place for place, _ in r.knots]):
         raise ValueError("expected knots (place, factor of at least 0) in ascending order "
-                         f"{within}, got {r.knots}")
+                         f"{within}, got {r.knots}: scale them with the {_unit(r)}, such as "
+                         "knots=[[0, 0], [1, 1]]")
 
 # %% ../nbs/35_recipes.ipynb #fabfc013
 def _check_model(r: Recipe) -> None:
@@ -371,11 +372,22 @@ class Bound(NamedTuple):
 # %% ../nbs/35_recipes.ipynb #c1a7e0b4
 def made_by(
     name: str,  # Value of `Recipe.needs`: a recipe, or a function as "module:function"
+    options: str = "",  # More options of the command
 ) -> str:  # Command or call
     "How a network that a recipe stands on is made."
     if ":" in name:
         return f"{name.replace(':', '.')}(FOLDER, ...)"
-    return f"jat_train --recipe {name} --out FOLDER"
+    return f"jat_train --recipe {name} --out FOLDER{options}"
+
+
+def missing_network(
+    keyword: str,  # Key of `Recipe.needs`
+    name: str,  # As for `made_by`
+    options: str = "",  # As for `made_by`
+) -> str:  # One line
+    "What to say where a network that a recipe stands on is not given."
+    return (f"the recipe needs a trained network {keyword!r}: train it with "
+            f"{made_by(name, options)} and pass --needs {keyword}=FOLDER")
 
 # %% ../nbs/35_recipes.ipynb #f56ab06b
 def bind(
@@ -387,9 +399,8 @@ def bind(
     given = dict(needs or {})
     for keyword in sorted(set(recipe.needs) ^ set(given)):
         name = recipe.needs.get(keyword)
-        raise ValueError(f"the recipe has no use for a network {keyword!r}" if name is None else
-                         f"the recipe needs a trained network {keyword!r}: train it with "
-                         f"{made_by(name)} and pass --needs {keyword}=FOLDER")
+        raise ValueError(missing_network(keyword, name) if name else
+                         f"the recipe has no use for a network {keyword!r}")
     objective, attacks = _objective(recipe), {}
     for role, links in recipe.attacks.items():
         attacks[role] = chain([standing_on(ATTACKS[name], given, **options)

@@ -10,10 +10,11 @@ import json
 import math
 import os
 import sys
+import warnings
 from argparse import ArgumentParser, BooleanOptionalAction
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from functools import wraps
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import partial, wraps
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -115,6 +116,11 @@ def _grouped(work: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, 
     return values
 
 # %% ../nbs/66_shell.ipynb #36c4e0c0
+def _tell(name: str, warning: Warning | str, *where: Any) -> None:
+    "A warning as a line of a command."
+    print(f"{name}: warning: {' '.join(str(warning).split())}", file=sys.stderr)
+
+
 def command(
     work: Callable[..., int],  # Documented function; its answer is the exit status
 ) -> Callable[..., int]:
@@ -126,7 +132,9 @@ def command(
             return work(**_grouped(work, options))
         options = vars(_parser(work).parse_args(words))
         try:
-            return work(**_grouped(work, options))
+            with warnings.catch_warnings():
+                warnings.showwarning = partial(_tell, work.__name__)
+                return work(**_grouped(work, options))
         except _FAILURES as error:
             print(f"{work.__name__}: error: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
@@ -158,6 +166,11 @@ class _Machine:
 
     def __post_init__(self) -> None:
         _check(threads=(self.threads, 1))
+        try:
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"cannot compute on {self.device!r} ({error}): pass --device cpu"
+                             ) from error
         if self.threads:
             torch.set_num_threads(self.threads)
 
@@ -240,6 +253,24 @@ class _Elsewhere:
 
     def __post_init__(self) -> None:
         _check_network(self.model)
+
+    def said(self, weights: str, out: str | None = None) -> dict[str, Any] | None:
+        "All of it that was said; None if --weights names an epoch of a run."
+        said = {k: v for k, v in {**asdict(self), "out": out}.items() if v is not None}
+        if weights in ("last", "best"):
+            if said:
+                raise ValueError(f"--{' --'.join(said)} say what a run knows itself: pass them "
+                                 "with --weights FILE")
+            return None
+        if not Path(weights).is_file():
+            what = ("a folder: the folder of a run is passed without --weights"
+                    if Path(weights).is_dir() else "not there, there is no file of that name")
+            raise FileNotFoundError("--weights takes last, best or a file of weights; "
+                                    f"{weights!r} is {what}")
+        if len(counted := said.get("classes", ())) == 1 and counted[0].isdigit():
+            said["classes"] = int(counted[0])
+        data = {"data": _whole_name(said["data"])} if "data" in said else {}
+        return said | {"size": _size(said.get("size"))} | data
 
 # %% ../nbs/66_shell.ipynb #2e415632
 @dataclass(frozen=True)

@@ -132,6 +132,12 @@ class Suite:
     kind: str = "table"  # key of KINDS, or "module:function"
     also: Mapping[str, "Suite"] = field(default_factory=dict)  # further questions, by key of answer
 
+    @property
+    def specs(self) -> list[Spec]:
+        "The attacks of all columns, one after the other."
+        return [spec for what in self.columns.values()
+                for spec in ([what] if isinstance(what[0], str) else what)]
+
 # %% ../nbs/47_suites.ipynb #29360fef
 def _fitted(what: Spec | Sequence[Spec], home: Budget, there: Budget) -> Spec | list[Spec]:
     "A column with its lengths in proportion to another budget."
@@ -191,7 +197,7 @@ def _curves(suite: Suite, job: Job) -> dict[str, Any]:
         if kind in given["counts"]: found[f"{kind}_steps"] = curves
     return found
 
-# %% ../nbs/47_suites.ipynb #8a715c39
+
 def _check_curves(suite: Suite, answer: Mapping[str, Any]) -> None:
     for kind in suite.columns:
         _check_table(suite, answer[kind])
@@ -303,15 +309,16 @@ class Kind(NamedTuple):
 
     ask: Callable[[Suite, Job], dict[str, Any]]
     check: Callable[[Suite, Mapping[str, Any]], None]  # raises for an answer that is damaged
+    steps: bool = True  # whether it may read the steps of a job itself, beside its columns
 
 
 KINDS: Mapping[str, Kind] = MappingProxyType({
-    "table": Kind(_table, _check_table), "raw": Kind(_raw, _check_raw),
-    "similarity": Kind(_similarity, _check_similarity),
-    "displacement": Kind(_displacement, _check_displacement),
+    "table": Kind(_table, _check_table, False), "raw": Kind(_raw, _check_raw, False),
+    "similarity": Kind(_similarity, _check_similarity, False),
+    "displacement": Kind(_displacement, _check_displacement, False),
     "curves": Kind(_curves, _check_curves), "surface": Kind(_surface, _check_surface),
-    "transfer": Kind(_transfer, _check_transfer), "masking": Kind(_masking, _check_masking),
-    "corruptions": Kind(_corruptions, _check_corruptions)})  # kinds of question by name
+    "transfer": Kind(_transfer, _check_transfer, False), "masking": Kind(_masking, _check_masking),
+    "corruptions": Kind(_corruptions, _check_corruptions, False)})  # kinds of question by name
 
 # %% ../nbs/47_suites.ipynb #d9ee041d
 _PGD = {"eps": "eps_pixel", "step": "0.25 eps_pixel", "steps": "steps"}
@@ -344,6 +351,13 @@ def suites() -> dict[str, Suite]:  # The general ones first, then each paper's
     return found
 
 # %% ../nbs/47_suites.ipynb #1c11c81a
+def _asked(suite: str | Suite) -> Suite:
+    "The questions themselves, also where their name is given."
+    if isinstance(suite, str) and suite not in suites():
+        raise ValueError(f"unknown suite {suite!r}: choose one of {', '.join(suites())}")
+    return suites()[suite] if isinstance(suite, str) else suite
+
+
 def _kind(suite: Suite) -> Kind:
     return pkgutil.resolve_name(suite.kind) if ":" in suite.kind else KINDS[suite.kind]
 
@@ -360,18 +374,13 @@ def run_suite(
     job: Job,  # The network, the images, the budget
 ) -> dict[str, Any]:  # Numbers, text, lists and dicts, ready for a record
     "Put the questions of one suite to a network."
-    name = suite if isinstance(suite, str) else "of your own"
-    if isinstance(suite, str) and suite not in suites():
-        raise ValueError(f"unknown suite {suite!r}: choose one of {', '.join(suites())}")
-    asked = suites()[suite] if isinstance(suite, str) else suite
-    for need in asked.needs:
-        if not getattr(job, need):
-            raise ValueError(f"the suite {name!r} needs {need}, the job has none: give it {need}")
-    for keyword in networks_of(asked):
-        if keyword not in job.networks:
-            raise ValueError(f"the suite {name!r} stands on a trained network {keyword!r} and none "
-                             f"was given: pass Job(networks={{{keyword!r}: network}}), or --needs "
-                             f"{keyword}=FOLDER to jat_eval")
+    asked, name = _asked(suite), suite if isinstance(suite, str) else "of your own"
+    for need in (need for need in asked.needs if not getattr(job, need)):
+        raise ValueError(f"the suite {name!r} needs {need}, the job has none: give it {need}")
+    for keyword in (k for k in networks_of(asked) if k not in job.networks):
+        raise ValueError(f"the suite {name!r} stands on a trained network {keyword!r} and none was "
+                         f"given: pass Job(networks={{{keyword!r}: network}}), or --needs "
+                         f"{keyword}=FOLDER to jat_eval")
     return _answer(asked, job)
 
 # %% ../nbs/47_suites.ipynb #2adecad6
@@ -379,12 +388,19 @@ def networks_of(
     suite: str | Suite,  # Key of `suites()`, or questions of your own
 ) -> tuple[str, ...]:  # Keywords, each once
     "The trained networks that the attacks of a suite, and of those beside it, stand on."
-    asked = suites()[suite] if isinstance(suite, str) else suite
-    specs = [s for what in asked.columns.values()
-             for s in ([what] if isinstance(what[0], str) else what)]
-    found = [keyword for name, _ in specs if name in ATTACKS for keyword in networks(ATTACKS[name])]
-    found += [keyword for part in asked.also.values() for keyword in networks_of(part)]
+    asked = _asked(suite)
+    found = [k for name, _ in asked.specs if name in ATTACKS for k in networks(ATTACKS[name])]
+    found += [k for part in asked.also.values() for k in networks_of(part)]
     return tuple(dict.fromkeys(found))
+
+# %% ../nbs/47_suites.ipynb #70bc5604
+def reads_steps(
+    suite: str | Suite,  # Key of `suites()`, or questions of your own
+) -> bool:  # False where every attack brings its own steps
+    "Whether the steps of a job may change what a suite, or one beside it, asks."
+    asked = _asked(suite)
+    named = any("steps" in str(v).split() for _, options in asked.specs for v in options.values())
+    return named or _kind(asked).steps or any(map(reads_steps, asked.also.values()))
 
 # %% ../nbs/47_suites.ipynb #69d25508
 def check_answer(

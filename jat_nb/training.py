@@ -33,8 +33,9 @@ from .randomness import seed_from
 from .recipes import Bound, Recipe, bind
 from .records import environment, progress, read_jsonl
 from .schedules import learning_rate, make_optimizer
-from .updates import (_TRACED, Judge, Memory, OnEpoch, _check_held_out, _check_own, _in_row,
-                            _one_size, _tally, accuracy, judge_classifier, train_step)
+from .updates import (_TRACED, Judge, Memory, OnEpoch, _at_hand_or_streamed, _check_asked,
+                            _check_own, _check_weights, _in_row, _one_size, _tally, accuracy,
+                            judge_classifier, train_step)
 from .weights import check_rebuildable
 
 # %% ../nbs/40_training.ipynb #fc7fd32b
@@ -237,6 +238,14 @@ def _stop(run: _Run) -> None:
     if run.patience is not None and _since_best(run.history) >= run.patience:
         row["stopped"] = f"patience {run.patience}"
 
+
+def _check_patience(run: _Run) -> None:
+    "Refuse to pass over a patience with which a stopped run would have gone on."
+    said = str(run.history[-1].get("stopped", "")) if run.history else ""
+    if run.patience and said.startswith("patience") and _since_best(run.history) < run.patience:
+        raise ValueError(f"the run in {run.folder} was stopped by {said}, with patience="
+                         f"{run.patience} it would have gone on: train it in another folder")
+
 # %% ../nbs/40_training.ipynb #c000a50f
 def _averaging(ema: float) -> Callable[..., None]:
     "The update of averaged weights; its decay grows with their number."
@@ -254,19 +263,14 @@ def _check_unlabelled(recipe: Recipe, unlabelled: Unlabelled | None) -> None:
                          "or `few_labels`; to train without, an empty set, or unlabelled=0")
 
 
-def _check_fit(model: nn.Module, recipe: Recipe, given: _Given, patience: int | None,
-               kept: bool) -> None:
+def _check_fit(model: nn.Module, recipe: Recipe, given: _Given, kept: bool) -> None:
     "What would be noticed only after hours otherwise."
     train, validation, unlabelled, _ = given
-    if patience is not None and (patience < 1 or validation is None):
-        raise ValueError("patience counts epochs by what validation= says: pass it, and at least "
-                         f"1, got {patience}")
-    _check_held_out(validation)
     _check_beside(train, validation, unlabelled)
+    _check_weights(model)
     counts = [len(d) for d in (train, validation) if d is not None and not isinstance(d, Stream)]
-    if not isinstance(model, nn.Module) or not list(model.parameters()) or 0 in counts:
-        raise ValueError("expected an nn.Module with weights and at least one image in each set, "
-                         f"got {type(model).__name__} and {counts}")
+    if 0 in counts:
+        raise ValueError(f"expected at least one image in each set, got {counts}")
     probed = [] if validation is None else [recipe.probe_images]
     if (smallest := min([recipe.batch_size, *counts, *probed])) < processes().count:
         raise ValueError(f"{processes().count} processes cannot share {smallest} images: "
@@ -383,11 +387,10 @@ def fit(
 ) -> list[dict[str, Any]]:  # A row per epoch: loss, lr, seconds, and what the judge says
     "Train a model by a recipe, in one process or in all that were started together."
     own = {"objective": objective, "attacks": attacks, "probe": probe, "judge": judge}
-    if not hasattr(train, "images") and not isinstance(train, Stream):
-        train = Stream(train)
     with report_lost(), _one_size():
-        given = _Given(train, validation, unlabelled, dict(needs or {}))
-        _check_fit(model, recipe, given, patience, out is not None)
+        _check_asked(recipe, own, validation, on_epoch, patience)
+        given = _Given(_at_hand_or_streamed(train), validation, unlabelled, dict(needs or {}))
+        _check_fit(model, recipe, given, out is not None)
         bound, judge = _functions(recipe, given.needs, own)
         model = in_form(bound.objective, model)
         identity = _identity(model, recipe, given, {} if out is None else own)
@@ -396,5 +399,6 @@ def fit(
         time_is_up = timer(seconds, device)
         run = _start(model, recipe, bound, judge, given, out, identity, about or {}, device)
         run.on_epoch, run.patience = on_epoch, patience
+        _check_patience(run)
         _carry_out(run, device, time_is_up)
     return run.history

@@ -11,20 +11,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from operator import length_hint
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .ascent import _check_slope
-from .batches import Batch, _pieces, batches
+from .ascent import _check_numbers, _check_slope
+from .batches import Batch, Stream, _pieces, batches
 from .data import ImageSet
 from .losses import correct
 from .models import bare, frozen, half_precision
 from .objectives import OWN_LOSS, State, WithMemory
 from .processes import on_first, processes, total
-from .recipes import Bound
+from .recipes import Bound, Recipe
 from .threats import check_images
 
 # %% ../nbs/39_updates.ipynb #8d480e45
@@ -223,8 +224,11 @@ def accuracy(
         if attack is not None and len(x):
             with half_precision(device, amp):
                 x = attack(model, x, batch.y, generator=batch.generator)
-        with frozen(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            right += correct(model(x), batch.y).sum() if len(x) else 0
+        if len(x):
+            with frozen(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
+                logits = model(x)
+            right += correct(logits, batch.y).sum()
+            if attack is None: _check_numbers(logits)
     return int(total(right)) / len(data)
 
 # %% ../nbs/39_updates.ipynb #15912a0f
@@ -247,6 +251,50 @@ def _check_held_out(validation: Any) -> None:
                          f"{type(validation).__name__}: pass an ImageSet, as load('folder:PATH', "
                          "'test', size=64) or load(...).split(n) give it, or make one of bytes, "
                          "ImageSet(name, images, labels, classes)")
+
+# %% ../nbs/39_updates.ipynb #c98dae36
+def _check_asked(recipe: Any, own: Mapping[str, Any], validation: Any, on_epoch: Any,
+                 patience: Any) -> None:
+    "Refuse what a training takes in another form."
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"expected a Recipe, got {recipe!r:.60}: recipes()[NAME] of "
+                         "jat_nb.catalogue has those of the papers, adapt(...) fits one to a data "
+                         "set")
+    if not isinstance(own.get("attacks") or {}, Mapping):
+        raise ValueError(f"expected attacks by role, got {type(own['attacks']).__name__}: pass "
+                         "attacks={'attack': pgd}")
+    if on_epoch is not None:
+        _check_takes("on_epoch", on_epoch, ["row", "network"], [],
+                     "def on_epoch(row, network) returns True to stop")
+    if own.get("judge") is not None:
+        _check_takes("the judge", own["judge"], ["model", "validation", "few"], [],
+                     "def judge(model, validation, few) returns entries of the epoch's row")
+    if patience is not None and (type(patience) is not int or patience < 1 or validation is None):
+        raise ValueError("patience counts epochs by what validation= says: pass it, and a whole "
+                         f"number of at least 1, got {patience!r}")
+    _check_held_out(validation)
+
+# %% ../nbs/39_updates.ipynb #364a7b00
+def _check_weights(model: Any) -> None:
+    "Refuse a model without weights that a training could move."
+    weights = [*model.parameters()] if isinstance(model, nn.Module) else []
+    if not weights:
+        raise ValueError(f"expected an nn.Module with weights, got {type(model).__name__}")
+    if not any(p.requires_grad for p in weights):
+        raise ValueError("every weight is frozen: call model.requires_grad_(True), or that of the "
+                         "layers to be trained")
+    if any(p.dtype == torch.float16 for p in weights):
+        raise ValueError("the weights are torch.float16 and the images torch.float32: call "
+                         "model.float(); amp=True in the recipe computes in half precision")
+
+# %% ../nbs/39_updates.ipynb #ea1d4f75
+def _at_hand_or_streamed(train: Any) -> Any:
+    "Training images as they are, or batches from elsewhere as a stream."
+    if hasattr(train, "images") or isinstance(train, Stream):
+        return train
+    if length_hint(train, 1) == 0:
+        raise ValueError(f"the training data hold no batch: the {type(train).__name__} is empty")
+    return Stream(train)
 
 # %% ../nbs/39_updates.ipynb #474f989e
 # on_epoch(row, network) -> True to stop

@@ -8,6 +8,7 @@ __all__ = ['tensor_hash', 'read_tensors', 'save_weights', 'load_weights', 'start
 # %% ../nbs/10_weights.ipynb #72b85838
 import json
 import re
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
@@ -54,12 +55,18 @@ def write_tensors(
         raise ValueError(f"cannot write {path} ({error.strerror}): make room") from error
 
 # %% ../nbs/10_weights.ipynb #dea93c00
+def _no_file(path: str | Path) -> str:
+    "What to say where a file of weights is asked for and there is none."
+    return (f"{path} is a folder: name a file in it, such as {Path(path) / 'best.safetensors'}"
+            if Path(path).is_dir() else f"no weights at {path}; save_weights writes them")
+
+
 def read_tensors(
     path: str | Path,  # File written by `write_tensors`
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:  # Tensors on the CPU, and the header
     "Read a file back and make sure that it is as it was written; nothing in the file is executed."
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no weights at {path}; save_weights(model, path) writes them")
+        raise FileNotFoundError(_no_file(path))
     try:
         with safe_open(path, framework="pt") as f:
             facts, tensors = f.metadata(), {k: f.get_tensor(k).clone() for k in f.keys()}
@@ -77,6 +84,7 @@ _FORM = ("num_classes", "in_chans", "mean", "std")
 _OPTIONS = {"norm", "drop_rate", "drop_path_rate", "drop_block_rate", "proj_drop_rate",
             "attn_drop_rate", "global_pool", "img_size", "patch_size", "zero_init_last",
             "levels", "steps", "width", "code", "count", "classes"}
+_FROM_PYTHON = "judged from Python, by evaluate"  # a network that no name of a registry makes
 _WORD_OR_NUMBER = re.compile(r"\w*|[-+.\de]+")
 
 
@@ -87,8 +95,11 @@ def _form(name: Any) -> tuple[str, ...]:
 
 def _call(header: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     "The call of `create` that a header describes, made of plain names and known options only."
-    form = _form(header.get("name"))
-    if missing := [k for k in ("name", *form) if k not in header]:
+    if "name" not in header:
+        raise ValueError("it names no network; one of your own class is filled by "
+                         f"load_state_dict(read_tensors(FILE)[0]) and {_FROM_PYTHON}")
+    form = _form(header["name"])
+    if missing := [k for k in form if k not in header]:
         raise ValueError(f"the header lacks {missing}; build the model with create(name, ...)")
     options = header.get("options", {})
     if not isinstance(options, dict):
@@ -115,7 +126,7 @@ def _shapes(header: Mapping[str, Any]) -> dict[str, torch.Size]:
         raise ValueError(f"cannot build {name} with {options} ({error})") from error
     return {k: v.shape for k, v in network.state_dict().items()}
 
-# %% ../nbs/10_weights.ipynb #fd7cea26
+
 def _check_tensors(
     name: str, expected: Mapping[str, torch.Size], state: Mapping[str, Tensor]
 ) -> None:
@@ -256,11 +267,26 @@ def pretrained(
     return load_weights(Path(folder or _zoo_folder()) / f"{name}.safetensors")
 
 # %% ../nbs/10_weights.ipynb #471e3dd0
-# where scripts keep the weights in a dictionary
-_INSIDE = ("state_dict", "model_state_dict", "model", "net")
+_INSIDE = ("state_dict", "model_state_dict", "model", "net")  # where scripts keep the weights
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 
 # %% ../nbs/10_weights.ipynb #b0c69722
+def _names(found: Mapping[Any, Any]) -> set[str]:
+    "Names of the tensors in a dictionary at any depth, without what wrappers put into them."
+    own = {_without_wrappers(str(k)) for k, v in found.items() if isinstance(v, Tensor)}
+    return own.union(*(_names(v) for v in found.values() if isinstance(v, Mapping)))
+
+
+def _tell_others(path: Path, found: Mapping[Any, Any], taken: str) -> None:
+    "Say which weights of a file are taken, if it holds others of the network, such as averages."
+    others = [k for k, v in found.items() if k != taken and isinstance(v, Mapping)
+              and _names(v) & _names(found[taken])]
+    if others:
+        warnings.warn(f"{path} holds several sets of weights: {taken!r} is taken, {others[0]!r} is "
+                      f"not; torch.save(torch.load(FILE)[{others[0]!r}], NEW) makes a file of it",
+                      stacklevel=4)
+
+
 def _plain_tensors(path: Path) -> dict[str, Tensor]:
     "The named tensors of a file; nothing in it is executed."
     mend = "write it by torch.save(model.state_dict(), FILE)"
@@ -274,6 +300,7 @@ def _plain_tensors(path: Path) -> dict[str, Tensor]:
                          f"{mend}") from error
     while (isinstance(found, Mapping)
            and (inner := [k for k in _INSIDE if isinstance(found.get(k), Mapping)])):
+        _tell_others(path, found, inner[0])
         found = found[inner[0]]
     tensors = ({k: v for k, v in found.items() if isinstance(v, Tensor)}
                if isinstance(found, Mapping) else {})
@@ -306,7 +333,7 @@ def _forms(name: str, **form: int) -> dict[str, torch.Size]:
         network = create(name, **_USUAL | form)
     return {k: v.shape for k, v in network.model.state_dict().items()}
 
-# %% ../nbs/10_weights.ipynb #d8330f8d
+
 def _read_off(name: str, tensors: Mapping[str, Tensor], keyword: str) -> int | None:
     "How many classes or channels the tensors of a network are for; None if none of them tells."
     one, other = _forms(name), _forms(name, **{keyword: _USUAL[keyword] + 1})
@@ -327,8 +354,8 @@ def _fill_in(path: Path, network: NormalizedModel, tensors: Mapping[str, Tensor]
     said = [f"{len(names)} {what}, such as {min(names)}" for what, names in odd.items() if names]
     if said:
         raise ValueError(f"the tensors of {path} are not those of {network.metadata['name']!r}: "
-                         f"{'; '.join(said)}; "
-                         "name the network they belong to (in the shell --model NAME)")
+                         f"{'; '.join(said)}; name their network (in the shell --model NAME); one "
+                         f"of your own class is {_FROM_PYTHON}")
     network.model.load_state_dict(found)
 
 # %% ../nbs/10_weights.ipynb #43cc0da7
@@ -352,16 +379,14 @@ def open_weights(
     name: str | None = None,  # The network they belong to, as for `create`; None: the file says it
     *,
     num_classes: int | None = None,  # None: the file tells
-    # Per channel, in [0, 1]; None: the file's, or what timm records, else 0
-    mean: Sequence[float] | None = None,
-    # Per channel, in [0, 1]; None: the file's, or what timm records, else 1
-    std: Sequence[float] | None = None,
+    mean: Sequence[float] | None = None,  # Per channel, in [0, 1]; None: the file's, timm's or 0
+    std: Sequence[float] | None = None,  # Per channel, in [0, 1]; None: the file's, timm's or 1
 ) -> NormalizedModel | nn.Module:
     # On the CPU, in eval mode; `.metadata["start"]`: fingerprint of the weights
     "The network of a file of weights, wherever it was trained; nothing in the file is executed."
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}")
+        raise FileNotFoundError(_no_file(path))
     if names_its_network(path):
         if any(given is not None for given in (name, num_classes, mean, std)):
             raise ValueError(f"{path} brings its own network, classes and normalisation: leave "
@@ -369,7 +394,7 @@ def open_weights(
         return _noted(load_weights(path), False)
     if name is None:
         raise ValueError(f"{path} does not say which network it belongs to: name one (in the shell "
-                         "--model NAME)")
+                         f"--model NAME); one of your own class is {_FROM_PYTHON}")
     tensors = _bare_names(_plain_tensors(path), _forms(name))
     form = {keyword: _read_off(name, tensors, keyword) or usual
             for keyword, usual in _USUAL.items()}

@@ -8,10 +8,11 @@ from conftest import ASCENTS
 from torch import nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
-from jat_nb.attacks import ATTACKS, chain, double_pass, fgsm, ggsm, mi_fgsm, pgd
+from jat_nb.attacks import ATTACKS, ascend, chain, double_pass, fgsm, ggsm, mi_fgsm, pgd, plan
 from jat_nb.evaluation import evaluate, pgd_at
 from jat_nb.losses import LOSSES, margin_loss
 from jat_nb.models import create
+from jat_nb.threats import Pixel
 
 HALF, BRAIN = torch.float16, torch.bfloat16
 
@@ -113,12 +114,39 @@ def test_logits_that_are_no_numbers_are_broken_and_hit_no_target(name, value, wh
     y[2:] = model(x)[2:].argmax(1)
     options = dict(random_start=False, return_info=True) | ({} if name == "fgsm" else {"steps": 1})
     still = zero_budget(ATTACKS[name])
+    if value != value and name != "fast_lagrangian":
+        with pytest.raises(FloatingPointError, match="answers 2 of 4 clean images with NaN"): ATTACKS[name](model, x, y, **options, **still)
+        return
     found = ATTACKS[name](model, x, y, **options, **still)
     assert found.success.tolist() == [True, True, False, False]
     target = torch.full_like(y, where)
     aimed = ATTACKS[name](model, x, y, target=target, **options, **still)
     assert not aimed.success[:2].any()
     assert torch.equal(aimed.success[2:], model(x)[2:].argmax(1) == where)
+
+
+def test_nan_under_attack_is_broken_and_hits_no_target():
+    "The clean images are dark and have none; the random start makes some of them bright."
+    x, y = torch.full((8, 3, 8, 8), 0.4999), torch.zeros(8, dtype=torch.int64)
+    model, threat = Broken(torch.nan, 1), Pixel(0.2, 0.0)
+    found = ascend(model, x, y, [threat], steps=1, generator=torch.Generator().manual_seed(0), return_info=True)
+    shining = found.x_adv.mean((1, 2, 3)) > 0.5
+    assert shining.any() and found.success[shining].all()
+    assert not ascend(model, x, y, [threat], steps=1, target=y + 1, generator=torch.Generator().manual_seed(0), return_info=True).success[shining].any()
+
+
+@pytest.mark.parametrize("threats", [Pixel(), [pgd], ["pixel"], "pixel", None, [None], [Pixel], 5, iter([Pixel()])], ids=str)
+def test_what_is_no_list_of_threats_is_refused(threats):
+    model, x, y = nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), torch.rand(4, 3, 8, 8), torch.arange(4)
+    with pytest.raises(ValueError, match=r"a list of threats, such as \[Pixel\(8 / 255\)\], got"): ascend(model, x, y, threats, steps=1)
+    assert ascend(model, x, y, (Pixel(),), steps=1).shape == x.shape
+
+
+@pytest.mark.parametrize("asked, message", [(("2", 3, "sequential"), "number of threats, at least 1, got '2'"), ((2.0, 3, "sequential"), "got 2.0"),
+                                            (([Pixel()], 3, "sequential"), r"len\(threats\)"), ((None, 1, "sequential"), "got None"),
+                                            ((2, 3, ["sequential"]), "unknown schedule"), ((2, 2.0, "sequential"), "steps=2.0")])
+def test_a_plan_of_something_else_is_refused(asked, message):
+    with pytest.raises(ValueError, match=message): plan(*asked)
 
 
 def test_losses_go_by_name():

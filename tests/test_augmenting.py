@@ -129,6 +129,26 @@ def test_flow_and_network_are_left_alone(case, objective):
     model.zero_grad()
 
 
+@pytest.mark.parametrize("objective", [randomized_la, adversarial_la])
+@pytest.mark.parametrize("change, message", [
+    (dict(x=lambda x: 255 * x), "divide bytes by 255"), (dict(x=lambda x: x * torch.nan), "remove NaN"),
+    (dict(eta=1e12), r"breaks the flow.*choose a smaller eta"), (dict(eta=float("nan")), "eta must be finite"),
+    (dict(eta=-1.0), "eta must be finite and >= 0"), (dict(flow=nn.Linear(2, 2)), "got Linear: train a Glow")])
+def test_what_latent_augmentation_refuses(case, objective, change, message):
+    model, flow, batch = case
+    own = {"flow": copy.deepcopy(flow).float(), "eta": ETA} | {k: v for k, v in change.items() if k != "x"}
+    wrong = batch._replace(x=change.get("x", lambda x: x)(batch.x.float()), generator=seeded())
+    with pytest.raises(ValueError, match=message) as error:
+        objective(copy.deepcopy(model).float(), wrong, **own)
+    assert len(str(error.value)) < 200
+
+
+def test_a_wide_but_sound_length_is_taken(case):
+    model, flow, batch = case
+    for objective in (randomized_la, adversarial_la):
+        assert objective(model, batch._replace(generator=seeded()), flow=flow, eta=5.0).isfinite()
+
+
 def test_objectives_by_name():
     for name in ("randomized_la", "adversarial_la"):
         assert roles(OBJECTIVES[name]) == () and networks(OBJECTIVES[name]) == ("flow",)
@@ -350,3 +370,9 @@ def test_an_autoencoder_resumes_to_the_bit(tmp_path):
     fit(whole := coder(), data, recipe, out=tmp_path / "whole")
     for seed in range(4): fit(cut := coder(seed), data, recipe, out=tmp_path / "cut", seconds=0)
     assert all(torch.equal(v, cut.state_dict()[k]) for k, v in whole.state_dict().items())
+
+
+def test_training_by_class_refuses_what_is_no_vae_gan(case):
+    model, flow, batch = case
+    with pytest.raises(ValueError, match="stands on a VaeGan, got Glow"):
+        by_class(model, batch, lambda *a, **o: None, flow=flow)

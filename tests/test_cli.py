@@ -24,7 +24,7 @@ from jat_nb.records import Record, read_jsonl
 from jat_nb.results import read_runs
 from jat_nb.shell import run_folder
 from jat_nb.tables import transfer_key
-from jat_nb.weights import load_weights, pretrained, save_weights, start_from, tensor_hash
+from jat_nb.weights import load_weights, pretrained, read_tensors, save_weights, start_from, tensor_hash
 
 SMOKE = "--data digits --tier smoke --threads 1"
 
@@ -305,12 +305,18 @@ def test_a_picture_that_is_answered_with_no_number_fools(value):
     (jat_attack, "{x} --model small_cnn_mnist --images {file} --out {empty}", "--model say what a run knows itself"),
     (jat_report, "{empty} --out {empty}", "takes the file to write"),
     (jat_attack, "{x} --images {x} --out {empty}", "run.json"), (jat_report, "{x}", ""),
+    (jat_attack, "{x} --images {file} --out {empty} --save set.pt", "--save FILE.safetensors"),
+    (jat_attack, "{empty} --images {file} --out {taken}", "attack.json is a folder, where the answer is to go: remove it"),
+    (jat_train, "--recipe jat/natural --data digits --tier smoke --init {empty} --out {x}", "is a folder"),
+    (jat_eval, "--weights {empty} --data digits --out {x}", "is a folder"), (jat_eval, "{x} --device warp", "pass --device cpu"),
+    (jat_train, "--recipe jat/natural --device cuda:99 --out {x}", "cannot compute on 'cuda:99'"),
 ])
 def test_refusals_are_one_line_and_status_2(tmp_path, capsys, command, words, message):
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "run.json").write_text("{}")
-    places = {k: tmp_path / k for k in ("x", "file", "empty")}
+    (tmp_path / "taken" / "attack.json").mkdir(parents=True)
+    places = {k: tmp_path / k for k in ("x", "file", "empty", "taken")}
     status = command(words.format(**places).split())
     said = capsys.readouterr()
     assert status == 2 and said.err.count("\n") == 1 and message in said.err and command.__name__ in said.err
@@ -513,3 +519,47 @@ def test_version(capsys, command):
 def test_interruption_ends_with_130(monkeypatch, capsys):
     monkeypatch.setattr(cli, "read_runs", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
     assert jat_report(["runs"]) == 130 and "goes on" in capsys.readouterr().err
+
+
+def test_a_run_that_was_stopped_is_attacked_with_a_word(tmp_path, capsys):
+    words = f"--recipe jat/natural {SMOKE} --images 64 --set epochs=30 batch_size=16 --out {tmp_path}/cut"
+    assert jat_train([*words.split(), "--time-budget", "1"]) == 3
+    Image.fromarray(np.zeros((32, 32), np.uint8)).save(tmp_path / "a.png")
+    capsys.readouterr()
+    assert jat_attack(f"{tmp_path}/cut --images {tmp_path}/a.png --out {tmp_path}/out --steps 1".split()) == 0
+    assert re.search(r"cut: not trained to its end, attacked after \d+ of 30 epochs", capsys.readouterr().out)
+
+
+def test_the_whole_training_is_attacked_without(runs, tmp_path, capsys):
+    Image.fromarray(np.zeros((32, 32), np.uint8)).save(tmp_path / "a.png")
+    assert jat_attack(f"{runs}/jat-natural-s0 --images {tmp_path}/a.png --out {tmp_path}/out --steps 1".split()) == 0
+    assert "trained to its end" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, mend", [("--suite masking --steps 4", "--steps 8"), ("--suite masking --eps-pixel 0", "--eps-pixel"),
+                                         ("--suite transfer", "--source RUN")])
+def test_suites_name_options_of_the_shell(runs, capsys, words, mend):
+    assert jat_eval(f"{runs}/jat-natural-s0 --n 4 {words}".split()) == 2
+    assert mend in capsys.readouterr().err
+
+
+def test_files_are_named_from_the_folder_of_the_pictures(runs, tmp_path):
+    for place in ("0", "1"):
+        (tmp_path / "in" / place).mkdir(parents=True)
+        Image.fromarray(np.zeros((32, 32), np.uint8)).save(tmp_path / "in" / place / "a.png")
+    words = f"{runs}/jat-natural-s0 --out {tmp_path}/out --steps 1 --save {tmp_path}/set.safetensors --images"
+    for images, names in ((tmp_path / "in", ["0/a.png", "1/a.png"]), (tmp_path / "in" / "1" / "a.png", ["a.png"])):
+        assert jat_attack([*words.split(), str(images)]) == 0
+        assert [row["file"] for row in json.loads((tmp_path / "out" / "attack.json").read_text())["images"]] == names
+        assert read_tensors(tmp_path / "set.safetensors")[1]["files"] == names
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_line_of_the_command(tmp_path, capsys):
+    state = pretrained("digits-joint").model.state_dict()
+    torch.save({"model": state, "ema": state}, tmp_path / "two.pth")
+    Image.fromarray(np.zeros((32, 32), np.uint8)).save(tmp_path / "a.png")
+    name = pretrained("digits-joint").metadata["name"]
+    assert jat_attack(f"--weights {tmp_path}/two.pth --model {name} --size 32 --images {tmp_path}/a.png --out {tmp_path}/o --steps 1".split()) == 0
+    said = capsys.readouterr().err
+    assert said.startswith("jat_attack: warning: ") and said.count("\n") == 1 and "'ema' is not" in said

@@ -32,6 +32,15 @@ def test_every_corruption_keeps_the_form_and_needs_no_batch(name, channels, side
     assert corrupt(x[:0], name, 1).shape == x[:0].shape
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_distance_grows_with_severity(name):
+    "D07, kind by kind; the published constants of elastic_transform move pixels less and less."
+    x = bytes_of(8)
+    far = [(corrupt(x, name, severity).float() - x).square().mean().sqrt().item() for severity in (1, 2, 3, 4, 5)]
+    slope = np.polyfit(range(5), far, 1)[0]
+    assert min(far) > 0 and (slope < 0 if name == "elastic_transform" else far[4] > far[0] and slope > 0), far
+
+
 @pytest.mark.parametrize("name", [k for k in KINDS if k not in ("brightness", "contrast", "defocus_blur", "zoom_blur", "pixelate", "jpeg_compression")])
 def test_draws_depend_on_seed_and_image(name):
     x = bytes_of(1).repeat(2, 1, 1, 1)

@@ -427,12 +427,47 @@ def test_files_that_nobody_meant_are_left_out(tmp_path):
         (tmp_path / "set" / odd).write_bytes(b"rubbish")
     (tmp_path / "set" / "train" / "cow" / "folder.png").mkdir()
     (tmp_path / "set" / "train" / "cow" / "all").symlink_to(tmp_path / "set")  # round in a circle
-    (tmp_path / "set" / "train" / "cow" / "gone.png").symlink_to(tmp_path / "nowhere")
     found = load("set", root=tmp_path)
     assert found.classes == ("cow", "pig") and found.labels.bincount().tolist()[1] == 2
     assert len(picture_files(tmp_path / "set" / "train" / "pig")) == 2
     names = [f.relative_to(tmp_path / "set").as_posix() for f in picture_files(tmp_path / "set")]
-    assert not any("/." in name or "__MACOSX" in name or "gone" in name for name in names)
+    assert not any("/." in name or "__MACOSX" in name for name in names)
+
+
+@pytest.mark.parametrize("name", ["b.gif", "b.HEIC", "deep/b.avif", "link.png", "link"])
+def test_pictures_that_would_be_lost_are_refused(tmp_path, name):
+    put(tmp_path / "set", "train", "cow", pictures[:2])
+    for silent in ("notes.txt", ".DS_Store", "Thumbs.db", "a.png.part"):
+        (tmp_path / "set" / "train" / "cow" / silent).touch()
+    assert len(load("set", root=tmp_path)) == 2
+    odd = tmp_path / "set" / "train" / "cow" / name
+    odd.parent.mkdir(exist_ok=True)
+    odd.symlink_to(tmp_path / "nowhere") if "link" in name else odd.write_bytes(b"GIF89a")
+    with pytest.raises(ValueError, match=rf"cannot read 1 of the pictures .*{odd.name}.*save them as PNG"):
+        load("set", root=tmp_path)
+
+
+def test_a_class_that_is_a_link_to_nowhere_is_refused(tmp_path):
+    put(tmp_path / "set", "train", "cow", pictures[:2])
+    (tmp_path / "set" / "train" / "pig").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="train.pig is a link that leads nowhere: mend it or remove it"):
+        load("set", root=tmp_path)
+
+
+def test_portable_greymaps_are_read(tmp_path):
+    (tmp_path / "set" / "train" / "cow").mkdir(parents=True)
+    saved(tmp_path / "set" / "train" / "cow" / "a.pgm", np.full((4, 4), 77, np.uint8))
+    assert load("set", root=tmp_path).images.unique().tolist() == [77]
+
+
+@pytest.mark.parametrize("given, seen", [
+    (dict(labels=[0, 1]), "labels as a tensor, got list: torch.as_tensor"), (dict(labels=np.array([0, 1])), "labels as a tensor, got ndarray"),
+    (dict(images=np.zeros((2, 1, 4, 4), np.uint8)), "images as a tensor, got ndarray"), (dict(classes=2), "names of the classes, got 2"),
+    (dict(labels=torch.tensor([0, 1]).int()), "torch.int32 .*labels.long"), (dict(labels=torch.tensor([0.0, 1.0])), "labels.long")])
+def test_sets_made_by_hand_say_what_they_take(given, seen):
+    good = dict(images=torch.zeros(2, 1, 4, 4).byte(), labels=torch.tensor([0, 1]), classes=("a", "b"))
+    assert len(ImageSet("good", **good)) == 2
+    with pytest.raises(ValueError, match=seen): ImageSet("bad", **good | given)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 import weakref
 from functools import partial
 
@@ -24,6 +25,7 @@ from jat_nb.batches import Batch
 from jat_nb.data import ImageSet
 from jat_nb.evaluation import (Evaluation, budget_curve, clean, evaluate, ggsm_at, joint_at, pgd_at,
                                raw_accuracy, wilson_interval)
+from jat_nb.models import Logits
 from jat_nb.processes import processes
 from jat_nb.updates import accuracy
 
@@ -168,11 +170,36 @@ def test_bad_input_is_refused(case):
         budget_curve(model, x, y, pgd_at, [0.1, 0.1])
 
 
-def test_nan_logits_are_errors(case):
-    _, x, y = case
+@pytest.mark.parametrize("judge", [evaluate, raw_accuracy])
+def test_a_network_that_answers_clean_images_with_nan_is_refused(case, judge):
+    "Also where only some images have it, and in a later batch."
+    model, x, y = case
     class Nan(nn.Module):
-        def forward(self, x): return torch.full((len(x), 3), torch.nan) + x.sum()
-    assert evaluate(Nan(), x, torch.zeros_like(y), {"Clean": lambda model, x, y, **_: x}).accuracy == 0
+        def forward(self, v): return model(v) + torch.where(v.flatten(1).amax(1) > 0.999, torch.nan, 0.0)[:, None]
+    x = 0.9 * x
+    x[-3:, 0, 0, 0] = 1
+    assert evaluate(Nan(), x[:-3], y[:-3], {"Clean": clean}).n == 37
+    with pytest.raises(FloatingPointError, match="answers 3 of 8 clean images with NaN: load weights that are finite"):
+        judge(Nan(), x, y, {"Clean": clean}, batch_size=8)
+
+
+@pytest.mark.parametrize("suite, seen", [(clean, "<function clean"), ([clean], r"\[<function clean"), ("jat", "'jat'"), (None, "None"), ({}, "none"), ({1: clean}, "{1: <function clean")])
+def test_what_is_no_suite_is_refused_with_its_form(case, suite, seen):
+    for judge in (evaluate, raw_accuracy):
+        with pytest.raises(ValueError, match=rf"by name, got {seen}.*: pass suite=\{{'Clean': clean"): judge(*case, suite)
+    with pytest.raises(ValueError, match="attack_at.*pgd_at, got str"): budget_curve(*case, "pgd", [0.1])
+
+
+@pytest.mark.parametrize("seen, model", [
+    (True, nn.Sequential(nn.Flatten(), nn.Linear(64, 3), nn.Softmax(1))), (True, Logits(nn.Sequential(nn.Flatten(), nn.Linear(64, 1), nn.Sigmoid()))),
+    (False, nn.Sequential(nn.Flatten(), nn.Linear(64, 3))), (False, Logits(nn.Sequential(nn.Flatten(), nn.Linear(64, 1)))),
+    (False, nn.Sequential(nn.Flatten(), nn.Linear(64, 3), nn.Sigmoid())), (False, nn.Sequential(nn.Flatten(), nn.Linear(64, 3), nn.LogSoftmax(1)))])
+def test_probabilities_in_the_place_of_logits_are_said(case, seen, model):
+    x, y = torch.rand(20, *case[1].shape[1:]), torch.arange(20) % 2
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        evaluate(model, x, y, {"Clean": clean})
+    assert ["return the logits before it" in str(one.message) for one in told] == [True] * seen
 
 
 def test_curve_starts_at_the_clean_accuracy_and_is_exact_at_zero(case):
@@ -332,6 +359,8 @@ def test_per_class_counts_class_by_class():
     assert table.loc["cat"].tolist() == [100, 50, 50, 2] and table["a"].isna().tolist() == [False, True, False]
     assert table.loc["owl", ["a", "b", "Union"]].tolist() == pytest.approx([100 / 3, 200 / 3, 100 / 3])
     assert found.per_class()["Union"].iloc[2] == pytest.approx(100 / 3)
+    for names in (["cat", "dog"], "cat", []):
+        with pytest.raises(ValueError, match="a name for each of the classes 0 to 2, got"): found.per_class(names)
     with pytest.raises(ValueError, match="no labels were kept"):
         Evaluation(("a", "b"), correct, torch.ones(2, 2, dtype=torch.int64), 0).per_class()
 

@@ -26,6 +26,7 @@ from jat_nb.objectives import OBJECTIVES, adversarial, average, jat, maximum, na
 from jat_nb.recipes import Recipe
 from jat_nb.shell import _Strength
 from jat_nb.training import fit
+from jat_nb.weights import open_weights, read_tensors
 
 X, Y = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3
 SHORT = dict(epochs=1, batch_size=16, probe="pgd", probe_options={"steps": 1}, probe_images=10)
@@ -95,6 +96,10 @@ def test_one_logit_is_the_logistic_loss_with_the_same_gradient():
 def test_the_adapter_refuses_what_holds_no_logits():
     for form in (lambda net, x: {"scores": net(x)}, lambda net, x: None, lambda net, x: ("a",)):
         with pytest.raises(ValueError, match="found no logits in"): Logits(Around(form))(X)
+    for form, seen in ((lambda net, x: net(x)[:, :, None], r"\(6, 3, 1\)"), (lambda net, x: net(x)[:2], r"\(2, 3\)"),
+                       (lambda net, x: net(x).long(), "torch.int64"), (lambda net, x: net(x).mean(), r"\(\)")):
+        with pytest.raises(ValueError, match=rf"found no logits in .*{seen}.*return \(6, K\)"):  # not: wrap it in Logits
+            evaluate(Logits(Around(form)), X, Y, {"Clean": clean})
     assert logits_of(NormalizedModel(Logits(Around(FORMS["object"])), [0.5], [0.2]), X).shape == (6, 3)
     model = Around(plain)
     assert torch.equal(Logits(model)(X), model(X))
@@ -327,6 +332,7 @@ def of_images(model, x, y): return cross_entropy(model(x), y).mean()
 def vector(model, batch): return cross_entropy(model(batch.x), batch.y)
 def number(model, batch): return vector(model, batch).mean().item()
 def nothing(model, batch): pass
+def own_logits(model, batch): return vector(model, batch).mean()
 def own_role(model, batch, attack): return cross_entropy(model(attack(model, batch.x, batch.y)), batch.y).mean()
 def trained(recipe=RECIPES[0], **given): return fit(Around(plain), images(), recipe, **given)
 def loader(sides=(8, 9)): return torch.utils.data.DataLoader([(torch.rand(1, side, 8), 0) for side in sides], 2)
@@ -350,7 +356,16 @@ def judged(suite): return evaluate(Around(plain), X, Y, suite)
     (lambda: fit(Around(plain), loader((8, 8)), RECIPES[0], validation=loader((8, 8))), "at hand, got DataLoader"),
     (lambda: fit(Around(plain), loader(), RECIPES[0]), r"several sizes: .*Resize\(64\), CenterCrop\(64\)"),
     (lambda: evaluate(Around(plain), loader(), suite={"Clean": clean}), r"several sizes: .*Resize\(64\)"),
-    (lambda: evaluate(Around(plain), loader((8, 8))), r"a suite of attacks, got none: pass suite=\{"), (lambda: judged({}), "got none"),
+    (lambda: trained("jat/madry"), r"expected a Recipe, got 'jat/madry': recipes\(\)\["), (lambda: trained({"epochs": 1}), "expected a Recipe, got {"),
+    (lambda: trained(MADRY, attacks=[whole]), r"attacks by role, got list: pass attacks=\{"),
+    (lambda: trained(on_epoch=True), r"on_epoch must be a function of \(row, network\), got bool"),
+    (lambda: trained(on_epoch=lambda row: None), r"on_epoch is called with \(row, network\), and it has too many"),
+    (lambda: trained(judge="accuracy"), r"the judge must be a function of \(model, validation, few\), got str"),
+    (lambda: trained(patience=1.5, validation=images(12, 1)), "a whole number of at least 1, got 1.5"), (lambda: trained(patience="2", validation=images(12, 1)), "got '2'"),
+    (lambda: fit(Around(plain), [], RECIPES[0]), "hold no batch"), (lambda: fit(Around(plain), torch.utils.data.DataLoader([], 4), RECIPES[0]), "hold no batch"),
+    (lambda: fit(Around(plain).requires_grad_(False), images(), MADRY), r"every weight is frozen: .*requires_grad_\(True\)"),
+    (lambda: fit(Around(plain).half(), images(), RECIPES[0], objective=own_logits), r"weights are torch.float16 .*model.float\(\)"),
+    (lambda: evaluate(Around(plain), loader((8, 8))), r"attacks by name, got none: pass suite=\{"), (lambda: judged({}), "got none"),
     (lambda: judged({"mine": no_generator}), "attack 'mine' is called .*'generator'"), (lambda: judged({"mine": None}), "attack 'mine' .*NoneType"),
     (lambda: judged({"mine": [clean, 7]}), "attack 'mine' must be a function .*got int"),
     (lambda: judged({"mine": "pgd"}), "attack 'mine' must be a function .*got str")])
@@ -425,3 +440,36 @@ def test_the_layout_of_a_folder_is_in_the_help(capsys):
     for command, layout in ((jat_train, "PATH/train/CLASS and PATH/test/CLASS"), (jat_eval, "PATH/test/CLASS")):
         with pytest.raises(SystemExit): command(["--help"])
         assert layout in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_run_of_an_own_class_is_judged_as_the_message_says(tmp_path, capsys):
+    model = Around(plain)
+    fit(model, images(), RECIPES[0], validation=images(12, 1), out=tmp_path / "run")
+    file = tmp_path / "run" / "last.safetensors"
+    for command, words in ((jat_eval, f"{tmp_path}/run"), (jat_eval, f"--weights {file} --data digits --out {tmp_path}/x"),
+                           (jat_attack, f"{tmp_path}/run --images {tmp_path}/run --out {tmp_path}/y")):
+        assert command(words.split()) == 2
+        said = capsys.readouterr().err
+        assert "own class" in said and "load_state_dict(read_tensors(FILE)[0])" in said and said.count("\n") == 1
+    again = Around(plain)
+    again.load_state_dict(read_tensors(file)[0])
+    assert evaluate(again, X, Y, {"Clean": clean}).n == 6 and torch.equal(again(X), model(X))
+
+
+@pytest.mark.parametrize("words", ["", "--model resnet18"])
+def test_weights_of_an_own_class_are_sent_to_python(tmp_path, capsys, words):
+    torch.save(Around(plain).state_dict(), tmp_path / "own.pth")
+    assert jat_eval(f"--weights {tmp_path}/own.pth {words} --data digits --out {tmp_path}/x".split()) == 2
+    assert "own class is judged from Python" in capsys.readouterr().err
+
+
+def test_one_output_is_attacked_from_python(tmp_path, capsys):
+    torch.save(create("test_resnet", num_classes=1).model.state_dict(), tmp_path / "one.pth")
+    (tmp_path / "in").mkdir()
+    Image.fromarray(np.zeros((9, 7, 3), np.uint8)).save(tmp_path / "in" / "1.png")
+    words = f"--weights {tmp_path}/one.pth --model test_resnet --size 32 --images {tmp_path}/in --steps 1 --out {tmp_path}/out"
+    assert jat_attack(words.split()) == 2
+    assert "one output: attack it from Python, as double_pass(Logits(network), x, y)" in capsys.readouterr().err
+    x = torch.rand(2, 3, 32, 32)
+    assert double_pass(Logits(open_weights(tmp_path / "one.pth", "test_resnet")), x, torch.tensor([0, 1]), eps_pixel=0.1, eps_flow=0.5,
+                       step_pixel=0.1, step_flow=0.5, steps=1).shape == x.shape

@@ -198,6 +198,8 @@ def test_the_adapter_knows_its_own_images_and_no_others(parts):
         assert_close(adapter.decode(adapter.encode(batch.x)), batch.x, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="1 of 2 images.*project"):
         adapter.encode(torch.stack([data.x[0], data.x[1].flip(1)]))
+    for wrong in (255 * data.x, data.x * torch.nan):
+        with pytest.raises(ValueError, match="remove NaN"): adapter.encode(wrong)
     with pytest.raises(ValueError, match="a code for each image"):
         Projected(generator, data.images, data.z[:3])
     asked = []
@@ -270,3 +272,5 @@ def test_mixed_codes_by_hand(parts):
     by_hand = 0.3 * F.cross_entropy(logits, data.labels) + 0.7 * F.cross_entropy(logits, data.labels[other.order])
     assert_close(value, by_hand)
     assert OBJECTIVES["robust_mixup_codes"] is robust_mixup_codes
+    with pytest.raises(ValueError, match="stands on a Projected, got Classifier"):
+        robust_mixup_codes(model, seeded(), idle, flow=model)

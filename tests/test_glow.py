@@ -224,7 +224,7 @@ def test_round_trip_of_latents():
     flow = small().double()
     for whitened in (False, True):
         z = [torch.randn(3, *s, dtype=torch.float64) for s in flow.latent_shapes]
-        back = flow.encode(flow.decode(z, whitened=whitened), whitened=whitened)
+        back = flow.encode(flow.decode(z, whitened=whitened), whitened=whitened, unclamped=True)
         assert_close(values(back), values(z), rtol=0, atol=1e-9)
 
 
@@ -289,7 +289,7 @@ def test_whitened_coarse_latents_move_the_means_of_the_finer():
     for whitened, moves in ((False, False), (True, True)):
         z = flow.encode(x, whitened=whitened)
         x_new = flow.decode([z[0], z[1] + 0.5], whitened=whitened)
-        change = (flow.encode(x_new)[0] - flow.encode(x)[0]).abs().max()
+        change = (flow.encode(x_new, unclamped=True)[0] - flow.encode(x)[0]).abs().max()
         assert (change > 1e-3) == moves
 
 
@@ -306,7 +306,8 @@ def test_lemma_1(trained, whitened):
             noise = [2 * torch.rand(t.shape, generator=g, dtype=dtype) - 1 for t in z]
             shape = (-1, 1, 1, 1)
             lam = [eta * n / size(noise).view(shape) for n in noise]
-            back = model.encode(model.decode([a + b for a, b in zip(z, lam)], whitened=whitened), whitened=whitened)
+            moved = model.decode([a + b for a, b in zip(z, lam)], whitened=whitened)
+            back = model.encode(moved, whitened=whitened, unclamped=True)
             found = size([b - a for a, b in zip(z, back)])
             assert (found - eta).abs().max() <= tol
 
@@ -361,7 +362,7 @@ def test_samples_follow_the_model():
     "Whitened latents of samples that were not clamped are standard normal."
     flow = small((1, 8, 8), by=0.02).double()
     z = [torch.randn(500, *s, dtype=torch.float64) for s in flow.latent_shapes]
-    e = values(flow.encode(flow.decode(z, whitened=True), whitened=True))
+    e = values(flow.encode(flow.decode(z, whitened=True), whitened=True, unclamped=True))
     assert abs(e.mean()) < 0.02 and abs(e.std() - 1) < 0.02
 
 
@@ -412,20 +413,46 @@ def test_matmul_precision_is_put_back():
     (lambda f, x: f.encode(x.double()), "torch.float64"),
     (lambda f, x: f.log_prob((255 * x).byte()), "torch.uint8"),
     (lambda f, x: f.bits_per_dim(255 * x), "divide bytes by 255"),
+    (lambda f, x: f.encode(255 * x), "divide bytes by 255"),
+    (lambda f, x: f.encode(x / 0), "remove NaN"),
+    (lambda f, x: f.encode(x - 0.5), "keep normalisation inside the model"),
+    (lambda f, x: f.log_prob(255 * x), "divide bytes by 255"),
+    (lambda f, x: f.log_prob(x * torch.nan), "remove NaN"),
+    (lambda f, x: round_trip_error(f, 255 * x), "divide bytes by 255"),
+    (lambda f, x: f.encode([1]), "as a tensor, got list"),
+    (lambda f, x: f.encode(x[:0]), "at least one image"),
     (lambda f, x: f.decode(f.encode(x)[:1]), "what encode returns"),
     (lambda f, x: f.decode(f.encode(x)[::-1]), "what encode returns"),
     (lambda f, x: f.decode([f.encode(x)[0], f.encode(x[:1])[1]]), "what encode returns"),
     (lambda f, x: f.sample(0), "n >= 1"),
+    (lambda f, x: f.sample(1.5), "whole number n >= 1.*got 1.5"),
+    (lambda f, x: f.sample(2, "warm"), "temperature >= 0, got 2 and 'warm'"),
     (lambda f, x: f.sample(1, -0.1), "temperature >= 0"),
     (lambda f, x: f.sample(1, float("nan")), "temperature >= 0"),
     (lambda f, x: f.initialise(x), "train mode"),
     (lambda f, x: Glow((3, 8, 8)), "fewer levels"),
     (lambda f, x: Glow((8, 8)), r"\(C, H, W\)"),
     (lambda f, x: Glow((3, 8, 8), levels=0), "at least one level"),
+    (lambda f, x: Glow((3, 8, 8), levels=2.5), "in whole numbers.*levels=2.5"),
+    (lambda f, x: Glow(3), r"\(C, H, W\).*got 3"),
+    (lambda f, x: Glow((3, 8.0, 8), levels=2), "in whole numbers"),
+    (lambda f, x: Glow((3, 8, 8), levels=2, steps=1.5), "steps of at least 0.*got 1.5"),
+    (lambda f, x: Glow((3, 8, 8), levels=2, width=0), "width of at least 1"),
 ])
 def test_errors_name_the_mend(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         call(small(), images())
+    assert len(str(error.value)) < 200 and "\n" not in str(error.value)
+
+
+def test_decoded_images_may_leave_the_range():
+    flow = small().double()
+    z = [3 * torch.randn(2, *s, dtype=torch.float64) for s in flow.latent_shapes]
+    x = flow.decode(z)
+    assert x.min() < 0 and x.max() > 1
+    with pytest.raises(ValueError, match=r"images in \[0, 1\]"): flow.encode(x)
+    assert_close(values(flow.encode(x, unclamped=True)), values(z), rtol=0, atol=1e-9)
+    assert round_trip_error(flow, x, unclamped=True).max() < 1e-10
 
 
 # a peer

@@ -1,5 +1,6 @@
 "A flow through the trainer and the shell: judged in bits, resumed to the bit, handed to whoever stands on it."
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from jat_nb.randomness import image_generators
 from jat_nb.recipes import Recipe
 from jat_nb.records import read_jsonl
 from jat_nb.training import fit
-from jat_nb.weights import check_rebuildable, load_weights, save_weights, start_from, write_tensors
+from jat_nb.weights import check_rebuildable, load_weights, save_weights, start_from, tensor_hash, write_tensors
 
 SMALL = {"levels": 2, "steps": 2, "width": 16}
 FLOW = Recipe(objective="likelihood", data="digits", model="glow", model_options=SMALL, epochs=4, batch_size=32,
@@ -97,7 +98,7 @@ def test_a_file_gives_the_flow_back(tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     ({"size": None}, "size as numbers above 0"), ({"in_chans": 2}, "other tensors"),
-    ({"options": {**SMALL, "width": 10**12}}, "cannot build glow"), ({"options": {**SMALL, "width": 8}}, "other tensors"), ({"options": {**SMALL, "steps": "two"}}, "cannot build glow"),
+    ({"options": {**SMALL, "width": 10**12}}, "cannot build glow"), ({"options": {**SMALL, "width": 8}}, "other tensors"), ({"options": {**SMALL, "steps": "two"}}, "whole numbers, got 'two'"),
     ({"options": {"loader": "x"}}, "cannot hold the option loader"), ({"name": ["glow"]}, "lacks"),
 ])
 def test_headers_that_lie_are_refused(tmp_path, change, message):
@@ -237,7 +238,26 @@ def test_a_classifier_stands_on_its_folder(run, tmp_path, capsys):
     assert jat_train(recipe=["toy/above"], out=str(out), tier="smoke", images=64, needs=[f"flow={run}"], device="cpu",
                      set_=["epochs=1"]) == 0
     facts = json.loads((out / "run.json").read_text())
-    assert facts["needs"]["flow"] and "val_robust" in read_jsonl(out / "log.jsonl")[0]
+    flow = open_run(run)[1]
+    assert facts["needs"] == {"flow": tensor_hash(flow.state_dict())} and "val_robust" in read_jsonl(out / "log.jsonl")[0]
+
+
+def test_a_missing_flow_is_named_with_its_command_and_another_is_another_run(run, tmp_path):
+    "C18 for flows: the command of the message is the one that trained `run`, and a changed weight of the flow changes the run."
+    common = dict(recipe=["toy/above"], tier="smoke", images=64, device="cpu", set_=["epochs=1"])
+    with pytest.raises(ValueError, match="jat_train --recipe toy/glow .*pass --needs flow=FOLDER"):
+        jat_train(out=str(tmp_path / "above"), **common)
+    assert not (tmp_path / "above").exists()
+    assert jat_train(out=str(tmp_path / "above"), needs=[f"flow={run}"], **common) == 0
+    with pytest.raises(ValueError, match="--needs flow=.*is a run of 'toy/above', the recipe stands on 'toy/glow'"):
+        jat_train(out=str(tmp_path / "third"), needs=[f"flow={tmp_path / 'above'}"], **common)
+    other = tmp_path / "glow"
+    shutil.copytree(run, other)
+    flow = open_run(other)[1]
+    with torch.no_grad(): next(flow.parameters()).add_(1e-3)
+    save_weights(flow, other / "last.safetensors", metadata=flow.metadata)
+    with pytest.raises(ValueError, match="needs"):
+        jat_train(out=str(tmp_path / "above"), needs=[f"flow={other}"], **common)
 
 
 def test_a_flow_is_not_judged_as_a_classifier(run, tmp_path):

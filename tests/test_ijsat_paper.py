@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, cells
 
 from torch.testing import assert_close
 
@@ -19,7 +20,7 @@ from jat_nb.explain import grad_cam
 from jat_nb.gan import Generator
 from jat_nb.generators import Projected
 from jat_nb.glow import Glow
-from jat_nb.judging import classifies, open_run, unfinished
+from jat_nb.judging import classifies, judge, open_run, unfinished
 from jat_nb.models import create
 from jat_nb.papers import ijsat as module, ijsat_claims
 from jat_nb.papers.ijsat import DRAWN, FLOW, GAN, OWN_SUITES, RECIPES, ROWS, SEVEN, SINGLE, SIX, VAE, make_drawn, make_gan
@@ -76,6 +77,21 @@ def test_rows_are_printed_and_no_recipe_fills_two_of_a_table():
         rows = [row for row in ROWS if row.table == number]
         assert {row.label for row in rows} <= set(row_labels(published("ijsat", number)))
         assert len({row.recipe for row in rows}) == len(rows)
+
+
+def test_two_tables_disagree_about_trades_and_both_are_kept():
+    "D-I08: one digit is wrong. Table 1 adds up with its own, Table 5 with its own, so neither is corrected, and the chapter says so."
+    def row(number, label="TRADES"):
+        table = published("ijsat", number)
+        mine = table[table["model_or_method"] == label]
+        return dict(zip(mine["metric"], mine["value"]))
+    one, five = row(1), row(5)
+    assert (one["L2"], five["L2"]) == (22.72, 23.72)
+    assert sum(v for k, v in one.items() if k != "Avg") / 7 == pytest.approx(one["Avg"], abs=0.01)
+    assert row(5, "TRADES + JSA")["L2"] - five["L2"] == pytest.approx(row(5, "TRADES difference (printed)")["L2"], abs=0.005)
+    assert not [place for place in PAPER.corrections if place[1:] == ("TRADES", "L2")]
+    flagged = [c["source"] for c in cells(ROOT / "nbs" / "63_ijsat.ipynb") if c["cell_type"] == "markdown" and "22.72" in c["source"]]
+    assert len(flagged) == 1 and "23.72" in flagged[0] and "one digit is wrong" in flagged[0]
 
 
 def test_budgets_are_rungs_of_the_ladders():
@@ -402,6 +418,8 @@ def test_the_shell_trains_and_judges_on_drawn_data(made, monkeypatch, capsys):
     with pytest.raises(ValueError, match="is a run of .*make_gan', .*make_drawn.FOLDER, .... makes one"):
         jat_train(out=str(made / "refused"), needs=[f"flow={made / 'gan'}"], **common)
     assert jat_train(out=str(made / "run"), needs=[f"flow={made / 'drawn'}"], **common) == 0
+    with pytest.raises(ValueError, match=r"flow=.* is a classifier: pass the run of a flow"):
+        judge(made / "run", "ijsat-drawn", needs={"flow": made / "run"})
     facts, model = open_run(made / "run")
     test, networks = load("drawn", "test"), {"flow": open_run(made / "drawn")[1]}
     short = {name: (attack, o | {"steps": 1} if "steps" in o else o) for name, (attack, o) in OWN_SUITES["ijsat-drawn"].columns.items()}

@@ -356,7 +356,7 @@ def test_a_recipe_refuses_options_that_no_network_takes(options, words):
 @pytest.mark.parametrize("name, options", [("wrn_10_1_cifar", {"drop_rate": "much"}), ("small_cnn_mnist", {"patch_size": 4}),
                                            ("glow", {"levels": "many"}), ("wrn_10_1_cifar", {"norm": "grupe"})])
 def test_options_of_another_kind_are_refused_before_any_image_is_read(name, options):
-    with pytest.raises(ValueError, match=f"cannot build {name} with|grupe"): check_options(name, options)
+    with pytest.raises(ValueError, match=f"cannot build {name} with|grupe|whole numbers"): check_options(name, options)
 
 
 def test_options_that_a_network_takes_pass():
@@ -374,3 +374,11 @@ def test_the_command_tries_options_before_it_loads_data(tmp_path, capsys, monkey
     words = "--recipe jat/natural --data cifar10 --tier smoke --threads 1 --set".split()
     found = jat_train([*words, 'model_options={"drop_rate": "much"}', "--out", str(tmp_path / "run")])
     assert found == 2 and "cannot build" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sides, mend", [((32, 32), r"img_size=\[32, 32\] "), ((32, 64), r"img_size=\[32, 64\] ")])
+def test_a_network_of_one_size_says_how_to_get_another(sides, mend):
+    network = create("vit_tiny_patch16_224", in_chans=1)
+    with pytest.raises(ValueError, match=f"doesn't match model .*Create it with {mend}.*--set .*--size SIDE"):
+        network(torch.zeros(1, 1, *sides))
+    assert create("vit_tiny_patch16_224", in_chans=1, img_size=[*sides])(torch.zeros(1, 1, *sides)).shape == (1, 10)

@@ -131,6 +131,17 @@ def test_a_run_that_was_stopped_early_is_whole(tmp_path):
     assert unfinished(tmp_path) == "" and shortfall({"epochs": 3}, [{"epoch": 1}]) == "1 of 3 epochs"
 
 
+def test_steps_that_a_suite_does_not_read_are_refused(root, tmp_path, capsys):
+    run = shutil.copytree(root / "runs" / "mine", tmp_path / "mine", ignore=shutil.ignore_patterns("eval-*"))
+    for suite in ("autoattack", "srt-once-cifar10", "pareto-cifar10"):
+        assert jat_eval(f"{run} --suite {suite} --n 2 --steps 3 --threads 1".split()) == 2
+        assert f"the suite '{suite}' sets the steps of its attacks itself" in capsys.readouterr().err
+        with pytest.raises(ValueError, match="steps=3 would change nothing: leave it out"): judge(run, suite, n=2, steps=3)
+        assert not list(run.glob("eval-*"))
+    assert jat_eval(f"{run} --suite autoattack --n 2 --steps 20 --threads 1".split()) == 0, "what a report repeats"
+    assert judge(run, "autoattack", n=2)[1] is False
+
+
 def test_another_question_needs_again(root, tmp_path, capsys):
     run = shutil.copytree(root / "runs" / "mine", tmp_path / "mine", ignore=shutil.ignore_patterns("eval-*"))
     words = f"{run} --suite jat --threads 1".split()

@@ -23,7 +23,7 @@ from jat_nb.updates import train_step
 
 PAGE = "\n".join(cell["source"] for cell in cells(ROOT / "nbs" / "92_scaling_out.ipynb") if cell["cell_type"] == "markdown")
 SHOWN = [shlex.split(line) for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.strip().replace("\\\n", " ").splitlines()]
-SMALL = {"jat_train": "--data digits --tier smoke --set epochs=1 batch_size=128 --threads 1 --device cpu",
+SMALL = {"jat_train": "--data digits --tier smoke --images 128 --set epochs=1 batch_size=128 --threads 1 --device cpu",
          "jat_eval": "--n 4 --steps 1 --threads 1 --device cpu"}
 
 

@@ -116,7 +116,7 @@ def used_up():
     ([{"x": X, "y": Y}], "batch 0 is a dict of x, y"),
     ([(X, Y.float())], "use y.long"),
     ([(X, Y - 1)], "got -1 to 1"),
-    ([], "length=..."),
+    ([], "the list is empty"),
     (7, "got int"),
 ], ids=range(11))
 def test_what_cannot_train_is_refused(stream, message):

@@ -7,14 +7,16 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 from torch.testing import assert_close
 
 from jat_nb.attacks import double_pass, fgsm, ggsm, pgd
 from jat_nb.data import default_budget, load
 from jat_nb.evaluation import clean, evaluate, ggsm_at, pgd_at
+from jat_nb.judging import class_accuracies
 from jat_nb.losses import margin_loss
 from jat_nb.randomness import image_generators
-from jat_nb.suites import SUITES, Job, Suite, attacks_from, bits, check_answer, quantity, run_suite, suites, with_bits
+from jat_nb.suites import SUITES, Job, Suite, attacks_from, bits, check_answer, quantity, reads_steps, run_suite, suites, with_bits
 from jat_nb.weights import pretrained
 
 JAT = ("jat", "stronger", "claims")  # what the paper in chapter 54 adds
@@ -25,6 +27,15 @@ def job():
     test = load("digits", "test").subset(12)
     return Job(pretrained("digits-joint"), test.x, test.labels, default_budget("digits"), steps=2, batch_size=8,
                sources={"natural-s0": pretrained("digits-natural")})
+
+
+def test_a_suite_tells_whether_it_reads_the_steps():
+    "Exactly where other steps give another question: among its columns, beside it, or in its kind."
+    expected = {"autoattack": False, "curves": True, "surface": True, "transfer": True, "masking": True, "jat": True, "claims": True,
+                "ijsat": False, "ijsat-corruptions": False, "pareto-mnist": False, "srt-mnist": False, "ijsat-mixing": True, "ijsat-levels": True}
+    assert {name: reads_steps(name) for name in expected} == expected
+    assert not reads_steps(Suite({"PGD": ("pgd", {"steps": 20})})) and reads_steps(Suite({"worst": [("clean", {}), ("pgd", {"steps": "5 steps"})]}))
+    assert reads_steps(Suite({"Clean": ("clean", {})}, also={"raw": Suite({"PGD": ("pgd", {"steps": "steps"})}, kind="raw")}))
 
 
 @pytest.mark.parametrize("name", ["jat", "stronger", "transfer", "claims"])
@@ -150,6 +161,13 @@ def test_refusals(job):
     with pytest.raises(ValueError, match="choose one of"): run_suite("none", job)
     with pytest.raises(ValueError, match="give it sources"): run_suite("transfer", replace(job, sources={}))
     with pytest.raises(ValueError, match="unknown attack 'mystery'"): run_suite(Suite({"a": ("mystery", {})}), job)
+
+
+def test_verdicts_on_different_images_are_no_accuracies_of_classes():
+    labels = torch.tensor([0, 1, 1])
+    assert class_accuracies({"a": "10", "b": "11"}, labels, "xy") == {"x": {"n": 1, "a": 100, "b": 100}, "y": {"n": 1, "a": 0, "b": 100}}
+    for verdicts in ({"a": "10", "b": "1"}, {"a": "1011"}):
+        with pytest.raises(ValueError, match="verdicts on the same images, at most 3, got"): class_accuracies(verdicts, labels, "xy")
 
 
 def test_answers_know_their_damage(job):

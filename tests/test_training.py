@@ -442,8 +442,22 @@ class Blind(nn.Module):
     def forward(self, x): return torch.full((len(x), 3), torch.nan) + self.w
 
 
-def test_a_network_that_answers_nan_is_right_about_nothing():
-    assert accuracy(Blind(), images(30)) == 0 and accuracy(Blind(), images(30), lambda model, x, y, **_: x) == 0
+def test_a_network_that_answers_clean_images_with_nan_has_no_accuracy():
+    "Under attack such an answer is an error like any other."
+    with pytest.raises(FloatingPointError, match="answers 30 of 30 clean images with NaN"): accuracy(Blind(), images(30))
+    assert accuracy(Blind(), images(30), lambda model, x, y, **_: x) == 0
+
+
+def no_better(model, validation, few): return {"val_robust": 0.5}
+
+
+def test_a_longer_patience_than_the_one_that_stopped_a_run_is_not_passed_over(tmp_path):
+    data, held, recipe = images(), images(12), replace(NATURAL, epochs=5)
+    again = lambda patience: fit(net(), data, recipe, validation=held, judge=no_better, patience=patience, out=tmp_path)
+    assert again(2)[-1]["stopped"] == "patience 2"
+    for patience in (None, 1, 2): assert len(again(patience)) == 3
+    with pytest.raises(ValueError, match="was stopped by patience 2, with patience=4 it would have gone on"): again(4)
+    assert len(read_jsonl(tmp_path / "log.jsonl")) == 3
 
 
 def test_the_verdict_of_accuracy_is_in_single_precision():

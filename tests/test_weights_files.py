@@ -1,6 +1,7 @@
 """Weights files: wrappers, damage, and what a stranger may write into a header."""
 import json
 import random
+import warnings
 from pathlib import Path
 
 import pytest
@@ -364,3 +365,23 @@ def test_training_starts_from_a_plain_file(tmp_path):
     colour = plain(tmp_path, create("small_cnn_mnist", in_chans=3).model.state_dict())
     with pytest.raises(ValueError, match="3 channels, digits has 1"):
         setting("jat/natural", data="digits", init=colour, model="small_cnn_mnist")
+
+
+@pytest.mark.parametrize("other", ["ema", "state_dict_ema"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_file_of_two_sets_of_weights_says_which_is_taken(tmp_path, other, nested):
+    ours, averaged = (small().model.state_dict() for _ in range(2))
+    file = plain(tmp_path, {"model": ours, other: {"state_dict": averaged} if nested else averaged, "optimizer": {"state": {0: {"m": torch.ones(1)}}}})
+    with pytest.warns(UserWarning, match=rf"theirs.pth holds several sets of weights: 'model' is taken, '{other}' is not.*\['{other}'\]") as told:
+        assert tensor_hash(open_weights(file, "wrn_10_1_cifar").model.state_dict()) == tensor_hash(ours)
+    assert len(told) == 1 and "\n" not in str(told[0].message)
+    torch.save(torch.load(file)[other], tmp_path / "other.pth")  # what the message says
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tensor_hash(open_weights(tmp_path / "other.pth", "wrn_10_1_cifar").model.state_dict()) == tensor_hash(averaged)
+
+
+def test_a_folder_is_no_file_of_weights(tmp_path):
+    save_weights(small(), tmp_path / "best.safetensors")
+    for read in (open_weights, load_weights):
+        with pytest.raises(FileNotFoundError, match=rf"{tmp_path} is a folder: .*{tmp_path.name}.best.safetensors"): read(tmp_path)

@@ -103,7 +103,7 @@ class Chapter:
     def entries(self) -> list[Entry]:
         return [entry for cell, _ in self.cells if cell.exported for entry in self.defined(cell)]
 
-    def defined(self, cell: Cell) -> list[Entry]:
+    def defined(self, cell: Cell) -> tuple[Entry, ...]:
         "What an exported cell defines."
         return entries(cell.source, self.context)
 

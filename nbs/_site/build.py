@@ -119,7 +119,8 @@ def run_sphinx(source: Path, site: Path, doctrees: Path) -> None:
 
 
 def check(site: Path) -> None:
-    if faults := links.broken(site) + links.remote(site):
+    pages = links.read(site)
+    if faults := links.broken(site, pages) + links.remote(site, pages):
         raise BuildError("links that lead nowhere, or resources from a network:\n  " + "\n  ".join(faults))
 
 

@@ -29,9 +29,13 @@ class Page(HTMLParser):
                 self.loads.append(value or "")
 
 
-def broken(site: Path) -> list[str]:
+def read(site: Path) -> dict[Path, Page]:
+    "Every page below `site`."
+    return {path.resolve(): Page(path) for path in site.rglob("*.html")}
+
+
+def broken(site: Path, pages: dict[Path, Page]) -> list[str]:
     "Links and resources of the pages in `site` that lead nowhere inside it, one line each."
-    pages = {path.resolve(): Page(path) for path in site.rglob("*.html")}
     return sorted({f"{path.relative_to(site.resolve())}: {target}"
                    for path, page in pages.items() for target in page.links + page.loads
                    if not _resolves(target, path, pages)})
@@ -46,11 +50,11 @@ def _resolves(target: str, path: Path, pages: dict[Path, Page]) -> bool:
     return goal.is_file() and (not anchor or goal not in pages or anchor in pages[goal].anchors)
 
 
-def remote(site: Path) -> list[str]:
+def remote(site: Path, pages: dict[Path, Page]) -> list[str]:
     "Resources that the pages and style sheets in `site` would fetch from a network, one line each."
     is_remote = re.compile(r"(?:https?:)?//").match
-    found = [f"{path.relative_to(site)}: {load}" for path in site.rglob("*.html")
-             for load in Page(path).loads if is_remote(load)]
+    found = [f"{path.relative_to(site.resolve())}: {load}" for path, page in pages.items()
+             for load in page.loads if is_remote(load)]
     in_css = re.compile(r"(?:url\(|@import)\s*['\"]?((?:https?:)?//[^'\")\s]+)")
     return found + [f"{path.relative_to(site)}: {load}" for path in site.rglob("*.css")
                     for load in in_css.findall(path.read_text(encoding="utf-8"))]

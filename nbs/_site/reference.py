@@ -7,6 +7,7 @@ import re
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 
@@ -32,11 +33,12 @@ class Entry:
     members: tuple[Entry, ...] = ()
 
 
-def entries(source: str, context: str = "") -> list[Entry]:
+@cache
+def entries(source: str, context: str = "") -> tuple[Entry, ...]:
     """Public functions, classes and constants at the top level of `source`, in their order; `context` holds the private
     classes that they are built on."""
     reader = _Reader(f"{context}\n{source}")
-    return [entry for node in reader.body for entry in reader.read(node)]
+    return tuple(entry for node in reader.body for entry in reader.read(node))
 
 
 def private_classes(module: Path) -> str:
