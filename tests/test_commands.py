@@ -78,7 +78,10 @@ SHOWN = {stem: found for stem, text in PAGES.items() if (found := [*fenced(text)
 
 def small(words: list[str]) -> list[str]:
     name, own = program(words), any(word.startswith("folder:") for word in words)
-    return [*words[1:], *SMALL[name].split(), *(["--data", "digits"] if name == "jat_train" and not own else [])]
+    short = SMALL[name]
+    if any(word in suites() and not reads_steps(word) for word in words):
+        short = short.replace("--steps 1", "")
+    return [*words[1:], *short.split(), *(["--data", "digits"] if name == "jat_train" and not own else [])]
 
 
 @pytest.fixture
