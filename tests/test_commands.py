@@ -23,7 +23,7 @@ from jat_nb.catalogue import recipes
 from jat_nb.data import DATASETS, load
 from jat_nb.models import _check_name, create
 from jat_nb.shell import _changes
-from jat_nb.suites import suites
+from jat_nb.suites import reads_steps, suites
 
 PROGRAMS = ("jat_train", "jat_eval", "jat_attack", "jat_report")
 OURS = {**{name: getattr(cli, name) for name in PROGRAMS}, "jat_nb": cli.main, "jat_nb.demo": demo._parse,
