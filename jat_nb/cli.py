@@ -27,10 +27,10 @@ from .data import default_budget, load
 from .glow import Glow
 from .judging import (adopt, classifies, find_runs, judge, needed_runs, networks_for,
                             open_classifier, open_own, run_facts, sources_for, unfinished)
-from .objectives import in_form
+from .objectives import in_form, missing_network
 from .own_pictures import attack_files, attack_options, check_apart
 from .processes import on_first, processes, until_interrupted
-from .recipes import Recipe, bind, missing_network
+from .recipes import Recipe, bind
 from .records import check_writable, progress
 from .reports import html_report
 from .results import read_runs

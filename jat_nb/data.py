@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .readers import _meant, _read_all, _Size, picture_files
+from .readers import _classes, _read_all, _Size, _split_folder, picture_files
 
 # %% ../nbs/08_data.ipynb #c2f26054
 def _check_set(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> None:
@@ -219,17 +219,6 @@ def _read(name: str, files: list[tuple[Path, int]], classes: list[str],
     side = size if size is None or isinstance(size, int) else " x ".join(map(str, size))
     return ImageSet(name, torch.from_numpy(images), torch.tensor([label for _, label in files]),
                     tuple(classes), f"{kind}, {side} px" if side else kind)
-
-
-def _split_folder(root: Path, split: str) -> Path | None:
-    names = ("train",) if split == "train" else ("test", "val")
-    return next((root / n for n in names if (root / n).is_dir()), None)
-
-
-def _classes(folder: Path) -> list[str]:
-    if lost := [p for p in folder.iterdir() if _meant(p) and not p.exists()]:
-        raise ValueError(f"{lost[0]} is a link that leads nowhere: mend it or remove it")
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and _meant(p))
 
 
 def _folder(name: str, root: Path, split: str, size: _Size | None) -> ImageSet:

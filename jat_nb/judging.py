@@ -20,10 +20,12 @@ from torch import nn
 
 from .checkpoints import shortfall
 from .data import DATASETS, Budget, ImageSet, available, default_budget, load
+from .differences import class_accuracies
 from .evaluation import counted
 from .models import BUILDERS
+from .objectives import made_by
 from .processes import on_first, processes, total
-from .recipes import Recipe, made_by
+from .recipes import Recipe
 from .records import Record, check_writable, environment, read_jsonl, write_atomic, write_json
 from .suites import Job, check_answer, networks_of, reads_steps, run_suite, suites
 from .weights import load_weights, open_weights, save_weights
@@ -253,26 +255,6 @@ def _question(run: Path, facts: dict[str, Any], suite: str, weights: str, source
     if asked:
         config["needs"] = {keyword: _hash(path, "last") for keyword, path in asked.items()}
     return json.loads(json.dumps(config))
-
-# %% ../nbs/53_judging.ipynb #4130c539
-def class_accuracies(
-    verdicts: Mapping[str, str],  # By attack: for each image "1" if the answer was right, else "0"
-    labels: torch.Tensor,  # The classes of the images, int64, in the same order; there may be more
-    classes: Sequence[str],  # Their names
-) -> dict[str, dict[str, float]]:  # By class: "n", and the accuracy under each attack in percent
-    "How each class fares under each attack."
-    rows: dict[str, dict[str, float]] = {name: {"n": 0} for name in classes}
-    counts = sorted({len(found) for found in verdicts.values()})
-    if len(counts) > 1 or max(counts, default=0) > len(labels):
-        raise ValueError(f"expected verdicts on the same images, at most {len(labels)}, got "
-                         f"{' and '.join(map(str, counts))}")
-    for i in range(max(counts, default=0)):
-        row = rows[classes[int(labels[i])]]
-        row["n"] += 1
-        for attack, right in verdicts.items():
-            row[attack] = row.get(attack, 0) + int(right[i])
-    return {name: {k: v if k == "n" else 100 * v / row["n"] for k, v in row.items()}
-            for name, row in rows.items()}
 
 # %% ../nbs/53_judging.ipynb #e3a48cd4
 def _answer(record: Record, suite: str, job: Job, classes: Sequence[str], out: Path) -> None:

@@ -291,6 +291,26 @@ def standing_on(
     options |= {keyword: given[keyword] for keyword in asked}
     return partial(function, **options) if options else function
 
+
+def made_by(
+    name: str,  # Value of `Recipe.needs`: a recipe, or a function as "module:function"
+    options: str = "",  # More options of the command
+) -> str:  # Command or call
+    "How a network that a recipe stands on is made."
+    if ":" in name:
+        return f"{name.replace(':', '.')}(FOLDER, ...)"
+    return f"jat_train --recipe {name} --out FOLDER{options}"
+
+
+def missing_network(
+    keyword: str,  # Key of `Recipe.needs`
+    name: str,  # As for `made_by`
+    options: str = "",  # As for `made_by`
+) -> str:  # One line
+    "What to say where a network that a recipe stands on is not given."
+    return (f"the recipe needs a trained network {keyword!r}: train it with "
+            f"{made_by(name, options)} and pass --needs {keyword}=FOLDER")
+
 # %% ../nbs/26_objectives.ipynb #a1f0c3d2
 def in_form(
     objective: Callable[..., Any],  # objective(model, batch, ...), also a partial

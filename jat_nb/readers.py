@@ -48,6 +48,17 @@ def picture_files(
                          "or take them out")
     return [p for p in found if p.suffix.lower() in _SUFFIXES]
 
+# %% ../nbs/07_readers.ipynb #8a800024
+def _split_folder(root: Path, split: str) -> Path | None:
+    names = ("train",) if split == "train" else ("test", "val")
+    return next((root / n for n in names if (root / n).is_dir()), None)
+
+
+def _classes(folder: Path) -> list[str]:
+    if lost := [p for p in folder.iterdir() if _meant(p) and not p.exists()]:
+        raise ValueError(f"{lost[0]} is a link that leads nowhere: mend it or remove it")
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and _meant(p))
+
 # %% ../nbs/07_readers.ipynb #9a4d607f
 def _opened(path: str | Path) -> Image.Image:
     "A picture, decoded and turned as its camera was held."

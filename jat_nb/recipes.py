@@ -21,7 +21,8 @@ from .attacks import ATTACKS, chain
 from .augmentations import AUGMENTATIONS
 from .losses import LOSSES
 from .models import BUILDERS
-from .objectives import JUDGES, OBJECTIVES, OWN_LOSS, WithMemory, networks, roles, standing_on
+from .objectives import (JUDGES, OBJECTIVES, OWN_LOSS, WithMemory, missing_network, networks,
+                               roles, standing_on)
 from .rigid import SEARCHES
 from .weights import _check_option_names
 
@@ -368,26 +369,6 @@ class Bound(NamedTuple):
     attacks: dict[str, Callable[..., Tensor]]  # By role: attack(model, x, y, target=, generator=)
     probe: Callable[..., Tensor]  # probe(model, x, y, generator=) -> images
     probes: dict[str, Callable[..., Tensor]]  # By name, called as `probe` is
-
-# %% ../nbs/35_recipes.ipynb #c1a7e0b4
-def made_by(
-    name: str,  # Value of `Recipe.needs`: a recipe, or a function as "module:function"
-    options: str = "",  # More options of the command
-) -> str:  # Command or call
-    "How a network that a recipe stands on is made."
-    if ":" in name:
-        return f"{name.replace(':', '.')}(FOLDER, ...)"
-    return f"jat_train --recipe {name} --out FOLDER{options}"
-
-
-def missing_network(
-    keyword: str,  # Key of `Recipe.needs`
-    name: str,  # As for `made_by`
-    options: str = "",  # As for `made_by`
-) -> str:  # One line
-    "What to say where a network that a recipe stands on is not given."
-    return (f"the recipe needs a trained network {keyword!r}: train it with "
-            f"{made_by(name, options)} and pass --needs {keyword}=FOLDER")
 
 # %% ../nbs/35_recipes.ipynb #f56ab06b
 def bind(

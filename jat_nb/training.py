@@ -34,8 +34,8 @@ from .recipes import Bound, Recipe, bind
 from .records import environment, progress, read_jsonl
 from .schedules import learning_rate, make_optimizer
 from .updates import (_TRACED, Judge, Memory, OnEpoch, _at_hand_or_streamed, _check_asked,
-                            _check_own, _check_weights, _in_row, _one_size, _tally, accuracy,
-                            judge_classifier, train_step)
+                            _check_own, _check_unlabelled, _check_weights, _in_row, _one_size,
+                            _tally, accuracy, judge_classifier, train_step)
 from .weights import check_rebuildable
 
 # %% ../nbs/40_training.ipynb #fc7fd32b
@@ -255,14 +255,6 @@ def _averaging(ema: float) -> Callable[..., None]:
     return update
 
 # %% ../nbs/40_training.ipynb #77039482
-def _check_unlabelled(recipe: Recipe, unlabelled: Unlabelled | None) -> None:
-    "Refuse to leave out, in silence, images that a recipe counts on."
-    if recipe.unlabelled and unlabelled is None:
-        raise ValueError(f"the recipe uses a share of {recipe.unlabelled:.3g} of the images "
-                         "without their labels, fit was given none: pass unlabelled= of `setting` "
-                         "or `few_labels`; to train without, an empty set, or unlabelled=0")
-
-
 def _check_fit(model: nn.Module, recipe: Recipe, given: _Given, kept: bool) -> None:
     "What would be noticed only after hours otherwise."
     train, validation, unlabelled, _ = given

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .ascent import _check_numbers, _check_slope
 from .batches import Batch, Stream, _pieces, batches
-from .data import ImageSet
+from .data import ImageSet, Unlabelled
 from .losses import correct
 from .models import bare, frozen, half_precision
 from .objectives import OWN_LOSS, State, WithMemory
@@ -286,6 +286,14 @@ def _check_weights(model: Any) -> None:
     if any(p.dtype == torch.float16 for p in weights):
         raise ValueError("the weights are torch.float16 and the images torch.float32: call "
                          "model.float(); amp=True in the recipe computes in half precision")
+
+
+def _check_unlabelled(recipe: Recipe, unlabelled: Unlabelled | None) -> None:
+    "Refuse to leave out, in silence, images that a recipe counts on."
+    if recipe.unlabelled and unlabelled is None:
+        raise ValueError(f"the recipe uses a share of {recipe.unlabelled:.3g} of the images "
+                         "without their labels, fit was given none: pass unlabelled= of `setting` "
+                         "or `few_labels`; to train without, an empty set, or unlabelled=0")
 
 # %% ../nbs/39_updates.ipynb #ea1d4f75
 def _at_hand_or_streamed(train: Any) -> Any:

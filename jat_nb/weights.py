@@ -11,7 +11,6 @@ import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
-from functools import partial
 from hashlib import blake2b
 from importlib.resources import files
 from pathlib import Path
@@ -127,9 +126,8 @@ def _shapes(header: Mapping[str, Any]) -> dict[str, torch.Size]:
     return {k: v.shape for k, v in network.state_dict().items()}
 
 
-def _check_tensors(
-    name: str, expected: Mapping[str, torch.Size], state: Mapping[str, Tensor]
-) -> None:
+def _check_tensors(name: str, expected: Mapping[str, torch.Size],
+                   state: Mapping[str, Tensor]) -> None:
     "Refuse a state that has other tensors than the network of that name."
     found = {k: v.shape for k, v in state.items()}
     odd = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
@@ -140,11 +138,10 @@ def _check_tensors(
 
 # %% ../nbs/10_weights.ipynb #d2b8f1c5
 def _check_option_names(name: str, options: Mapping[str, Any]) -> None:
-    for key in options:
-        if key not in _OPTIONS | {"pretrained"}:
-            near = get_close_matches(key, sorted(_OPTIONS), n=1, cutoff=0.0)[0]
-            raise ValueError(f"unknown option {key!r} of the network {name!r}: the nearest is "
-                             f"{near!r}, all are {', '.join(sorted(_OPTIONS))}")
+    for key in sorted(options.keys() - _OPTIONS - {"pretrained"}):
+        near = get_close_matches(key, sorted(_OPTIONS), n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown option {key!r} of the network {name!r}: the nearest is "
+                         f"{near!r}, all are {', '.join(sorted(_OPTIONS))}")
 
 
 def check_options(
@@ -221,8 +218,8 @@ def load_weights(
 def _noted(network: nn.Module, state_dict: bool) -> nn.Module:
     "A network as read from a file, its metadata saying so: what it holds, and of which kind it is."
     told = {k: v for k, v in network.metadata.items() if k != "state_dict"}
-    kind = {"state_dict": True} if state_dict else {}  # a file that names no network
-    network.metadata = told | {"start": tensor_hash(network.state_dict())} | kind
+    if state_dict: told["state_dict"] = True  # a file that names no network
+    network.metadata = told | {"start": tensor_hash(network.state_dict())}
     return network
 
 
@@ -245,15 +242,14 @@ def start_from(
     return _for_classes(_noted(load_weights(path), False), num_classes)
 
 # %% ../nbs/10_weights.ipynb #47d8b012
-def _zoo_folder() -> Path:
-    return Path(str(files("jat_nb"))) / "zoo"
+_ZOO = Path(str(files("jat_nb"))) / "zoo"
 
 
 def zoo(
     folder: str | Path | None = None,  # Where to look; None: the folder that comes with the package
 ) -> list[str]:  # Names that `pretrained` takes, sorted
     "Names of the trained models at hand."
-    return sorted(p.stem for p in Path(folder or _zoo_folder()).glob("*.safetensors"))
+    return sorted(p.stem for p in Path(folder or _ZOO).glob("*.safetensors"))
 
 # %% ../nbs/10_weights.ipynb #4f564ea5
 def pretrained(
@@ -264,36 +260,29 @@ def pretrained(
     "Load a trained model of the zoo."
     if name not in zoo(folder):
         raise ValueError(f"no weights named {name!r}; expected one of {zoo(folder)}")
-    return load_weights(Path(folder or _zoo_folder()) / f"{name}.safetensors")
+    return load_weights(Path(folder or _ZOO) / f"{name}.safetensors")
 
 # %% ../nbs/10_weights.ipynb #471e3dd0
 _INSIDE = ("state_dict", "model_state_dict", "model", "net")  # where scripts keep the weights
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 
 # %% ../nbs/10_weights.ipynb #b0c69722
-def _names(found: Mapping[Any, Any]) -> set[str]:
-    "Names of the tensors in a dictionary at any depth, without what wrappers put into them."
-    own = {_without_wrappers(str(k)) for k, v in found.items() if isinstance(v, Tensor)}
-    return own.union(*(_names(v) for v in found.values() if isinstance(v, Mapping)))
-
-
 def _tell_others(path: Path, found: Mapping[Any, Any], taken: str) -> None:
     "Say which weights of a file are taken, if it holds others of the network, such as averages."
-    others = [k for k, v in found.items() if k != taken and isinstance(v, Mapping)
-              and _names(v) & _names(found[taken])]
-    if others:
-        warnings.warn(f"{path} holds several sets of weights: {taken!r} is taken, {others[0]!r} is "
-                      f"not; torch.save(torch.load(FILE)[{others[0]!r}], NEW) makes a file of it",
-                      stacklevel=4)
+    for key in (k for k, v in found.items() if k != taken and isinstance(v, Mapping)):
+        held = next((found[key][k] for k in _INSIDE if k in found[key]), found[key])
+        if _bare_names({str(k): v for k, v in held.items()}, found[taken]).keys() & found[taken]:
+            warnings.warn(f"{path} holds several sets of weights: {taken!r} is taken, {key!r} is "
+                          f"not; torch.save(torch.load(FILE)[{key!r}], NEW) makes a file of it",
+                          stacklevel=4)
 
 
 def _plain_tensors(path: Path) -> dict[str, Tensor]:
     "The named tensors of a file; nothing in it is executed."
     mend = "write it by torch.save(model.state_dict(), FILE)"
     try:
-        read = (load_file if path.suffix == ".safetensors"
-                else partial(torch.load, map_location="cpu", weights_only=True))
-        found = read(path)
+        found = (load_file(path) if path.suffix == ".safetensors"
+                 else torch.load(path, map_location="cpu", weights_only=True))
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, LookupError,
             UnpicklingError) as error:
         raise ValueError(f"{path} is no file of tensors alone ({type(error).__name__}): "
@@ -389,8 +378,7 @@ def open_weights(
         raise FileNotFoundError(_no_file(path))
     if names_its_network(path):
         if any(given is not None for given in (name, num_classes, mean, std)):
-            raise ValueError(f"{path} brings its own network, classes and normalisation: leave "
-                             "them out")
+            raise ValueError(f"{path} brings its own network, classes and moments: leave them out")
         return _noted(load_weights(path), False)
     if name is None:
         raise ValueError(f"{path} does not say which network it belongs to: name one (in the shell "

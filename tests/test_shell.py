@@ -19,7 +19,7 @@ import jat_nb
 from jat_nb.catalogue import recipes
 from jat_nb.cli import jat_attack, jat_eval, jat_report, jat_train
 from jat_nb.data import load
-from jat_nb.judging import class_accuracies
+from jat_nb.differences import class_accuracies
 from jat_nb.models import create
 from jat_nb.records import Record
 from jat_nb.results import read_runs

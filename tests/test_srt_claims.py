@@ -21,7 +21,8 @@ from jat_nb.papers.srt_studies import SURFACE, distances
 from jat_nb.recipes import bind
 from jat_nb.records import Record
 from jat_nb.results import Run, published
-from jat_nb.suites import Job, Suite, bits, check_answer, run_suite
+from jat_nb.differences import bits
+from jat_nb.suites import Job, Suite, check_answer, run_suite
 
 NOTHING = Evidence((), "cpu", PAPER)
 WORDS = {"what": "made up"}

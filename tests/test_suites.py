@@ -13,10 +13,10 @@ from torch.testing import assert_close
 from jat_nb.attacks import double_pass, fgsm, ggsm, pgd
 from jat_nb.data import default_budget, load
 from jat_nb.evaluation import clean, evaluate, ggsm_at, pgd_at
-from jat_nb.judging import class_accuracies
+from jat_nb.differences import bits, class_accuracies, with_bits
 from jat_nb.losses import margin_loss
 from jat_nb.randomness import image_generators
-from jat_nb.suites import SUITES, Job, Suite, attacks_from, bits, check_answer, quantity, reads_steps, run_suite, suites, with_bits
+from jat_nb.suites import SUITES, Job, Suite, attacks_from, check_answer, quantity, reads_steps, run_suite, suites
 from jat_nb.weights import pretrained
 
 JAT = ("jat", "stronger", "claims")  # what the paper in chapter 54 adds

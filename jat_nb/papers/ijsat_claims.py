@@ -66,7 +66,7 @@ def _check_numbers(suite: Suite, answer: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}: expected {answer['n']} finite numbers")
 
 
-MIXING = Kind(_ask_mixing, _check_numbers)  # excess of mixing first, for each batch
+MIXING = Kind(_ask_mixing, _check_numbers, steps=True)  # excess of mixing first, for each batch
 
 # %% ../../nbs/64_ijsat_claims.ipynb #b6ef05da
 def centroid(
@@ -89,7 +89,7 @@ def _ask_levels(suite: Suite, job: Job) -> dict[str, Any]:
     return answer
 
 
-LEVELS = Kind(_ask_levels, _check_numbers)  # centroid of every image's change, level by level
+LEVELS = Kind(_ask_levels, _check_numbers, steps=True)  # centroids of changes, by level
 
 # %% ../../nbs/64_ijsat_claims.ipynb #c0a7e002
 def _ask_maps(suite: Suite, job: Job) -> dict[str, Any]:
