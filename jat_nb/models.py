@@ -67,7 +67,9 @@ class NormalizedModel(nn.Module):
                              f": {mend}")
         try:
             return self.model((x - self.mean) / self.std)  # Eq. 1
-        except AssertionError as error:  # of timm's networks that are made for one size
+        except AssertionError as error:
+            # of timm's networks that are made for one size
+            if "doesn't match model" not in str(error): raise
             raise ValueError(f"{error} Create it with img_size={[*x.shape[2:]]} (in the shell "
                              f"--set model_options='{{\"img_size\": {[*x.shape[2:]]}}}'), or bring "
                              "pictures to its size (--size SIDE)") from error

@@ -376,6 +376,13 @@ def test_the_command_tries_options_before_it_loads_data(tmp_path, capsys, monkey
     assert found == 2 and "cannot build" in capsys.readouterr().err
 
 
+def test_an_assertion_of_another_kind_is_left_as_it_is():
+    class Strict(nn.Module):
+        def forward(self, x): raise AssertionError("a promise of my own")
+    with pytest.raises(AssertionError, match="^a promise of my own$"):
+        NormalizedModel(Strict(), [0.5], [0.5])(torch.zeros(1, 1, 8, 8))
+
+
 @pytest.mark.parametrize("sides, mend", [((32, 32), r"img_size=\[32, 32\] "), ((32, 64), r"img_size=\[32, 64\] ")])
 def test_a_network_of_one_size_says_how_to_get_another(sides, mend):
     network = create("vit_tiny_patch16_224", in_chans=1)
