@@ -68,11 +68,9 @@ class NormalizedModel(nn.Module):
         try:
             return self.model((x - self.mean) / self.std)  # Eq. 1
         except AssertionError as error:
-            # of timm's networks that are made for one size
-            if "doesn't match model" not in str(error): raise
-            raise ValueError(f"{error} Create it with img_size={[*x.shape[2:]]} (in the shell "
-                             f"--set model_options='{{\"img_size\": {[*x.shape[2:]]}}}'), or bring "
-                             "pictures to its size (--size SIDE)") from error
+            if "doesn't match model" not in str(error): raise  # timm's, of networks for one size
+            raise ValueError(f"{error} Create it with img_size={[*x.shape[2:]]} (a key of --set "
+                             "model_options), or bring pictures to its --size") from error
 
 # %% ../nbs/09_models.ipynb #ad9e9483
 def _put_back(module: nn.Module, training: bool, buffers: Mapping[str, Tensor | None]) -> None:

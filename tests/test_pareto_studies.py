@@ -177,6 +177,7 @@ def test_a_flow_is_local_and_an_affine_map_is_not(answers):
     assert all(a > b for a, b in zip(frequency["flow"], frequency["rt"]))
 
 
+@pytest.mark.filterwarnings("ignore:the model's answers look like probabilities")
 def test_a_network_that_sees_nothing_has_an_answer(job):
     class Blind(nn.Module):
         def forward(self, x): return 0 * x.flatten(1)[:, :4] + torch.tensor([0.0, 1.0, 0.0, 0.0])

@@ -156,13 +156,13 @@ class Standardised(nn.Module):
         return self.head((c / (c.square().mean((1, 2, 3), keepdim=True).sqrt() + 1e-3)).flatten(1))
 
 
-@pytest.mark.parametrize("model", [_nan_weights(), Standardised()], ids=["nan-weights", "nan-gradient"])
 @pytest.mark.parametrize("name", sorted(ASCENTS))
-def test_gradients_that_are_not_numbers_leave_the_image_valid(name, model):
-    options = {} if name == "fgsm" else {"steps": 3}
-    info = ATTACKS[name](model, torch.full((2, 3, 8, 8), 0.4), torch.tensor([0, 1]), random_start=False,
-                         return_info=True, **options)
+def test_gradients_that_are_not_numbers_leave_the_image_valid(name):
+    options = dict(random_start=False, return_info=True) | ({} if name == "fgsm" else {"steps": 3})
+    x, y = torch.full((2, 3, 8, 8), 0.4), torch.tensor([0, 1])
+    info = ATTACKS[name](Standardised(), x, y, **options)
     assert info.within.all() and info.x_adv.isfinite().all()
+    with pytest.raises(FloatingPointError, match="2 of 2 clean images with NaN"): ATTACKS[name](_nan_weights(), x, y, **options)
 
 
 @pytest.mark.parametrize("padding", ["border", "zeros", "reflection"])

@@ -193,7 +193,8 @@ from jat_nb.suites import Job, run_suite, suites
 test, rank = load("digits", "test").subset(5), processes().rank
 found = {}
 ALIKE = ("srt-compound-cifar10", "srt-compound-mnist", "srt-mnist", "srt-strong-mnist", "srt-surface-mnist",
-         "srt-norms-cifar10", "srt-norms-mnist", "srt-distances-cifar10", "srt-distances-mnist", "srt-once-mnist", "srt-starts-mnist", "srt-auto-mnist", "srt-auto-cifar10")  # attacks asked elsewhere
+         "srt-norms-cifar10", "srt-norms-mnist", "srt-distances-cifar10", "srt-distances-mnist", "srt-once-mnist", "srt-starts-mnist", "srt-auto-mnist", "srt-auto-cifar10",
+         "pareto-mnist", "pareto-caltech256", "pareto-strong-mnist", "pareto-strong-caltech256")  # attacks asked elsewhere
 ALIKE += tuple(n for n in suites() if n.startswith("ijsat"))  # they need a flow: test_ijsat_paper
 for name in (n for n in suites() if n not in ALIKE):
     small = name == "autoattack" or name.startswith("srt")  # grids are long
@@ -222,7 +223,8 @@ def together(tmp_path, count):
 def test_two_processes_answer_every_suite_as_one(tmp_path):
     [alone], (first, second) = together(tmp_path, 1), together(tmp_path, 2)
     left = {n for n in set(suites()) - set(alone) if not n.startswith("ijsat")}
-    assert left == {n for n in suites() if n.startswith("srt") and n not in ("srt-cifar10", "srt-strong-cifar10", "srt-surface-cifar10", "srt-once-cifar10", "srt-starts-cifar10")}
+    assert left == {n for n in suites() if n.startswith("srt") and n not in ("srt-cifar10", "srt-strong-cifar10", "srt-surface-cifar10", "srt-once-cifar10", "srt-starts-cifar10")
+                    or n.startswith("pareto") and n.endswith(("mnist", "caltech256"))}
     assert first == second
     for name in alone:
         assert first[name].keys() == alone[name].keys(), name
